@@ -1,0 +1,39 @@
+"""Argument checks and their wording: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from decimal import Decimal
+
+
+def check_density(value: object, argument: str = "density") -> float:
+    """Returns a density as a float; raises ``ValueError`` unless it is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)) or not 0 < value <= 1:
+        raise ValueError(
+            f"{argument}={value!r}: a density is the share of the candidate edges that is active and lies in (0, 1]; "
+            "for a number of edges use num_edges"
+        )
+    return float(value)
+
+
+def check_num_edges(value: object, candidates: int, name: str) -> int:
+    """Returns a number of edges; raises ``ValueError`` unless it is an integer in [1, candidates]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= candidates:
+        raise ValueError(
+            f"num_edges={value!r} for {name!r}: allowed is a whole number from 1 to {candidates:,}, the number of its candidate edges"
+        )
+    return value
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns '; did you mean ...?' for the nearest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """Returns 'a, b, c and 4 more': a list short enough for one message."""
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

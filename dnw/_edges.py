@@ -1,0 +1,153 @@
+"""A wiring as data: the edge list of one wired parameter, and the table over all of them.
+
+Contract: plain values, detached from the model; SciPy and networkx are imported only where they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw._parameters import LeftOut
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """The active edges of one wired parameter, in row order.
+
+    A weight is read as a matrix ``[targets, sources]``: its first dimension by all the others flattened (a 3x3
+    convolution from 16 channels has 144 sources). In a graph, ``target`` and ``source`` number the graph's nodes.
+
+    Attributes:
+        name: the parameter's name.
+        shape: (number of rows, number of columns) of the matrix.
+        row, column: position of each edge in the matrix, int64 ``[edges]``.
+        target, source: the nodes that each edge joins, int64 ``[edges]``; the same as row and column outside graphs.
+        weight: the weights ``[edges]``.
+        is_graph: whether targets and sources number the same set of nodes.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    source: Tensor
+    weight: Tensor
+    is_graph: bool
+
+    @classmethod
+    def from_weight(
+        cls, name: str, weight: Tensor, active: Tensor, node_ids: tuple[Tensor, Tensor] | None = None
+    ) -> Edges:
+        """The active entries of a weight; ``node_ids`` are the nodes of a graph's rows and columns."""
+        matrix = weight.reshape(weight.shape[0], -1)
+        row, column = active.reshape(matrix.shape).nonzero(as_tuple=True)
+        values = matrix[row, column].cpu()
+        row, column = row.cpu(), column.cpu()
+        target, source = (row, column) if node_ids is None else (node_ids[0][row], node_ids[1][column])
+        size = (matrix.shape[0], matrix.shape[1])
+        return cls(name, size, row, column, target, source, values, node_ids is not None)
+
+    def __len__(self) -> int:
+        return self.row.numel()
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.csr_array`` ``[targets, sources]``; active edges of weight 0 are kept as explicit zeros."""
+        from scipy.sparse import coo_array
+
+        weight = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
+        return coo_array((weight.numpy(), (self.row.numpy(), self.column.numpy())), shape=self.shape).tocsr()
+
+    def to_networkx(self) -> Any:
+        """A ``networkx.DiGraph`` with edge attribute ``weight``.
+
+        A graph's nodes are its node numbers; elsewhere they are ``("source", i)`` and ``("target", j)``.
+        """
+        import networkx
+
+        graph = networkx.DiGraph(name=self.name)
+        for target, source, weight in self.to_list():
+            ends = (source, target) if self.is_graph else (("source", source), ("target", target))
+            graph.add_edge(*ends, weight=weight)
+        return graph
+
+    def to_list(self) -> list[tuple[int, int, float]]:
+        """The edges as (target, source, weight)."""
+        return list(zip(self.target.tolist(), self.source.tolist(), self.weight.tolist(), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return {"name": self.name, "shape": list(self.shape), "is_graph": self.is_graph, "edges": self.to_list()}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One wired parameter in the table."""
+
+    name: str
+    shape: tuple[int, ...]
+    candidates: int
+    active: int
+
+    @property
+    def density(self) -> float:
+        return self.active / self.candidates
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is wired, what was left dense and why, and the totals. ``print`` it."""
+
+    rows: tuple[SummaryRow, ...]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def candidates(self) -> int:
+        """Candidate edges over all wired parameters."""
+        return sum(row.candidates for row in self.rows)
+
+    @property
+    def active(self) -> int:
+        """Active edges over all wired parameters."""
+        return sum(row.active for row in self.rows)
+
+    @property
+    def dense(self) -> int:
+        """Parameters left dense."""
+        return sum(math.prod(x.shape) for x in self.left_out)
+
+    def __str__(self) -> str:
+        wired = [(r.name, _size(r.shape), f"{r.candidates:,}", f"{r.active:,}", f"{r.density:.2%}") for r in self.rows]
+        total_density = f"{self.active / self.candidates:.2%}" if self.candidates else "-"
+        wired.append(("total", "", f"{self.candidates:,}", f"{self.active:,}", total_density))
+        lines = _columns([("wired", "shape", "candidates", "active", "density"), *wired])
+        if self.left_out:
+            left = [(x.name, _size(x.shape), f"{math.prod(x.shape):,}", x.reason) for x in self.left_out]
+            left.append(("total", "", f"{self.dense:,}", ""))
+            lines += ["", *_columns([("left dense", "shape", "parameters", "why"), *left], text_from=3)]
+        return "\n".join(lines)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _columns(rows: list[tuple[str, ...]], text_from: int = 99) -> list[str]:
+    """Lines of aligned columns: names to the left, numbers to the right, and text again from column ``text_from`` on."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 or i >= text_from else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,613 @@
+"""``wire``: ties a rule to parameters. The dense latent weights live with the optimizer, the model holds the sparse ones.
+
+Contract: between steps every wired parameter holds its effective weight. Around ``optimizer.step()`` the latent weight
+is exchanged in and out by the optimizer's public hooks, so the base optimizer updates latent weights with the gradient of
+the effective ones: the straight-through estimator, bit for bit (Wortsman et al., 2019, section 2.2). The wiring owns the
+latent weights; the optimizer's state shows them only where the base optimizer has state of its own for the parameter,
+because optimizers that initialise lazily take any state for their own.
+
+A latent is touched only when a step has ended. A step that raises is rolled back by whatever comes next: the next step, a
+saved state, or any question to the wiring.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dnw._checks import did_you_mean, listing
+from dnw._edges import Edges, Summary, SummaryRow
+from dnw._parameters import GraphModule, LeftOut, Selector, Wirable, find_parameters
+from dnw._rules import DNW, Layer, Pool, Rule
+from dnw._select import Budget, ByName, Shape, Uniform
+
+FORMAT = 1
+"""Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
+
+STATE_KEYS = ("latent", "active", "wiring")
+"""What each wired parameter adds to its entry in ``optimizer.state_dict()["state"]``.
+
+latent: the dense weights, of the parameter's shape, dtype and device. active: boolean mask of the active edges.
+wiring: int64 tensor (format version, completed rule steps, seed, number of active edges). Random draws are a function of
+seed, step and name, so nothing else is needed to continue bit for bit.
+"""
+
+_wired: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Every wired parameter, so that none is wired twice."""
+
+
+class _WiredLayer(Layer):
+    """A layer with its parameter and the book-keeping of the exchange."""
+
+    parameter: nn.Parameter
+    module: nn.Module
+    previous: Tensor
+    """The active edges before the last step."""
+    version: int
+    """The parameter's version after it was last projected: if it moved, somebody else wrote to the parameter."""
+    exchanged: bool = False
+    """Whether the parameter holds latent weights because a step is in progress."""
+    given_grad: Tensor | None = None
+    """The gradient as the user computed it, where the rule put another in its place for the step."""
+
+    def __init__(self, found: Wirable, seed: int) -> None:
+        super().__init__(found.name, found.parameter.detach().clone(), found.candidates, seed)
+        self.parameter, self.module = found.parameter, found.module
+        self.version = -1
+
+
+class WiredParameter:
+    """One wired parameter by name: its edges and its latent weights."""
+
+    def __init__(self, wiring: Wiring, layer: _WiredLayer) -> None:
+        self._wiring, self._layer = wiring, layer
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.num_active:,} of {self.num_candidates:,} candidate edges active>"
+
+    @property
+    def name(self) -> str:
+        return self._layer.name
+
+    @property
+    def candidates(self) -> Tensor:
+        """Boolean mask of the edges that may exist, of the parameter's shape."""
+        mask = self._layer.candidates
+        return torch.ones_like(self._layer.latent, dtype=torch.bool) if mask is None else mask.clone()
+
+    @property
+    def active(self) -> Tensor:
+        """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
+        self._wiring._catch_up()
+        assert self._layer.active is not None
+        return self._layer.active.clone()
+
+    @property
+    def entered(self) -> Tensor:
+        """Boolean mask of the edges that became active at the last step."""
+        return self.active & ~self._layer.previous
+
+    @property
+    def latent(self) -> Tensor:
+        """The dense weights that selection ranks. Assign to write; what was written is projected at once.
+
+        Raises:
+            ValueError: an assigned tensor has another shape or is not finite.
+        """
+        self._wiring._catch_up()
+        return self._layer.latent.clone()
+
+    @latent.setter
+    def latent(self, value: Tensor) -> None:
+        self._wiring._catch_up()
+        layer = self._layer
+        if value.shape != layer.latent.shape:
+            raise ValueError(
+                f"latent weights of {self.name!r}: expected shape {tuple(layer.latent.shape)}, got {tuple(value.shape)}"
+            )
+        _check_finite(self.name, value)
+        with torch.no_grad():
+            layer.latent.copy_(value)
+        self._wiring._select([layer])
+
+    @property
+    def num_candidates(self) -> int:
+        return self._layer.num_candidates
+
+    @property
+    def num_active(self) -> int:
+        return int(self.active.count_nonzero())
+
+    @property
+    def density(self) -> float:
+        """Share of the candidate edges that is active."""
+        return self.num_active / self.num_candidates
+
+    def edges(self) -> Edges:
+        """The active edges as data: an edge list that also gives SciPy CSR, networkx and JSON."""
+        active = self.active
+        module = self._layer.module
+        levels = getattr(module, "node_ids", None) if isinstance(module, GraphModule) else None
+        return Edges.from_weight(self.name, self._layer.parameter.detach(), active, levels() if levels else None)
+
+
+class Wiring(Mapping[str, WiredParameter]):
+    """The wiring of a model: a mapping from the names of the wired parameters to their edges.
+
+    Made by :func:`wire`. ``wiring["conv1.weight"].active`` is a mask, ``.latent`` the dense weights, ``.entered`` the
+    edges that the last step brought in; ``print(wiring.summary())`` shows every layer and what was left out.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rule: Rule, layers: list[_WiredLayer], pools: list[Pool], left: list[LeftOut]
+    ) -> None:
+        self.rule = rule
+        self._optimizer = optimizer
+        self._layers = layers
+        self._pools = pools
+        self._left = left
+        self._step = 0
+        self._incoming: dict[str, dict[str, Tensor]] | None = None
+        self._handles: list[Any] = []
+
+    # --- what a user asks ---
+
+    def __getitem__(self, name: str) -> WiredParameter:
+        for layer in self._layers:
+            if layer.name == name:
+                return WiredParameter(self, layer)
+        raise KeyError(f"no wired parameter {name!r}{did_you_mean(name, self)}; there are {listing(self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer.name for layer in self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"<Wiring of {len(self)} parameters by {self.rule!r}, {self._step} steps>"
+
+    @property
+    def step(self) -> int:
+        """Number of completed optimizer steps."""
+        return self._step
+
+    @property
+    def num_active(self) -> int:
+        """Active edges over all wired parameters."""
+        return sum(p.num_active for p in self.values())
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidate edges over all wired parameters."""
+        return sum(p.num_candidates for p in self.values())
+
+    def summary(self) -> Summary:
+        """A table per layer: candidates, active, density; what was left out and why; the totals."""
+        rows = [
+            SummaryRow(p.name, tuple(p._layer.latent.shape), p.num_candidates, p.num_active) for p in self.values()
+        ]
+        return Summary(tuple(rows), tuple(self._left))
+
+    def to_json(self) -> str:
+        """The whole wiring as JSON: for every wired parameter its shape, sizes and edges (target, source, weight)."""
+        import json
+
+        return json.dumps({"format": 1, "layers": [p.edges().to_dict() for p in self.values()]})
+
+    def project(self) -> None:
+        """Puts the effective weights in place now: takes over values written to the model, selects, projects."""
+        self._catch_up()
+        self._select(self._layers)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The weights that the rule evaluates with, inside the ``with``; the same as in training for most rules."""
+        self._catch_up()
+        try:
+            for layer in self._layers:
+                self._write(layer, self.rule.settle(layer))
+            yield
+        finally:
+            for layer in self._layers:
+                self._write(layer, self.rule.project(layer))
+
+    def remove(self, keep: Literal["sparse", "latent"] = "sparse") -> None:
+        """Takes the wiring off again: the optimizer goes on as a plain one, on dense parameters.
+
+        Args:
+            keep: what stays in the model: the effective weights ("sparse") or the dense latent ones ("latent").
+        """
+        if keep not in ("sparse", "latent"):
+            raise ValueError(f"keep={keep!r}: allowed are 'sparse' and 'latent'")
+        self._catch_up()
+        for layer in self._layers:
+            if keep == "latent":
+                self._write(layer, layer.latent)
+            self._leave_state(layer)
+            del _wired[layer.parameter]
+        for handle in self._handles:
+            handle.remove()
+        self._layers, self._pools, self._handles = [], [], []
+
+    # --- the exchange around optimizer.step() ---
+
+    def _register(self) -> None:
+        optimizer, uncompiled = self._optimizer, torch.compiler.disable
+        self._handles = [
+            optimizer.register_step_pre_hook(uncompiled(self._before_step)),
+            optimizer.register_step_post_hook(uncompiled(self._after_step)),
+            optimizer.register_state_dict_pre_hook(lambda _: self._catch_up()),
+            optimizer.register_state_dict_post_hook(self._add_to_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._take_from_state_dict),
+            optimizer.register_load_state_dict_post_hook(self._loaded),
+        ]
+        for layer in self._layers:
+            _wired[layer.parameter] = True
+            self._enter_state(layer)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._roll_back()
+        args, kwargs = _evaluate_closure(args, kwargs)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        scale = getattr(optimizer, "grad_scale", None)
+        for layer in self._layers:
+            parameter = layer.parameter
+            if id(parameter) not in held:
+                raise RuntimeError(
+                    f"the wired parameter {layer.name!r} is no longer in its optimizer; take the wiring off with "
+                    "wiring.remove() before exchanging parameters, and wire again"
+                )
+            if parameter.grad is None:
+                continue
+            self._take_over_writes(layer)
+            layer.state = optimizer.state.get(parameter, {})
+            layer.grad = parameter.grad if scale is None else parameter.grad / scale
+            grad = self.rule.gradient(layer)
+            if grad is not None:
+                layer.given_grad, parameter.grad = parameter.grad, grad if scale is None else grad * scale
+            self._leave_state(layer)
+            layer.exchanged = True
+            parameter.copy_(layer.latent)
+        return args, kwargs
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):  # a fused optimizer skipped this step: nothing counts
+            self._roll_back()
+            return
+        stepped = [layer for layer in self._layers if layer.exchanged]
+        for layer in stepped:
+            layer.latent.copy_(layer.parameter)
+        self._step += 1
+        for layer in self._layers:
+            assert layer.active is not None
+            layer.previous = layer.active
+        self._select(stepped, step=self._step)
+        for layer in stepped:
+            self._close(layer)
+
+    def _close(self, layer: _WiredLayer) -> None:
+        """Ends a layer's part in a step."""
+        if layer.given_grad is not None:
+            layer.parameter.grad, layer.given_grad = layer.given_grad, None
+        layer.grad, layer.exchanged = None, False
+        self._enter_state(layer)
+
+    def _roll_back(self) -> None:
+        """Undoes an unfinished step: parameters get their effective weights back, latents were never touched."""
+        for layer in self._layers:
+            if layer.exchanged:
+                self._write(layer, self.rule.project(layer))
+                self._close(layer)
+
+    @torch.no_grad()
+    def _select(self, layers: Sequence[_WiredLayer], step: int | None = None) -> None:
+        """Selects anew in every pool that holds one of the layers, and projects what changed."""
+        chosen = {id(layer) for layer in layers}
+        pools = [pool for pool in self._pools if any(id(x) in chosen for x in pool.layers)]
+        for pool in pools:
+            for layer in pool.layers:
+                layer.step = layer.step if step is None else step
+        if not self.rule.fixed or any(x.active is None for pool in pools for x in pool.layers):
+            for pool, masks in zip(pools, self.rule.select(pools), strict=True):
+                for layer, mask in zip(pool.layers, masks, strict=True):
+                    changed = layer.active is None or (id(layer) not in chosen and not torch.equal(mask, layer.active))
+                    layer.active = mask
+                    if changed:
+                        chosen.add(id(layer))
+        for layer in self._layers:
+            if id(layer) in chosen:
+                self._write(layer, self.rule.project(layer))
+
+    @torch.no_grad()
+    def _write(self, layer: _WiredLayer, value: Tensor) -> None:
+        layer.parameter.copy_(value)
+        layer.version = layer.parameter._version
+
+    @torch.no_grad()
+    def _take_over_writes(self, layer: _WiredLayer) -> bool:
+        """Takes over values that somebody else wrote to the parameter since it was last projected."""
+        parameter, latent = layer.parameter, layer.latent
+        if latent.device != parameter.device:
+            layer.latent = latent = latent.to(parameter.device)
+            layer.active = None if layer.active is None else layer.active.to(parameter.device)
+            layer.previous = layer.previous.to(parameter.device)
+            layer.candidates = None if layer.candidates is None else layer.candidates.to(parameter.device)
+        if latent.dtype != parameter.dtype or latent.shape != parameter.shape:
+            raise RuntimeError(
+                f"the wired parameter {layer.name!r} was {latent.dtype} of shape {tuple(latent.shape)} when it was wired "
+                f"and is {parameter.dtype} of shape {tuple(parameter.shape)} now; convert the model before wiring it"
+            )
+        if parameter._version == layer.version:
+            return False
+        written = parameter != self.rule.project(layer)
+        layer.version = parameter._version
+        if not bool(written.any()):
+            return False
+        latent.copy_(torch.where(written, parameter, latent))
+        return True
+
+    def _catch_up(self) -> None:
+        """Brings model and wiring together: undoes an unfinished step, takes over writes, selects where there were any."""
+        self._roll_back()
+        written = [layer for layer in self._layers if self._take_over_writes(layer)]
+        if written:
+            self._select(written)
+
+    # --- what travels with the optimizer ---
+
+    def _entry(self, layer: _WiredLayer) -> dict[str, Tensor]:
+        assert layer.active is not None
+        numbers = (FORMAT, self._step, layer.seed, int(layer.active.count_nonzero()))
+        return {"latent": layer.latent, "active": layer.active, "wiring": torch.tensor(numbers, dtype=torch.int64)}
+
+    def _enter_state(self, layer: _WiredLayer) -> None:
+        if layer.parameter in self._optimizer.state and self._optimizer.state[layer.parameter]:
+            self._optimizer.state[layer.parameter].update(self._entry(layer))
+
+    def _leave_state(self, layer: _WiredLayer) -> None:
+        if layer.parameter in self._optimizer.state:
+            for key in STATE_KEYS:
+                self._optimizer.state[layer.parameter].pop(key, None)
+
+    def _packed_ids(self, state_dict: dict[str, Any]) -> dict[str, int]:
+        """The key under which each wired parameter stands in an optimizer state dict of the same parameter groups."""
+        ids = {}
+        for group, packed in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=False):
+            ids.update({id(p): key for p, key in zip(group["params"], packed["params"], strict=False)})
+        return {layer.name: ids[id(layer.parameter)] for layer in self._layers if id(layer.parameter) in ids}
+
+    def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        ids = self._packed_ids(state_dict)
+        for layer in self._layers:
+            state_dict["state"][ids[layer.name]] = {
+                **state_dict["state"].get(ids[layer.name], {}),
+                **self._entry(layer),
+            }
+
+    def _take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Takes what is ours out of an incoming state dict, checked, before the base class casts or rejects it."""
+        self._roll_back()
+        self._incoming = None
+        ids = self._packed_ids(state_dict)
+        state = dict(state_dict["state"])
+        incoming: dict[str, dict[str, Tensor]] = {}
+        for layer in self._layers:
+            key = ids.get(layer.name)
+            if key is None or key not in state:
+                continue
+            entry = dict(state[key])
+            ours = {k: entry.pop(k) for k in STATE_KEYS if k in entry}
+            if entry:
+                state[key] = entry
+            else:
+                del state[key]
+            if len(ours) == len(STATE_KEYS):
+                _check_entry(layer, ours)
+                incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
+        for pool in self._pools:
+            loaded = [int(incoming[x.name]["active"].count_nonzero()) for x in pool.layers if x.name in incoming]
+            if len(loaded) == len(pool.layers) and sum(loaded) != pool.k:
+                raise ValueError(
+                    f"the loaded optimizer state has {sum(loaded):,} active edges for {listing(x.name for x in pool.layers)}, "
+                    f"this wiring keeps {pool.k:,}; wire with the budget of the saved run, or assign its latent weights "
+                    "by name to start from them"
+                )
+        self._incoming = incoming
+        return {**state_dict, "state": state}
+
+    @torch.no_grad()
+    def _loaded(self, optimizer: Optimizer) -> None:
+        incoming, self._incoming = self._incoming or {}, None
+        without = [layer.name for layer in self._layers if layer.name not in incoming]
+        if without:
+            warnings.warn(
+                f"the loaded optimizer state holds no latent weights for {listing(without)}; the weights that the model "
+                "has now are taken for them",
+                stacklevel=3,
+            )
+        for layer in self._layers:
+            entry = incoming.get(layer.name)
+            if entry is None:
+                layer.latent.copy_(layer.parameter)
+                continue
+            layer.latent.copy_(entry["latent"])
+            layer.active = layer.previous = entry["active"].to(layer.latent.device)
+            _, layer.step, layer.seed, _ = entry["wiring"].tolist()
+            self._step = layer.step
+        for layer in self._layers:
+            self._write(layer, self.rule.project(layer))
+            self._enter_state(layer)
+        self._select([layer for layer in self._layers if layer.name not in incoming])
+
+
+def wire(
+    model: nn.Module,
+    optimizer: Optimizer,
+    density: float | Mapping[str, float] | Budget | None = None,
+    *,
+    num_edges: int | Mapping[str, int] | None = None,
+    rule: Rule | None = None,
+    include: str | type[nn.Module] | Sequence[Selector] | None = None,
+    exclude: str | type[nn.Module] | Sequence[Selector] = (),
+    seed: int = 0,
+) -> Wiring:
+    """Wires a model: from the next step on, its weights are sparse and which edges they have is learned.
+
+    Call it after the optimizer is made and the model is on its device (and wrapped, where it is trained distributed),
+    then train as always.
+
+    Args:
+        model: any module. Its wired parameters hold their effective (sparse) weights from here on.
+        optimizer: the optimizer that holds the parameters.
+        density: share of the candidate edges that is active, in (0, 1]: one for every layer, or by name pattern, or a
+            budget such as ``dnw.ErdosRenyiKernel(0.1)`` or ``dnw.Global(0.1)``.
+        num_edges: exact number of active edges: for each layer, or by name pattern (beside ``density`` if wanted).
+        rule: how active edges are chosen; ``dnw.DNW()`` by default.
+        include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
+            ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
+        exclude: name patterns or module types to leave dense.
+        seed: of random draws (random graph and the like).
+
+    Returns:
+        The wiring. It need not be kept: the optimizer keeps it alive.
+
+    Raises:
+        ValueError: a budget, pattern, parameter or optimizer that does not fit; nothing has been changed then.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # the wrappers of launch libraries
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    rule = DNW() if rule is None else rule
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule: expected a rule such as dnw.DNW(), got {rule!r}")
+    found, left = find_parameters(
+        model, None if include is None else _as_list(include), _as_list(exclude)
+    )
+    _check_parameters(found, optimizer)
+    shapes = [_shape(f) for f in found]
+    shares = _shares(rule, density, num_edges, shapes)
+    layers = [_WiredLayer(f, seed) for f in found]
+    pools = [Pool([layers[i] for i in indices], k) for indices, k in shares]
+    wiring = Wiring(optimizer, rule, layers, pools, left)
+    wiring._select(layers)
+    for layer in layers:
+        assert layer.active is not None
+        layer.previous = layer.active
+    wiring._register()
+    return wiring
+
+
+def _as_list(selectors: str | type[nn.Module] | Sequence[Selector]) -> list[Selector]:
+    return [selectors] if isinstance(selectors, (str, type)) else list(selectors)
+
+
+def _shape(found: Wirable) -> Shape:
+    candidates = found.parameter.numel() if found.candidates is None else int(found.candidates.count_nonzero())
+    return Shape(found.name, found.module_name, tuple(found.parameter.shape), candidates)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name!r} has weights that are not finite; magnitudes cannot be ranked with NaN or infinity")
+
+
+def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for f in found:
+        if f.parameter in _wired:
+            raise ValueError(
+                f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
+                "out with exclude"
+            )
+        if not f.parameter.is_floating_point():
+            raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
+        _check_finite(f.name, f.parameter.detach())
+    missing = [f.name for f in found if id(f.parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {listing(missing)}; give it these parameters before wiring, or leave them dense "
+            "with exclude"
+        )
+
+
+def _shares(
+    rule: Rule,
+    density: float | Mapping[str, float] | Budget | None,
+    num_edges: int | Mapping[str, int] | None,
+    shapes: Sequence[Shape],
+) -> list[tuple[list[int], int]]:
+    """The pools of layers and their budgets, from the rule or from the arguments of :func:`wire`."""
+    by_rule = [rule.num_edges(shape) for shape in shapes]
+    if all(k is not None for k in by_rule):
+        if density is not None or num_edges is not None:
+            raise ValueError(f"{type(rule).__name__} fixes its own number of edges; leave density and num_edges out")
+        return [([i], k) for i, k in enumerate(by_rule) if k is not None]
+    if density is None and num_edges is None:
+        raise ValueError("a wiring needs a budget: give density, or num_edges, or both by name pattern")
+    budget: Budget
+    if isinstance(density, Budget):
+        budget = density
+    elif isinstance(density, Mapping) or num_edges is not None:
+        if density is not None and num_edges is not None and not (
+            isinstance(density, Mapping) or isinstance(num_edges, Mapping)
+        ):
+            raise ValueError("density and num_edges are both given for every layer; give one, or give them by name pattern")
+        by_density = density if isinstance(density, Mapping) else {} if density is None else {"*": density}
+        by_number = num_edges if isinstance(num_edges, Mapping) else {} if num_edges is None else {"*": num_edges}
+        budget = ByName(dict(by_density), dict(by_number))
+    else:
+        assert density is not None
+        budget = Uniform(density)
+    if isinstance(density, Budget) and num_edges is not None:
+        raise ValueError(f"density={density!r} is a budget for every layer; leave num_edges out")
+    return budget.shares(shapes)
+
+
+def _check_entry(layer: _WiredLayer, entry: dict[str, Tensor]) -> None:
+    version = int(entry["wiring"][0])
+    if version != FORMAT:
+        raise ValueError(
+            f"the wiring in the loaded optimizer state has format {version}, this version of dnw reads {FORMAT}; "
+            "load it with the version of dnw that wrote it"
+        )
+    for key in ("latent", "active"):
+        if entry[key].shape != layer.latent.shape:
+            raise ValueError(
+                f"the loaded optimizer state has {key!r} of shape {tuple(entry[key].shape)} for {layer.name!r}, whose shape "
+                f"is {tuple(layer.latent.shape)}"
+            )
+
+
+def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Evaluates a closure given to ``step`` on the effective weights; the optimizer gets one that returns the known loss."""
+    positional = len(args) > 1  # the optimizer itself comes first
+    closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+    calls = 0
+
+    def known_loss() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError(
+                "this optimizer evaluates its closure several times a step, each time on other weights; a wiring needs "
+                "one evaluation a step, so optimizers such as LBFGS cannot be wired"
+            )
+        return loss
+
+    return ((args[0], known_loss, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": known_loss})

@@ -1,0 +1,7 @@
+"""Neural graphs on channels: nodes are channels, edges are weights between them (Wortsman et al., 2019, section 2)."""
+
+from dnw.graphs._levels import Levels
+from dnw.graphs._node import Node
+from dnw.graphs._static import StaticGraph
+
+__all__ = ["Levels", "Node", "StaticGraph"]

@@ -1,0 +1,98 @@
+"""Static neural graphs: acyclic, evaluated level by level (Wortsman et al., 2019, section 2.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnw.graphs._levels import Levels
+from dnw.graphs._node import Node
+
+
+class StaticGraph(nn.Module):
+    """An acyclic neural graph on channels: I_v = sum of w_uv Z_u over the edges into v, Z_v = f_v(I_v).
+
+    Inputs and inner nodes pass the node function; outputs are bare sums. The weight is one matrix
+    ``[targets, sources]`` whose candidate entries :meth:`edge_candidates` gives; entries that are no candidates are never
+    read. On its own the graph is complete (every candidate is used); :func:`dnw.wire` makes it sparse and learns which
+    edges it has.
+
+    Args:
+        levels: number of nodes of each level, inputs first. One node per level makes a plain acyclic graph in its
+            topological order.
+        num_outputs: number of outputs, each of which may read every node.
+        norm: makes the normalisation of the node function from a number of channels; None for none.
+        stride: of the inputs' convolution; all other nodes work on the resulting size.
+        shared_outputs: whether output j uses the weights of the j-th of the last nodes (:class:`Levels`).
+        rank_all_entries: whether every entry of the matrix counts as a candidate, also those that are never read. The
+            authors' code ranks so; it is needed only to follow its trajectory.
+
+    Shape:
+        ``[batch, levels[0], height, width]`` to ``[batch, num_outputs, ceil(height / stride), ceil(width / stride)]``.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        num_outputs: int,
+        *,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        stride: int = 1,
+        shared_outputs: bool = False,
+        rank_all_entries: bool = False,
+    ) -> None:
+        super().__init__()
+        self.levels = Levels(tuple(levels), num_outputs, shared_outputs)
+        self.rank_all_entries = rank_all_entries
+        self.weight = nn.Parameter(torch.empty(self.levels.shape))
+        self.nodes = nn.ModuleList(
+            Node(size, norm, stride if level == 0 else 1) for level, size in enumerate(self.levels.sizes)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the edges uniformly from +-1 / sqrt(number of sources)."""
+        bound = 1 / math.sqrt(self.levels.num_sources)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def edge_candidates(self) -> dict[str, Tensor]:
+        mask = torch.ones(self.levels.shape, dtype=torch.bool) if self.rank_all_entries else self.levels.candidates()
+        return {"weight": mask}
+
+    def node_ids(self) -> tuple[Tensor, Tensor]:
+        """The node of each row and of each column of the weight."""
+        return self.levels.node_ids()
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(map(str, self.levels.sizes))
+        return f"levels=({sizes}), num_outputs={self.levels.num_outputs}, candidates={int(self.levels.candidates().sum()):,}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.levels.num_inputs:
+            raise ValueError(
+                f"expected maps [batch, {self.levels.num_inputs}, height, width], got a tensor of shape {tuple(x.shape)}"
+            )
+        # `incoming` holds what has reached the rows from `row` on so far; each level adds its share to all later rows.
+        sizes, outputs = self.levels.sizes, self.levels.num_outputs
+        columns = self.weight.split(sizes, dim=1)
+        row = self.levels.first_row
+        incoming = _send(self.nodes[0](x), columns[0][row:])
+        for level in range(1, len(sizes)):
+            state = self.nodes[level](incoming[:, : sizes[level]])
+            row += sizes[level]
+            if self.levels.shared_outputs and level == len(sizes) - 1:
+                row -= outputs
+                later = incoming[:, sizes[level] - outputs :]
+            else:
+                later = incoming[:, sizes[level] :]
+            incoming = later + _send(state, columns[level][row:])
+        return incoming
+
+
+def _send(state: Tensor, weight: Tensor) -> Tensor:
+    """What the nodes of one level send along their edges: ``[batch, sources, h, w]`` to ``[batch, targets, h, w]``."""
+    return F.conv2d(state, weight[:, :, None, None])

@@ -1,0 +1,137 @@
+"""Weights of the authors' released code, read safely and put into our models under our names.
+
+Contract: a foreign file is data. Nothing that its pickle names is executed: tensors and plain containers are read by
+PyTorch's restricted reader, the one harmless class that the authors' training writes (a meter) is replaced by an inert
+recorder of ours, and anything else is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw._checks import listing
+from dnw.graphs import StaticGraph
+from dnw.models._classifier import GraphClassifier
+
+
+class _Recorded:
+    """Stands in for an object of the authors' code: keeps its attributes, runs nothing."""
+
+
+_HARMLESS = ("train.ScalarMeter", "utils.meters.ScalarMeter", "__main__.ScalarMeter")
+_RESERVED_FIELDS = ("zeros",)
+
+
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """What an original checkpoint holds that is of use.
+
+    Attributes:
+        weights: the model's tensors by the original's names, without the leading ``module.``.
+        epoch: the last finished epoch, or None where the file does not say.
+    """
+
+    weights: dict[str, Tensor]
+    epoch: int | None
+
+
+def read_original(path: str | Path) -> OriginalCheckpoint:
+    """Reads a checkpoint of the authors' code (``epoch_N.pt``, ``best.pt``, ``init.pt``, in PyTorch's old or new format).
+
+    Raises:
+        ValueError: the file is no such checkpoint, or its pickle names something else than tensors and plain containers.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    allowed: list[Any] = [(_Recorded, name) for name in _HARMLESS]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("GLOBAL ")[2].split(" was not", 1)[0]
+        named = f"its pickle names {reason}, which could run code" if reason else "its pickle is not plain data"
+        raise ValueError(f"{path}: refused: {named}; only tensors and plain containers are read") from None
+    except (RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a checkpoint with an entry 'model', found a {type(content).__name__}")
+    model = content.get("model", content.get("state_dict"))
+    if not isinstance(model, Mapping) or not all(isinstance(v, Tensor) for v in model.values()):
+        raise ValueError(f"{path}: no weights under 'model'; its entries are {listing(map(str, content))}")
+    epoch = content.get("last_epoch")
+    return OriginalCheckpoint(
+        {str(k).removeprefix("module."): v for k, v in model.items()}, epoch if isinstance(epoch, int) else None
+    )
+
+
+def original_num_edges(prune_rate: float, entries: int) -> int:
+    """The original's number of edges for its float prune rate: ``entries - int(prune_rate * entries)``.
+
+    It differs from :func:`dnw.num_edges`, which rounds half up.
+    """
+    return entries - int(prune_rate * entries)
+
+
+def load_original(model: GraphClassifier, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the original's weights into one of our classifiers, which must not be wired yet.
+
+    The edges go in dense, as the original's latent weights; wire the model afterwards. Nothing is changed where a name
+    or a shape does not fit.
+
+    Args:
+        model: a classifier of the same architecture, such as :func:`tiny_cifar10`.
+        weights: tensors by the original's names.
+
+    Returns:
+        The original's fixed edge sets, by our parameter names: what ``dnw.Frozen`` takes; empty for learned wirings.
+
+    Raises:
+        ValueError: a missing or unknown name, or a wrong shape; the first one is named.
+    """
+    ours = _from_original(model.graph, {k: v for k, v in weights.items() if k not in _RESERVED_FIELDS})
+    edges = {name.removesuffix("mask") + "weight": ours.pop(name).bool() for name in list(ours) if name.endswith(".mask")}
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in ours:
+            raise ValueError(f"the checkpoint has nothing for {name!r}")
+        if ours[name].shape != tensor.shape:
+            raise ValueError(
+                f"the checkpoint's weight for {name!r} has shape {tuple(ours[name].shape)}, the model's has "
+                f"{tuple(tensor.shape)}"
+            )
+    unknown = [name for name in ours if name not in own]
+    if unknown:
+        raise ValueError(f"the checkpoint holds {unknown[0]!r}, which the model does not have")
+    model.load_state_dict(ours)
+    return edges
+
+
+def _from_original(graph: StaticGraph, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the original's tensors: its one convolution over all nodes is split by level, its edges become a matrix."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        room, _, rest = name.partition(".")
+        if room == "downsample":
+            ours[f"stem.{rest}"] = tensor
+        elif room == "fc":
+            ours[f"classifier.{rest}"] = tensor
+        elif room == "graph" and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            ours[f"graph.{rest}"] = tensor[:, :, 0, 0]
+        elif room == "norm":
+            level, _, field = rest.partition(".")
+            ours[f"graph.nodes.{level}.norm.{field}"] = tensor
+        elif name == "conv.weight" and tensor.shape[0] == graph.levels.num_sources:
+            for level, part in enumerate(tensor.split(graph.levels.sizes)):
+                ours[f"graph.nodes.{level}.conv.weight"] = part
+        else:
+            raise ValueError(f"the checkpoint holds {name!r} of shape {tuple(tensor.shape)}, which has no place in the model")
+    return ours
