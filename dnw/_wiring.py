@@ -118,11 +118,19 @@ class WiredParameter:
         self._wiring._select([layer])
 
     @property
+    def weight(self) -> Tensor:
+        """The effective weight: what the model holds."""
+        self._wiring._catch_up()
+        return self._layer.parameter.detach().clone()
+
+    @property
     def num_candidates(self) -> int:
+        """How many edges may exist."""
         return self._layer.num_candidates
 
     @property
     def num_active(self) -> int:
+        """How many edges are active."""
         return int(self.active.count_nonzero())
 
     @property
@@ -135,7 +143,7 @@ class WiredParameter:
         active = self.active
         module = self._layer.module
         levels = getattr(module, "node_ids", None) if isinstance(module, GraphModule) else None
-        return Edges.from_weight(self.name, self._layer.parameter.detach(), active, levels() if levels else None)
+        return Edges.from_weight(self.name, self.weight, active, levels() if levels else None)
 
 
 class Wiring(Mapping[str, WiredParameter]):

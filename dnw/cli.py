@@ -1,0 +1,161 @@
+"""The command ``dnw``: parses, resolves, calls the library.
+
+Contract: whatever a user can cause ends in one line on standard error and an exit code that is not 0. Torch is imported
+only where something is trained or tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dnw import __version__
+from dnw._checks import did_you_mean, listing
+
+if TYPE_CHECKING:
+    from dnw.train import Config
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:
+        if parsed.traceback or not _is_users(error):
+            raise
+        print(f"dnw: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dnw", description="Learn which connections a neural network has.")
+    parser.add_argument("--version", action="version", version=f"dnw {__version__}")
+    parser.set_defaults(traceback=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe", description=_train.__doc__)
+    train.add_argument("recipe", nargs="?", help="name of a recipe (dnw recipes) or path of a stored config.json")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=0.05 seeds=0,1,2")
+    train.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data lies (default: data)")
+    train.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
+    train.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    train.set_defaults(run=_train)
+
+    resume = commands.add_parser("resume", help="continue a run", description=_resume.__doc__)
+    resume.add_argument("path", type=Path, metavar="RUN", help="run directory")
+    resume.add_argument("--data-dir", type=Path, help="where the data lies (default: where it lay)")
+    resume.set_defaults(run=_resume)
+
+    evaluate = commands.add_parser("eval", help="test a run's checkpoints", description=_eval.__doc__)
+    evaluate.add_argument("path", type=Path, metavar="RUN", help="run directory")
+    evaluate.add_argument("--data-dir", type=Path, help="where the data lies (default: where it lay)")
+    evaluate.set_defaults(run=_eval)
+
+    recipes = commands.add_parser("recipes", help="list the recipes", description=_recipes.__doc__)
+    recipes.set_defaults(run=_recipes)
+
+    for command in (train, resume, evaluate, recipes):
+        command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    """Train a recipe, or a stored config, with some settings changed."""
+    config = _resolve(parsed.recipe, parsed.overrides)
+    if parsed.print_config:
+        _say(config.to_json().rstrip())
+        return
+    _quiet()
+    from dnw.train import train
+
+    train(config, data_dir=parsed.data_dir, out=parsed.out)
+
+
+def _resume(parsed: argparse.Namespace) -> None:
+    """Continue a run that was stopped or killed, to exactly the result of an unbroken one."""
+    _quiet()
+    from dnw.train import resume
+
+    resume(parsed.path, data_dir=parsed.data_dir)
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    """Test the best and the last checkpoint of a run: top-1 and top-5 accuracy."""
+    _quiet()
+    from dnw.train import evaluate
+
+    for score in evaluate(parsed.path, data_dir=parsed.data_dir):
+        _say(
+            f"{score.run}  {score.rule}  seed {score.seed}  {score.checkpoint} (epoch {score.epoch})  "
+            f"top-1 {score.top1:.2%}  top-5 {score.top5:.2%}"
+        )
+
+
+def _recipes(parsed: argparse.Namespace) -> None:
+    """List the recipes, one line each."""
+    from dnw.recipes import RECIPES
+
+    width = max(map(len, RECIPES))
+    for name, recipe in RECIPES.items():
+        _say(f"{name:<{width}}  {(recipe.__doc__ or '').strip().splitlines()[0]}")
+
+
+def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
+    """The config of a recipe or of a stored file, with overrides."""
+    from dnw.recipes import RECIPES
+    from dnw.train import config_from_json, override
+
+    if name is None or "=" in name:
+        overrides = [*([name] if name else []), *overrides]
+        name = "digits"
+    if name in RECIPES:
+        config = RECIPES[name]()
+    elif name.endswith(".json"):
+        config = config_from_json(Path(name).read_text(), name)
+    else:
+        raise ValueError(
+            f"no recipe {name!r}{did_you_mean(name, RECIPES)}; there are {listing(RECIPES)}, or give the path of a config.json"
+        )
+    return override(config, overrides)
+
+
+def _quiet() -> None:
+    """Keeps the advice that libraries give to programmers out of a user's terminal."""
+    import logging
+
+    warnings.filterwarnings("ignore", module=r"lightning_fabric|torch\.distributed")
+    for name in ("lightning_fabric", "lightning.fabric", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one that a user can cause and mend."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    return type(error).__name__ == "TrainingStoppedError"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed; install the training extra: pip install 'dnw[train]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())

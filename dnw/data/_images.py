@@ -1,0 +1,25 @@
+"""Images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Decoded images and their labels.
+
+    Attributes:
+        images: uint8 ``[n, colours, height, width]``.
+        labels: int64 ``[n]``.
+        classes: name of each class, in the order of the labels.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.labels.numel()

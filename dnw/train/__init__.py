@@ -1,0 +1,36 @@
+"""Training runs: one validated config, one loop, one run directory that can be resumed.
+
+The names are loaded when first used, so that configs and recipes need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "Config": "dnw.train._config",
+    "DataConfig": "dnw.train._config",
+    "OptimConfig": "dnw.train._config",
+    "config_from_json": "dnw.train._config",
+    "override": "dnw.train._config",
+    "RunDirectory": "dnw.train._run",
+    "TrainingStoppedError": "dnw.train._run",
+    "EpochMetrics": "dnw.train._run",
+    "evaluate": "dnw.train._loop",
+    "resume": "dnw.train._loop",
+    "train": "dnw.train._loop",
+}
+
+__all__ = list(_PUBLIC)
+
+if TYPE_CHECKING:
+    from dnw.train._config import Config, DataConfig, OptimConfig, config_from_json, override
+    from dnw.train._loop import evaluate, resume, train
+    from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'dnw.train' has no attribute {name!r}")

@@ -1,0 +1,184 @@
+"""What a run is: one frozen, validated value. What is printed is what is stored with the run.
+
+Contract: needs neither torch nor files. Unknown keys, wrong types and values out of range are errors that name the key,
+what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dnw._checks import did_you_mean
+
+RuleName = Literal["dnw", "random", "complete"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Frozen):
+    """Which images, and what is done to them."""
+
+    name: Literal["digits", "mnist", "cifar10", "folder"] = Field(description="data set")
+    image_size: int = Field(gt=0, description="side in pixels of the square images that the network gets")
+    mean: tuple[float, ...] = Field(description="per colour, in units of the full range")
+    std: tuple[float, ...] = Field(description="per colour, in units of the full range")
+    crop_padding: int = Field(0, ge=0, description="pixels of padding for random crops; 0 for none")
+    flip: bool = Field(False, description="mirror half of the training images")
+    workers: int = Field(2, ge=0, description="processes that decode, for data that does not fit in memory")
+
+
+class OptimConfig(_Frozen):
+    """Stochastic gradient descent and its learning rate over the run."""
+
+    lr: float = Field(0.1, gt=0, description="learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    schedule: Literal["constant", "steps", "cosine"] = "steps"
+    milestones: tuple[float, ...] = Field((0.5, 0.75), description="shares of the run at which 'steps' lowers the rate")
+    factor: float = Field(0.1, gt=0, lt=1, description="what 'steps' multiplies the rate with")
+
+    @field_validator("milestones")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < m < 1 for m in value) or list(value) != sorted(set(value)):
+            raise ValueError("milestones are increasing shares of the run, each between 0 and 1")
+        return value
+
+    def lr_at(self, epoch: float, epochs: int) -> float:
+        """The learning rate after ``epoch`` (a fraction counts) of ``epochs`` epochs."""
+        import math
+
+        done = epoch / epochs
+        if self.schedule == "constant":
+            return self.lr
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * self.factor ** sum(done >= m for m in self.milestones)
+
+
+class Config(_Frozen):
+    """Everything that a run depends on, apart from where the data lies and where the run is written."""
+
+    recipe: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name of the recipe it came from")
+    data: DataConfig
+    model: Literal["tiny_digits", "tiny_mnist", "tiny_cifar10"]
+    rule: RuleName = Field("dnw", description="how active edges are chosen")
+    num_edges: int | None = Field(None, ge=1, description="active edges of each graph")
+    density: float | None = Field(None, gt=0, le=1, description="share of the candidate edges that is active")
+    baseline: RuleName | None = Field(None, description="a second rule that runs beside, on the same budget")
+    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="images per step, over all processes")
+    seeds: tuple[int, ...] = Field((0,), description="one run each")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    processes: int = Field(1, ge=1, description="processes that train together")
+    first_epoch_snapshots: int = Field(8, ge=0, description="snapshots of the wiring within the first epoch")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_seed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) != len(value) or min(value) < 0:
+            raise ValueError("seeds are one or more different whole numbers from 0 on")
+        return value
+
+    @model_validator(mode="after")
+    def _budget(self) -> Config:
+        rules = {self.rule, self.baseline} - {None, "complete"}
+        if rules and (self.num_edges is None) == (self.density is None):
+            raise ValueError("a budget is needed: give num_edges or density, one of the two")
+        if self.baseline == self.rule:
+            raise ValueError(f"baseline={self.baseline}: is the rule of the run itself; name another, or null for none")
+        return self
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def config_from_json(text: str, source: str) -> Config:
+    """A stored config.
+
+    Args:
+        text: JSON.
+        source: where it came from, for messages.
+
+    Raises:
+        ValueError: no JSON, or not a valid config; every problem is named.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not JSON (line {error.lineno}: {error.msg})") from None
+    return _validate(values, source)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with some values changed, each given as ``key=value`` such as ``optim.lr=0.05`` or ``seeds=0,1,2``.
+
+    Raises:
+        ValueError: no such key, or a value that is not allowed.
+    """
+    values = config.model_dump(mode="json")
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"{item!r}: an override is written key=value, such as optim.lr=0.05")
+        place, path = values, key.split(".")
+        for part in path[:-1]:
+            if not isinstance(place.get(part), dict):
+                raise ValueError(f"{key}: no such setting{did_you_mean(key, _keys(values))}")
+            place = place[part]
+        if path[-1] not in place or isinstance(place[path[-1]], dict):
+            raise ValueError(f"{key}: no such setting{did_you_mean(key, _keys(values))}")
+        place[path[-1]] = _value(text, place[path[-1]])
+    return _validate(values, "override")
+
+
+def _value(text: str, present: Any) -> Any:
+    if text in ("null", "none", "None"):
+        return None
+    if isinstance(present, list):
+        return [_scalar(part) for part in text.split(",") if part]
+    return _scalar(text)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return value if isinstance(value, (int, float, bool)) else text
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        key
+        for name, value in values.items()
+        for key in (_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name])
+    ]
+
+
+def _validate(values: Any, source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "config"
+            given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+            hint = ""
+            if problem["type"] == "extra_forbidden":
+                hint = did_you_mean(key.rsplit(".", 1)[-1], [*Config.model_fields, *OptimConfig.model_fields])
+            problems.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{given}{hint}")
+        raise ValueError(f"{source}: " + "; ".join(problems)) from None

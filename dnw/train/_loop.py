@@ -1,0 +1,270 @@
+"""The training loop, from top to bottom.
+
+Contract: a run is a function of its config alone. Whatever is drawn in an epoch depends on seed and epoch, a checkpoint
+is written after every epoch, and a resumed run ends in exactly the state of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from dnw._wiring import Wiring, wire
+from dnw.count import num_live_nodes
+from dnw.data import Batches
+from dnw.train._build import ImageData, load_data, make_batches, make_model, make_rule
+from dnw.train._config import Config
+from dnw.train._log import Log
+from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
+from dnw.view import SnapshotWriter
+
+_STEPS_BETWEEN_CHECKS = 50
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Top-1 and top-5 accuracy of one checkpoint of one run on the test images, as shares."""
+
+    run: Path
+    rule: str
+    seed: int
+    checkpoint: str
+    epoch: int
+    top1: float
+    top5: float
+
+
+def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log | None = None) -> Path:
+    """Trains every seed of a config, each with its baseline where there is one.
+
+    Args:
+        config: what to run.
+        data_dir: where the data lies.
+        out: the run directory; by default the first free ``runs/<recipe>-<number>``.
+        log: where progress is shown.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ValueError, OSError: missing or damaged data, or a run directory that cannot be made.
+        TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    data = load_data(config, data_dir)
+    fabric = _launch(config)
+    path = RunDirectory.create(config, data_dir, out).path if fabric.is_global_zero else None
+    run = RunDirectory(fabric.broadcast(path))
+    _run_members(run, fabric, data, data_dir, log or Log())
+    return run.path
+
+
+def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) -> None:
+    """Continues a run from its last checkpoints, to exactly the result of an unbroken run.
+
+    Raises:
+        ValueError: this is no run directory, or something in it is damaged; the file is named.
+    """
+    run = RunDirectory(path)
+    config = run.config()
+    data_dir = run.data_dir() if data_dir is None else data_dir
+    data = load_data(config, data_dir)
+    _run_members(run, _launch(config), data, data_dir, log or Log())
+
+
+def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
+    """Tests the best and the last checkpoint of every single run in a run directory.
+
+    Raises:
+        ValueError: this is no run directory, or it has no checkpoint yet.
+    """
+    run = RunDirectory(path)
+    config = run.config()
+    data = load_data(config, run.data_dir() if data_dir is None else data_dir)
+    fabric = _launch(config.model_copy(update={"processes": 1}))
+    scores = []
+    for member, one in run.members():
+        for checkpoint in (member.best, member.last):
+            if not checkpoint.exists():
+                raise ValueError(f"{member.path}: no {checkpoint.name} yet; dnw resume {path} trains on")
+            state = _State(one, fabric, data)
+            content = state.load(checkpoint)
+            top1, top5, _ = _test(fabric, state, make_batches(one, data, fabric.device, 0, 1))
+            scores.append(
+                Scores(member.path, one.rule, one.seeds[0], checkpoint.stem, content["epoch"], top1, top5)
+            )
+    return scores
+
+
+class _State:
+    """A model with its optimizer and its wiring, as a run trains them."""
+
+    def __init__(self, config: Config, fabric: Fabric, data: ImageData) -> None:
+        self.model = make_model(config, num_classes=len(data[0].classes))
+        optim = config.optim
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+        self.wrapped_model, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
+        rule, budget = make_rule(config)
+        self.wiring: Wiring = wire(
+            self.wrapped_model, self.wrapped_optimizer, rule=rule, seed=config.seeds[0], **budget  # type: ignore[arg-type]
+        )
+
+    def save(self, path: Path, epoch: int, step: int) -> None:
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        write_checkpoint(path, {**content, "epoch": epoch, "step": step})
+
+    def load(self, path: Path) -> dict[str, Any]:
+        content = read_checkpoint(path)
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
+        return content
+
+
+def _launch(config: Config) -> Fabric:
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=config.processes,
+        strategy="ddp" if config.processes > 1 else "auto",
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: Path, log: Log) -> None:
+    log.enabled = fabric.is_global_zero
+    members = list(run.members())
+    try:
+        for member, config in members:
+            if fabric.is_global_zero and not (member.path / "config.json").exists():
+                member.start(config, data_dir)
+            fabric.barrier()
+            batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
+            _train_one(config, fabric, member, batches, data, log)
+    except KeyboardInterrupt:
+        log.line(f"stopped; continue with: dnw resume {run.path}")
+        raise
+    log.results([(config.rule, config.seeds[0], member.metrics()) for member, config in members])
+    log.line(f"run: {run.path}   (dnw eval {run.path} tests its best and last checkpoint again)")
+
+
+def _train_one(
+    config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log
+) -> None:
+    state = _State(config, fabric, data)
+    model, optimizer, wiring = state.wrapped_model, state.wrapped_optimizer, state.wiring
+    (seed,) = config.seeds
+    done = step = 0
+    if run.last.exists():
+        content = state.load(run.last)
+        done, step = content["epoch"], content["step"]
+    metrics = run.metrics()[:done]
+    if done == config.epochs:
+        return
+    log.start(config, run.path, wiring.summary(), done)
+    writer = SnapshotWriter(run.snapshots, step) if fabric.is_global_zero else None
+    if writer and step == 0:
+        writer.write(wiring, 0, 0.0)
+    early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
+
+    for epoch in range(done, config.epochs):
+        started = time.perf_counter()
+        torch.manual_seed((seed * 1_000_003 + epoch + 1) % (1 << 63))
+        edges_before = {name: wiring[name].active for name in wiring}
+        sums = torch.zeros(3, device=fabric.device)  # of losses, of right answers, of images
+        lr = config.optim.lr
+        model.train()
+        with log.progress(batches.num_batches, epoch, config.epochs) as advance:
+            for i, (images, labels) in enumerate(batches.train(epoch)):
+                lr = config.optim.lr_at(epoch + i / batches.num_batches, config.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
+                step += 1
+                right = (logits.argmax(1) == labels).sum()
+                sums += torch.stack([loss.detach().float() * len(labels), right.float(), right.new_tensor(len(labels)).float()])
+                if i % _STEPS_BETWEEN_CHECKS == 0:
+                    _check_finite(fabric, sums[0], epoch, step, lr, run)
+                if writer and epoch == 0 and i + 1 in early and i + 1 < batches.num_batches:
+                    writer.write(wiring, step, (i + 1) / batches.num_batches)
+                advance()
+        _check_finite(fabric, sums[0], epoch, step, lr, run)
+        sums = _sum_over_processes(fabric, sums)
+        top1, top5, test_loss = _test(fabric, state, batches)
+        entered = sum(int((wiring[name].active & ~edges_before[name]).count_nonzero()) for name in wiring)
+        live, nodes = num_live_nodes(state.model, wiring)
+        epoch_metrics = EpochMetrics(
+            epoch=epoch + 1,
+            step=step,
+            lr=lr,
+            train_loss=float(sums[0] / sums[2]),
+            train_top1=float(sums[1] / sums[2]),
+            test_loss=test_loss,
+            top1=top1,
+            top5=top5,
+            active=wiring.num_active,
+            entered=entered,
+            live=live,
+            nodes=nodes,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        is_best = all(top1 > m.top1 for m in metrics)
+        metrics.append(epoch_metrics)
+        if writer:
+            writer.write(wiring, step, epoch + 1.0)
+            if is_best:
+                state.save(run.best, epoch + 1, step)
+            run.write_metrics(metrics)
+            state.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
+        log.epoch(epoch_metrics, config.epochs)
+
+
+@torch.no_grad()
+def _test(fabric: Fabric, state: _State, batches: Batches) -> tuple[float, float, float]:
+    """Top-1, top-5 and mean loss on the test images, with the weights that the rule evaluates with."""
+    sums = torch.zeros(4, device=fabric.device)
+    model: nn.Module = state.wrapped_model
+    model.eval()
+    with state.wiring.settled():
+        for images, labels in batches.test():
+            sums += _batch_scores(model(images), labels)
+    right1, right5, loss, images_seen = _sum_over_processes(fabric, sums).tolist()
+    return right1 / images_seen, right5 / images_seen, loss / images_seen
+
+
+def _batch_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Right at first, right among five, sum of losses, number of images."""
+    logits = logits.float()
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([ranked[:, 0].sum().float(), ranked.sum().float(), loss, loss.new_tensor(len(labels))])
+
+
+def _sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
+    reduced = fabric.all_reduce(values, reduce_op="sum")
+    assert isinstance(reduced, Tensor)
+    return reduced
+
+
+def _check_finite(fabric: Fabric, loss: Tensor, epoch: int, step: int, lr: float, run: RunDirectory) -> None:
+    if bool(torch.isfinite(_sum_over_processes(fabric, loss.clone()))):
+        return
+    kept = f"the last good checkpoint is {run.last} (epoch {epoch})" if run.last.exists() else "no epoch was finished"
+    raise TrainingStoppedError(
+        f"the loss is not finite in epoch {epoch + 1} (step {step}, learning rate {lr:g}); {kept}; lower optim.lr and start anew"
+    )
