@@ -11,12 +11,12 @@ def digits() -> Config:
     """Tiny static graph on the handwritten digits in the package, beside a random graph; about a minute on a CPU."""
     return Config(
         recipe="digits",
-        data=DataConfig(name="digits", image_size=8, mean=(0.306,), std=(0.375,)),
+        data=DataConfig(name="digits", image_size=8, mean=(0.306,), std=(0.375,), crop_padding=1),
         model="tiny_digits",
         num_edges=200,
         baseline="random",
         optim=OptimConfig(lr=0.1, schedule="cosine"),
-        epochs=20,
+        epochs=80,
         batch_size=32,
     )
 
