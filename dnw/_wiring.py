@@ -162,6 +162,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._pools = pools
         self._left = left
         self._step = 0
+        self._open = False
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._handles: list[Any] = []
 
@@ -285,10 +286,14 @@ class Wiring(Mapping[str, WiredParameter]):
             self._leave_state(layer)
             layer.exchanged = True
             parameter.copy_(layer.latent)
+        self._open = True
         return args, kwargs
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._open:  # a step that called the step of its base class, which ran the hooks already
+            return
+        self._open = False
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):  # a fused optimizer skipped this step: nothing counts
             self._roll_back()
@@ -313,6 +318,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _roll_back(self) -> None:
         """Undoes an unfinished step: parameters get their effective weights back, latents were never touched."""
+        self._open = False
         for layer in self._layers:
             if layer.exchanged:
                 self._write(layer, self.rule.project(layer))

@@ -1,0 +1,141 @@
+"""What tests share: the rules, small models, slow references, the places of the recorded fixtures."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dnw
+from dnw.graphs import StaticGraph
+
+SHARED = Path(os.environ.get("DNW_SHARED", Path(__file__).parents[2] / "shared"))
+"""Recorded outputs of the authors' code and real data sets, where they are at hand; never part of the repository."""
+
+
+def reference(name: str) -> Path:
+    """A recorded fixture; the test is skipped where it is not at hand."""
+    path = SHARED / "reference" / name
+    if not path.exists():
+        pytest.skip(f"the recorded fixture {name} is not at hand (set DNW_SHARED)")
+    return path
+
+
+@dataclass(frozen=True)
+class RuleCase:
+    """A rule for the parametrized suite, with the budget it takes."""
+
+    rule: dnw.Rule
+    budget: dict[str, float]
+
+
+def rule_cases(model: nn.Module) -> dict[str, RuleCase]:
+    """Every listed rule, ready to wire a model of :func:`small_net`."""
+    half = {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.5 for name, p in model.named_parameters()}
+    special = {"frozen": RuleCase(dnw.Frozen(half), {}), "complete": RuleCase(dnw.Complete(), {})}
+    return {name: special.get(name) or RuleCase(rule(), {"density": 0.2}) for name, rule in dnw.RULES.items()}
+
+
+def small_net(seed: int = 0) -> nn.Sequential:
+    """A convolution, a norm and two linear layers on 8x8 images."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
+
+
+def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
+    """A fixed random batch for :func:`small_net`."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.randint(4, (size,), generator=generator)
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    """Plain training; returns the losses."""
+    losses = []
+    for step in steps:
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def slow_top_k(magnitudes: list[float], k: int, candidates: list[bool]) -> list[bool]:
+    """The k largest by sorting, the lowest index first among equals."""
+    order = sorted((i for i, c in enumerate(candidates) if c), key=lambda i: (-abs(magnitudes[i]), i))
+    chosen = set(order[:k])
+    return [i in chosen for i in range(len(magnitudes))]
+
+
+class _Masked(torch.autograd.Function):
+    """Straight-through in the forward pass, as the paper writes it: mask * weight forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: object, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class MaskInForward(nn.Module):
+    """The textbook form of DNW on :func:`small_net`: dense parameters, the top k chosen anew in every forward pass."""
+
+    def __init__(self, net: nn.Sequential, k: dict[str, int]) -> None:
+        super().__init__()
+        self.net, self.k = net, k
+
+    def mask(self, name: str) -> Tensor:
+        weight = self.net.get_parameter(name)
+        flat = slow_top_k(weight.detach().flatten().tolist(), self.k[name], [True] * weight.numel())
+        return torch.tensor(flat).view(weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        effective = {n: _Masked.apply(self.net.get_parameter(n), self.mask(n)) for n in self.k}
+        return torch.func.functional_call(self.net, effective, (x,))
+
+
+def slow_static_graph(graph: StaticGraph, mask: Tensor, x: Tensor) -> Tensor:
+    """A static graph evaluated node by node and edge by edge, from the definition."""
+    levels = graph.levels
+    starts = [sum(levels.sizes[:i]) for i in range(len(levels.sizes) + 1)]
+    level_of = [next(i for i in range(len(levels.sizes)) if v < starts[i + 1]) for v in range(levels.num_sources)]
+
+    def function(node: int, value: Tensor) -> Tensor:
+        level = level_of[node]
+        module, inside = graph.nodes[level], node - starts[level]
+        whole = torch.zeros(value.shape[0], levels.sizes[level], *value.shape[1:])
+        whole[:, inside] = value
+        return module(whole)[:, inside]
+
+    states: dict[int, Tensor] = {v: function(v, x[:, v]) for v in range(levels.num_inputs)}
+    shape = next(iter(states.values())).shape
+
+    def total(row: int, below: int) -> Tensor:
+        value = torch.zeros(shape)
+        for u in range(levels.num_sources):
+            if level_of[u] < below and mask[row, u]:
+                value = value + graph.weight[row, u] * states[u]
+        return value
+
+    for v in range(levels.num_inputs, levels.num_sources):
+        row = v if levels.shared_outputs else v - levels.num_inputs
+        states[v] = function(v, total(row, level_of[v]))
+    rows = levels.shape[0]
+    return torch.stack([total(row, len(levels.sizes)) for row in range(rows - levels.num_outputs, rows)], dim=1)

@@ -1,0 +1,715 @@
+"""The wiring lives with the optimizer: equal to mask-in-forward bit for bit, resumable, reversible, and clear when misused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MaskInForward, RuleCase, batch, rule_cases, small_net, train_steps
+from torch import nn
+
+import dnw
+from dnw._wiring import FORMAT
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "sgd_fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=1e-2),
+    "adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+}
+RULES = list(rule_cases(small_net()))
+
+
+def case(rule: str) -> RuleCase:
+    return rule_cases(small_net())[rule]
+
+
+def wired(rule: str = "dnw", optimizer: str = "momentum", seed: int = 0):
+    model = small_net(seed)
+    base = OPTIMIZERS[optimizer](model.parameters())
+    chosen = case(rule)
+    return model, base, dnw.wire(model, base, rule=chosen.rule, **chosen.budget)
+
+
+def saved(*things: object) -> list[dict]:
+    """State dicts after a trip through a file."""
+    buffer = io.BytesIO()
+    torch.save([x.state_dict() for x in things], buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def same(a: dnw.Wiring, b: dnw.Wiring) -> bool:
+    return all(
+        torch.equal(a[n].latent, b[n].latent)
+        and torch.equal(a[n].active, b[n].active)
+        and torch.equal(a[n].weight, b[n].weight)
+        for n in a
+    )
+
+
+# --- the algorithm ---
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_equals_mask_in_forward_bit_for_bit(optimizer):
+    model, base, wiring = wired("dnw", optimizer)
+    textbook = MaskInForward(small_net(), {name: wiring[name].num_active for name in wiring})
+    theirs = OPTIMIZERS[optimizer](textbook.parameters())
+    for step in range(25):
+        assert train_steps(model, base, range(step, step + 1)) == train_steps(textbook, theirs, range(step, step + 1))
+    for name in wiring:
+        assert torch.equal(wiring[name].latent, textbook.net.get_parameter(name))
+        assert torch.equal(wiring[name].active, textbook.mask(name))
+    assert wiring.step == 25
+
+
+def test_literal_step():
+    layer = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, -2.0, 1.0]]))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    wiring = dnw.wire(layer, optimizer, num_edges=2)
+    assert layer.weight.tolist() == [[3.0, -2.0, 0.0]]
+    out = layer(torch.tensor([[1.0, 1.0, 2.5]]))
+    assert out.item() == 1.0  # the dormant edge sends nothing
+    out.sum().backward()  # the gradient of each weight is what its source sends: 1, 1, 2.5
+    optimizer.step()
+    assert wiring["weight"].latent.tolist() == [[2.0, -3.0, -1.5]]
+    assert layer.weight.tolist() == [[2.0, -3.0, 0.0]]
+    assert not wiring["weight"].entered.any()
+    layer.zero_grad()
+    layer(torch.tensor([[1.5, -1.0, 0.0]])).sum().backward()
+    optimizer.step()  # latents become 0.5, -2, -1.5: the third edge takes the place of the first
+    assert wiring["weight"].active.tolist() == [[False, True, True]]
+    assert wiring["weight"].entered.tolist() == [[False, False, True]]
+
+
+# --- every rule ---
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_keeps_exactly_k_edges_and_zeros_elsewhere(rule):
+    model, base, wiring = wired(rule)
+    budget = {name: wiring[name].num_active for name in wiring}
+    if rule in ("dnw", "random"):
+        assert budget == {name: dnw.num_edges(0.2, wiring[name].num_candidates) for name in wiring}
+    for step in range(6):
+        train_steps(model, base, range(step, step + 1))
+        for name in wiring:
+            active, weight = wiring[name].active, model.get_parameter(name)
+            assert int(active.sum()) == budget[name]
+            assert not weight[~active].any()
+            assert torch.equal(weight[active], wiring[name].latent[active])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw_fused"])
+def test_resume_is_bit_exact(rule, at, optimizer):
+    model, base, wiring = wired(rule, optimizer)
+    train_steps(model, base, range(at))
+    weights, state = saved(model, base)
+    train_steps(model, base, range(at, 8))
+    for model_first in (True, False):
+        other, other_base, other_wiring = wired(rule, optimizer, seed=5)
+        if model_first:
+            other.load_state_dict(weights)
+        other_base.load_state_dict(copy.deepcopy(state))  # torch itself keeps the caller's momentum tensors
+        if not model_first:
+            other.load_state_dict(weights)
+        assert other_wiring.step == at
+        train_steps(other, other_base, range(at, 8))
+        assert same(wiring, other_wiring)
+
+
+@pytest.mark.parametrize("rule", ["random", "frozen", "complete"])
+def test_fixed_rules_never_change_their_edges(rule):
+    model, base, wiring = wired(rule)
+    before = {name: wiring[name].active for name in wiring}
+    train_steps(model, base, range(5))
+    assert all(torch.equal(before[name], wiring[name].active) for name in wiring)
+
+
+def test_random_graph_depends_on_the_seed_alone():
+    def edges(seed: int, init: int) -> list[bool]:
+        model = small_net(init)
+        wiring = dnw.wire(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.2, rule=dnw.RandomGraph(), seed=seed
+        )
+        return wiring["5.weight"].active.flatten().tolist()
+
+    assert edges(0, 0) == edges(0, 1)
+    assert edges(0, 0) != edges(1, 0)
+
+
+def test_random_graph_is_uniform():
+    counts = torch.zeros(10)
+    for seed in range(2000):
+        layer = nn.Linear(10, 1)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        counts += dnw.wire(layer, optimizer, num_edges=3, rule=dnw.RandomGraph(), seed=seed)["weight"].active[0]
+    assert (counts - 600).abs().max() < 5 * (2000 * 0.3 * 0.7) ** 0.5
+
+
+def test_complete_is_dense_training():
+    model, base, _ = wired("complete", "adamw")
+    plain = small_net()
+    other = OPTIMIZERS["adamw"](plain.parameters())
+    assert train_steps(model, base, range(6)) == train_steps(plain, other, range(6))
+
+
+# --- budgets ---
+
+
+def test_global_budget_is_exact_over_all_layers():
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    wiring = dnw.wire(model, base, dnw.Global(0.1))
+    total = dnw.num_edges(0.1, wiring.num_candidates)
+    shares = []
+    for step in range(10):
+        train_steps(model, base, range(step, step + 1))
+        shares.append([wiring[name].num_active for name in wiring])
+        assert sum(shares[-1]) == total
+    assert shares[0] != shares[-1]  # layers trade edges
+    weights, state = saved(model, base)
+    other = small_net(3)
+    other_base = torch.optim.SGD(other.parameters(), lr=0.5)
+    other_wiring = dnw.wire(other, other_base, dnw.Global(0.1))
+    other.load_state_dict(weights)
+    other_base.load_state_dict(state)
+    assert same(wiring, other_wiring)
+
+
+def test_global_budget_when_one_layer_gets_no_gradient():
+    model = nn.ModuleList([nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)])
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    wiring = dnw.wire(model, base, dnw.Global(0.25))
+    for _ in range(3):
+        base.zero_grad()
+        model[0](torch.randn(4, 6)).square().sum().mul(-0.1).backward()  # grows: takes edges from the other layer
+        base.step()
+    assert wiring.num_active == 18
+    for name in wiring:
+        assert torch.equal(model.get_parameter(name) != 0, wiring[name].active)
+
+
+def test_budgets_by_name():
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, {"0": 0.5, "*": 0.1}, num_edges={"7.weight": 7})
+    assert [wiring[n].num_active for n in wiring] == [108, 51, 7]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_k_is_exact_when_all_weights_are_equal(value):
+    model = nn.Linear(20, 20, bias=False)
+    nn.init.constant_(model.weight, value)
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    wiring = dnw.wire(model, base, density=0.1)
+    assert wiring["weight"].num_active == 40
+    assert wiring["weight"].active.flatten()[:40].all()
+    model(torch.ones(1, 20)).sum().backward()
+    base.step()
+    assert wiring["weight"].num_active == 40
+
+
+# --- steps of every kind ---
+
+
+def test_parameters_without_gradient_are_left_alone():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    wiring = dnw.wire(model, base, density=0.5)
+    kept, version = wiring["1.weight"].latent, model[1].weight._version
+    graph = model[1](torch.randn(2, 4)).square().sum()  # a graph that outlives the step
+    base.zero_grad()
+    model[0](torch.randn(2, 4)).sum().backward()
+    base.step()
+    assert torch.equal(wiring["1.weight"].latent, kept)
+    assert model[1].weight._version == version
+    graph.backward()
+
+
+def test_several_parameter_groups():
+    model = small_net()
+    groups = [{"params": [model[0].weight], "lr": 0.5}, {"params": [p for n, p in model.named_parameters() if n != "0.weight"]}]
+    base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    wiring = dnw.wire(model, base, density=0.2)
+    train_steps(model, base, range(3))
+    weights, state = saved(model, base)
+    train_steps(model, base, range(3, 6))
+    other = small_net(4)
+    groups = [{"params": [other[0].weight], "lr": 0.5}, {"params": [p for n, p in other.named_parameters() if n != "0.weight"]}]
+    other_base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    other_wiring = dnw.wire(other, other_base, density=0.2)
+    other.load_state_dict(weights)
+    other_base.load_state_dict(state)
+    train_steps(other, other_base, range(3, 6))
+    assert same(wiring, other_wiring)
+
+
+def test_parameters_of_another_optimizer_are_not_touched():
+    model = small_net()
+    first = torch.optim.SGD([model[0].weight], lr=0.1)
+    second = torch.optim.SGD([p for n, p in model.named_parameters() if n != "0.weight"], lr=0.1)
+    wiring = dnw.wire(model, second, density=0.2, exclude="0")
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    first.step()
+    second.step()
+    assert list(wiring) == ["5.weight", "7.weight"]
+    assert (model[0].weight != 0).all()
+
+
+def test_two_wirings_on_one_optimizer():
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    conv = dnw.wire(model, base, density=0.5, include="0")
+    linear = dnw.wire(model, base, density=0.1, include=nn.Linear)
+    train_steps(model, base, range(3))
+    assert conv.num_active == 108
+    assert linear.num_active == 51 + 6
+    weights, state = saved(model, base)
+    train_steps(model, base, range(3, 5))
+    expected = [conv["0.weight"].latent, linear["5.weight"].latent]
+    model.load_state_dict(weights)
+    base.load_state_dict(state)
+    train_steps(model, base, range(3, 5))
+    assert torch.equal(expected[0], conv["0.weight"].latent)
+    assert torch.equal(expected[1], linear["5.weight"].latent)
+
+
+def test_gradient_accumulation():
+    model, base, wiring = wired()
+    for step in range(4):
+        images, labels = batch(step)
+        F.cross_entropy(model(images), labels).backward()
+        if step % 2:
+            base.step()
+            base.zero_grad()
+    assert wiring.step == 2
+
+    textbook = MaskInForward(small_net(), {n: wiring[n].num_active for n in wiring})
+    theirs = OPTIMIZERS["momentum"](textbook.parameters())
+    for step in range(4):
+        images, labels = batch(step)
+        F.cross_entropy(textbook(images), labels).backward()
+        if step % 2:
+            theirs.step()
+            theirs.zero_grad()
+    assert all(torch.equal(wiring[n].latent, textbook.net.get_parameter(n)) for n in wiring)
+
+
+def test_an_optimizer_whose_step_calls_its_base_class_steps_once():
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model, expected = small_net(), small_net()
+    base = Noisy(model.parameters(), lr=0.1, momentum=0.9)
+    expected_base = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    wiring, expected_wiring = dnw.wire(model, base, density=0.2), dnw.wire(expected, expected_base, density=0.2)
+    assert train_steps(model, base, range(4)) == train_steps(expected, expected_base, range(4))
+    assert same(wiring, expected_wiring)
+    assert wiring.step == 4
+    assert wiring["5.weight"].entered.equal(expected_wiring["5.weight"].entered)
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_closure(positional):
+    model, base, wiring = wired()
+    expected, expected_base, expected_wiring = wired()
+
+    def closure():
+        images, labels = batch(0)
+        base.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    loss = base.step(closure) if positional else base.step(closure=closure)
+    assert [loss.item()] == train_steps(expected, expected_base, range(1))
+    assert same(wiring, expected_wiring)
+
+
+def test_an_optimizer_that_evaluates_its_closure_again_is_refused():
+    model = nn.Linear(4, 2)
+    base = torch.optim.LBFGS(model.parameters())
+    dnw.wire(model, base, density=0.5)
+
+    def closure():
+        base.zero_grad()
+        loss = model(torch.ones(1, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="LBFGS cannot be wired"):
+        base.step(closure)
+
+
+class Interrupted(torch.optim.SGD):
+    """Updates half of the parameters, then raises."""
+
+    broken = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.broken:
+            return super().step()
+        for p in self.param_groups[0]["params"][:3]:
+            p.add_(1.0)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("then", ["state_dict", "project", "step", "remove", "active"])
+def test_an_interrupted_step_rolls_back(then):
+    model = small_net()
+    base = Interrupted(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.2)
+    latents = {n: wiring[n].latent for n in wiring}
+    weights = {n: wiring[n].weight for n in wiring}
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    grads = {n: model.get_parameter(n).grad.clone() for n in wiring}
+    with pytest.raises(KeyboardInterrupt):
+        base.step()
+    if then == "state_dict":
+        assert torch.equal(base.state_dict()["state"][0]["latent"], latents["0.weight"])
+    elif then == "project":
+        wiring.project()
+    elif then == "active":
+        assert wiring["0.weight"].num_active == 43
+    elif then == "remove":
+        wiring.remove()
+    else:
+        base.broken = False
+        base.step()
+        for n in wiring:
+            torch.testing.assert_close(wiring[n].latent, latents[n] - 0.1 * grads[n], atol=1e-7, rtol=0)
+        assert wiring.step == 1
+        return
+    for n, weight in weights.items():
+        assert torch.equal(model.get_parameter(n), weight)
+
+
+# --- writes to the model ---
+
+
+def test_model_load_state_dict_after_wiring_is_taken_over():
+    model, base, wiring = wired()
+    dense = small_net(9)
+    model.load_state_dict(dense.state_dict())
+    wiring.project()
+    for name in wiring:
+        assert torch.equal(wiring[name].latent, dense.get_parameter(name))
+        assert int((model.get_parameter(name) != 0).sum()) == wiring[name].num_active
+
+    expected = small_net(9)
+    expected_base = OPTIMIZERS["momentum"](expected.parameters())
+    expected_wiring = dnw.wire(expected, expected_base, density=0.2)
+    train_steps(model, base, range(2))
+    train_steps(expected, expected_base, range(2))
+    assert same(wiring, expected_wiring)
+
+
+def test_a_write_between_steps_changes_only_what_was_written():
+    model, base, wiring = wired()
+    train_steps(model, base, range(2))
+    latent, active = wiring["5.weight"].latent, wiring["5.weight"].active
+    with torch.no_grad():
+        model[5].weight.clamp_(-0.1, 0.1)
+    expected = torch.where(active, latent.clamp(-0.1, 0.1), latent)
+    assert torch.equal(wiring["5.weight"].latent, expected)
+
+
+def test_latent_weights_can_be_written():
+    model, _, wiring = wired()
+    wanted = torch.zeros(16, 32)
+    wanted[3, :5] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    wiring["5.weight"].latent = wanted
+    assert torch.equal(model[5].weight[3, :5], wanted[3, :5])
+    assert wiring["5.weight"].num_active == 102
+    with pytest.raises(ValueError, match=r"expected shape \(16, 32\), got \(2,\)"):
+        wiring["5.weight"].latent = torch.zeros(2)
+    with pytest.raises(ValueError, match="not finite"):
+        wiring["5.weight"].latent = torch.full((16, 32), torch.nan)
+
+
+def test_what_is_read_is_a_copy():
+    model, _, wiring = wired()
+    parameter = wiring["5.weight"]
+    before = [parameter.latent, parameter.active, parameter.weight]
+    parameter.latent.zero_()
+    parameter.active.zero_()
+    parameter.weight.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(before, [parameter.latent, parameter.active, parameter.weight], strict=True))
+
+
+# --- what travels in the state dict ---
+
+
+def test_format_of_the_state():
+    model, base, wiring = wired("random", "adam")
+    train_steps(model, base, range(2))
+    entry = base.state_dict()["state"][0]
+    assert set(entry) == {"step", "exp_avg", "exp_avg_sq", "latent", "active", "wiring"}
+    assert entry["wiring"].tolist() == [FORMAT, 2, 0, 43]
+    assert entry["active"].dtype == torch.bool
+    assert set(base.state_dict()) == {"state", "param_groups"}
+
+
+def test_state_of_an_optimizer_without_state_of_its_own():
+    model, base, _ = wired("dnw", "adamw")
+    state = base.state_dict()["state"]  # before the first step
+    assert set(state) == {0, 4, 6}
+    assert set(state[0]) == {"latent", "active", "wiring"}
+    assert len(base.state) == 0  # a lazy initialisation must find nothing
+    train_steps(model, base, range(1))
+
+
+def test_loading_clones_and_keeps_the_callers_dict():
+    model, base, wiring = wired()
+    train_steps(model, base, range(2))
+    state = copy.deepcopy(base.state_dict())
+    other, other_base, other_wiring = wired(seed=3)
+    other_base.load_state_dict(state)
+    kept = state["state"][0]["latent"].clone()
+    train_steps(other, other_base, range(2, 4))
+    assert torch.equal(state["state"][0]["latent"], kept)
+
+
+def test_a_state_without_latents_takes_the_present_weights_with_a_warning():
+    plain = small_net()
+    base = OPTIMIZERS["momentum"](plain.parameters())
+    train_steps(plain, base, range(2))
+    model, wired_base, wiring = wired(seed=4)
+    model.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="holds no latent weights for '0.weight', '5.weight', '7.weight'"):
+        wired_base.load_state_dict(base.state_dict())
+    assert torch.equal(wiring["5.weight"].latent, plain[5].weight)
+    assert wiring["5.weight"].num_active == 102
+
+
+def test_a_state_of_another_budget_or_format_is_refused_before_anything_changes():
+    model, base, wiring = wired()
+    train_steps(model, base, range(2))
+    before = copy.deepcopy(base.state_dict())
+    other = small_net(2)
+    other_base = OPTIMIZERS["momentum"](other.parameters())
+    dnw.wire(other, other_base, density=0.5)
+    with pytest.raises(ValueError, match=r"108 active edges for '0.weight', this wiring keeps 43"):
+        base.load_state_dict(other_base.state_dict())
+    newer = copy.deepcopy(before)
+    newer["state"][0]["wiring"][0] = FORMAT + 1
+    with pytest.raises(ValueError, match=f"format {FORMAT + 1}, this version of dnw reads {FORMAT}"):
+        base.load_state_dict(newer)
+    after = base.state_dict()
+    assert all(torch.equal(before["state"][i]["latent"], after["state"][i]["latent"]) for i in (0, 4, 6))
+
+
+def test_a_saved_model_is_the_sparse_network_with_the_names_of_the_dense_one():
+    model, base, wiring = wired()
+    train_steps(model, base, range(2))
+    state = model.state_dict()
+    assert list(state) == list(small_net().state_dict())
+    assert int((state["5.weight"] != 0).sum()) == wiring["5.weight"].num_active
+
+
+def test_frozen_graph_from_a_loaded_random_one_survives_a_seed_change():
+    model, base, wiring = wired("random")
+    _, state = saved(model, base)
+    other = small_net(1)
+    other_base = OPTIMIZERS["momentum"](other.parameters())
+    other_wiring = dnw.wire(other, other_base, density=0.2, rule=dnw.RandomGraph(), seed=7)
+    other_base.load_state_dict(state)
+    assert torch.equal(other_wiring["5.weight"].active, wiring["5.weight"].active)
+
+
+# --- taking it off, misuse ---
+
+
+@pytest.mark.parametrize("keep", ["sparse", "latent"])
+def test_remove(keep):
+    model, base, wiring = wired("dnw", "adamw")
+    train_steps(model, base, range(2))
+    expected = {n: wiring[n].weight if keep == "sparse" else wiring[n].latent for n in wiring}
+    wiring.remove(keep)
+    assert all(torch.equal(model.get_parameter(n), w) for n, w in expected.items())
+    assert set(base.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    train_steps(model, base, range(2, 4))
+    assert int((model[5].weight != 0).sum()) > 102  # dense again
+    dnw.wire(model, base, density=0.1)
+    with pytest.raises(ValueError, match="allowed are 'sparse' and 'latent'"):
+        wiring.remove("dense")  # type: ignore[arg-type]
+
+
+def test_wiring_twice_is_refused():
+    model, base, _ = wired()
+    with pytest.raises(ValueError, match=r"'0.weight' is wired already; take that wiring off"):
+        dnw.wire(model, base, density=0.2)
+    with pytest.raises(ValueError, match="is wired already"):
+        dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.2)
+
+
+def test_an_optimizer_that_does_not_hold_the_parameter():
+    model = small_net()
+    with pytest.raises(ValueError, match=r"does not hold '0.weight', '5.weight'; give it these parameters"):
+        dnw.wire(model, torch.optim.SGD(model[7].parameters(), lr=0.1), density=0.2)
+
+
+def test_a_parameter_that_left_its_optimizer():
+    model, base, _ = wired()
+    base.param_groups[0]["params"] = base.param_groups[0]["params"][1:]
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight' is no longer in its optimizer"):
+        base.step()
+
+
+def test_a_parameter_that_changed_its_dtype():
+    model, base, _ = wired()
+    model.double()
+    F.cross_entropy(model(batch(0)[0].double()), batch(0)[1]).backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight' was torch.float32 .* is torch.float64"):
+        base.step()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite(bad):
+    model = small_net()
+    with torch.no_grad():
+        model[5].weight[0, 0] = bad
+    with pytest.raises(ValueError, match="'5.weight' has weights that are not finite"):
+        dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "a wiring needs a budget"),
+        ({"density": 0.0}, r"density=0.0: .* \(0, 1\]"),
+        ({"density": 1.5}, r"density=1.5: .* \(0, 1\]"),
+        ({"density": {"*": 2}}, r"density\['\*'\]=2: .* \(0, 1\]"),
+        ({"num_edges": 0}, "num_edges=0 for '0.weight'"),
+        ({"num_edges": 100_000}, "from 1 to 216"),
+        ({"density": 0.1, "num_edges": 3}, "both given for every layer"),
+        ({"density": 0.1, "rule": "dnw"}, "expected a rule such as dnw.DNW()"),
+        ({"density": 0.1, "rule": dnw.Complete()}, "Complete fixes its own number of edges"),
+        ({"rule": dnw.Frozen({})}, "Frozen has no edges for the wired parameter '0.weight'"),
+        ({"rule": dnw.Frozen({n: torch.ones(2, dtype=torch.bool) for n in ("0.weight", "5.weight", "7.weight")})}, "expected a boolean mask"),
+        ({"density": dnw.Global(0.1), "num_edges": 4}, "is a budget for every layer"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments, message):
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        dnw.wire(model, base, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small_net().parameters(), strict=True))
+    dnw.wire(model, base, density=0.1)
+
+
+def test_not_an_optimizer():
+    with pytest.raises(ValueError, match="expected a torch.optim.Optimizer, got int"):
+        dnw.wire(small_net(), 3, density=0.1)  # type: ignore[arg-type]
+
+
+def test_unknown_name():
+    _, _, wiring = wired()
+    with pytest.raises(KeyError, match=r"no wired parameter '5.wight'; did you mean '5.weight'\?"):
+        wiring["5.wight"]
+
+
+def test_summary_says_everything():
+    _, _, wiring = wired()
+    text = str(wiring.summary())
+    assert "0.weight  8x3x3x3         216      43   19.91%" in text
+    assert "total                     792     158   19.95%" in text
+    assert re.search(r"1.weight +8 +8  norm\n", text)
+    assert re.search(r"0.bias +8 +8  bias\n", text)
+
+
+# --- compile, and rules of other kinds ---
+
+
+@pytest.mark.slow
+def test_compiled_model_fullgraph():
+    torch._dynamo.reset()
+    model, base, wiring = wired()
+    eager, eager_base, eager_wiring = wired()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in range(6):
+        images, labels = batch(step)
+        for net, optimizer in ((compiled, base), (eager, eager_base)):
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+    for name in wiring:
+        assert torch.equal(wiring[name].active, eager_wiring[name].active)
+        torch.testing.assert_close(wiring[name].latent, eager_wiring[name].latent)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.slow
+def test_wiring_a_compiled_model_uses_the_plain_names():
+    torch._dynamo.reset()
+    model = small_net()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    base = torch.optim.SGD(compiled.parameters(), lr=0.1)
+    wiring = dnw.wire(compiled, base, density=0.2)
+    assert list(wiring) == ["0.weight", "5.weight", "7.weight"]
+    train_steps(compiled, base, range(2))
+    assert int((model[5].weight != 0).sum()) == 102
+
+
+@pytest.mark.slow
+def test_compiled_optimizer_step_keeps_dormant_latents():
+    torch._dynamo.reset()
+    model, base, wiring = wired()
+    eager, eager_base, eager_wiring = wired()
+    step = torch.compile(base.step, backend="aot_eager")
+    for i in range(3):
+        images, labels = batch(i)
+        base.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step()
+    train_steps(eager, eager_base, range(3))
+    assert all(torch.allclose(wiring[n].latent, eager_wiring[n].latent, atol=1e-6) for n in wiring)
+
+
+def test_fused_optimizer_with_grad_scaler_skips_whole_steps():
+    """A fused optimizer runs its hooks on a step that the scaler skips, and sees scaled gradients."""
+    model, base, wiring = wired("random", "adamw_fused")
+    before = {n: wiring[n].latent for n in wiring}
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    base.grad_scale, base.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    base.step()
+    assert wiring.step == 0
+    assert all(torch.equal(wiring[n].latent, before[n]) for n in wiring)
+    base.found_inf = torch.tensor(0.0)
+    base.step()
+    assert wiring.step == 1
+    unscaled, unscaled_base, unscaled_wiring = wired("random", "adamw_fused")
+    F.cross_entropy(unscaled(batch(0)[0]), batch(0)[1]).div(2).backward()
+    unscaled_base.step()
+    assert all(torch.allclose(wiring[n].latent, unscaled_wiring[n].latent, atol=1e-7) for n in wiring)
+
+
+def test_moving_the_model_after_wiring_is_followed():
+    model, base, wiring = wired()
+    twin, twin_base, twin_wiring = wired()
+    model.to(torch.device("cpu"))
+    train_steps(model, base, range(2))
+    train_steps(twin, twin_base, range(2))
+    assert same(wiring, twin_wiring)
