@@ -7,7 +7,6 @@ only where something is trained or tested.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -138,10 +137,11 @@ def _quiet() -> None:
     """Keeps the advice that libraries give to programmers out of a user's terminal."""
     import logging
 
+    import lightning_fabric  # noqa: F401  (it sets its own log level when imported)
+
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning_fabric|torch\.distributed")
-    for name in ("lightning_fabric", "lightning.fabric", "lightning_fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def _is_users(error: Exception) -> bool:

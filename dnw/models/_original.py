@@ -7,16 +7,14 @@ recorder of ours, and anything else is refused.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dnw._checks import listing
+from dnw._files import read_tensors
 from dnw.graphs import StaticGraph
 from dnw.models._classifier import GraphClassifier
 
@@ -25,8 +23,9 @@ class _Recorded:
     """Stands in for an object of the authors' code: keeps its attributes, runs nothing."""
 
 
-_HARMLESS = ("train.ScalarMeter", "utils.meters.ScalarMeter", "__main__.ScalarMeter")
-_RESERVED_FIELDS = ("zeros",)
+_HARMLESS = ("train.ScalarMeter", "__main__.ScalarMeter")
+_CONSTANTS = ("zeros",)
+"""Buffers of constants among the original's tensors, which our models do not need."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,7 @@ def read_original(path: str | Path) -> OriginalCheckpoint:
         ValueError: the file is no such checkpoint, or its pickle names something else than tensors and plain containers.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    allowed: list[Any] = [(_Recorded, name) for name in _HARMLESS]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("GLOBAL ")[2].split(" was not", 1)[0]
-        named = f"its pickle names {reason}, which could run code" if reason else "its pickle is not plain data"
-        raise ValueError(f"{path}: refused: {named}; only tensors and plain containers are read") from None
-    except (RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({type(error).__name__})") from None
+    content = read_tensors(Path(path), [(_Recorded, name) for name in _HARMLESS])
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a checkpoint with an entry 'model', found a {type(content).__name__}")
     model = content.get("model", content.get("state_dict"))
@@ -97,7 +84,7 @@ def load_original(model: GraphClassifier, weights: Mapping[str, Tensor]) -> dict
     Raises:
         ValueError: a missing or unknown name, or a wrong shape; the first one is named.
     """
-    ours = _from_original(model.graph, {k: v for k, v in weights.items() if k not in _RESERVED_FIELDS})
+    ours = _from_original(model.graph, {k: v for k, v in weights.items() if k not in _CONSTANTS})
     edges = {name.removesuffix("mask") + "weight": ours.pop(name).bool() for name in list(ours) if name.endswith(".mask")}
     own = model.state_dict()
     for name, tensor in own.items():

@@ -13,10 +13,10 @@ def digits() -> Config:
         recipe="digits",
         data=DataConfig(name="digits", image_size=8, mean=(0.306,), std=(0.375,), crop_padding=1),
         model="tiny_digits",
-        num_edges=200,
+        num_edges=100,
         baseline="random",
         optim=OptimConfig(lr=0.1, schedule="cosine"),
-        epochs=80,
+        epochs=60,
         batch_size=32,
     )
 

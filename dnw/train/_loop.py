@@ -155,7 +155,8 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
     except KeyboardInterrupt:
         log.line(f"stopped; continue with: dnw resume {run.path}")
         raise
-    log.results([(config.rule, config.seeds[0], member.metrics()) for member, config in members])
+    if fabric.is_global_zero:
+        log.results([(config.rule, config.seeds[0], member.metrics()) for member, config in members])
     log.line(f"run: {run.path}   (dnw eval {run.path} tests its best and last checkpoint again)")
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from dnw import __version__
-from dnw._files import write_whole
+from dnw._files import read_tensors, write_whole
 from dnw.train._config import Config, config_from_json
 
 CHECKPOINT_FORMAT = 1
@@ -168,10 +167,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no checkpoint of ours, a damaged one, or one of a newer version.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    content = read_tensors(path)
     version = content.get("format") if isinstance(content, dict) else None
     if version != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: a checkpoint of format {version}; this version of dnw reads {CHECKPOINT_FORMAT}")

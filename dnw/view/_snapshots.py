@@ -89,7 +89,7 @@ def read_snapshots(folder: Path) -> Iterator[Snapshot]:
     edges: dict[str, np.ndarray] = {}
     for path in _paths(folder):
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 step, epoch = archive["time"].tolist()
                 weights = {}
                 for name in [key.removesuffix("/weight") for key in archive.files if key.endswith("/weight")]:

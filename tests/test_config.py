@@ -1,0 +1,80 @@
+"""Configs, overrides and their messages."""
+
+import pytest
+
+from dnw.recipes import RECIPES, digits
+from dnw.train import Config, config_from_json, override
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_a_file(name):
+    config = RECIPES[name]()
+    assert config.recipe == name
+    assert config_from_json(config.to_json(), "file") == config
+
+
+def test_overrides():
+    config = override(digits(), ["optim.lr=0.05", "seeds=0,1,2", "baseline=null", "data.flip=true", "rule=random", "epochs=3"])
+    assert config.optim.lr == 0.05
+    assert config.seeds == (0, 1, 2)
+    assert config.baseline is None
+    assert config.data.flip is True
+    assert config.rule == "random"
+    assert config.epochs == 3
+    assert override(digits(), ["seeds=4"]).seeds == (4,)
+    assert override(digits(), ["optim.lr=1e-3"]).optim.lr == 1e-3
+    assert override(digits(), ["optim.milestones=0.5"]).optim.milestones == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("optim.lrr=1", r"optim.lrr: no such setting; did you mean 'optim.lr'\?"),
+        ("optimm.lr=1", r"optimm.lr: no such setting; did you mean 'optim.lr'\?"),
+        ("optim=1", "optim: no such setting"),
+        ("epochs", "'epochs': an override is written key=value"),
+        ("epochs=0", r"epochs: .*greater than or equal to 1 \(given: 0\)"),
+        ("epochs=many", r"epochs: .*valid integer.*\(given: 'many'\)"),
+        ("optim.lr=-1", r"optim.lr: .*greater than 0 \(given: -1\)"),
+        ("optim.lr=nan", r"optim.lr: .*\(given: 'nan'\)|finite"),
+        ("rule=dwn", r"rule: .*'dnw', 'random' or 'complete' \(given: 'dwn'\)"),
+        ("seeds=0,0", "one or more different whole numbers"),
+        ("seeds=-1", "one or more different whole numbers"),
+        ("density=2", r"density: .*less than or equal to 1"),
+        ("density=0.5", "num_edges or density, one of the two"),
+        ("baseline=dnw", "baseline=dnw: is the rule of the run itself"),
+        ("optim.milestones=0.75,0.5", "increasing shares of the run"),
+        ("recipe=../x", "recipe: "),
+    ],
+)
+def test_bad_overrides(item, message):
+    with pytest.raises(ValueError, match=message):
+        override(digits(), [item])
+
+
+def test_bad_files():
+    with pytest.raises(ValueError, match=r"c.json: not JSON \(line 1"):
+        config_from_json("{", "c.json")
+    text = digits().to_json().replace('"epochs"', '"epoch"')
+    with pytest.raises(ValueError, match=r"c.json: .*epochs: Field required.*epoch: Extra inputs.*did you mean 'epochs'"):
+        config_from_json(text, "c.json")
+    with pytest.raises(ValueError, match=r"c.json: config: "):
+        config_from_json("[]", "c.json")
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        digits().epochs = 3
+
+
+def test_learning_rates():
+    optim = override(digits(), ["optim.lr=1", "optim.schedule=steps", "optim.milestones=0.5,0.75"]).optim
+    assert [optim.lr_at(e, 160) for e in (0, 79.9, 80, 119.9, 120)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    cosine = override(digits(), ["optim.lr=1"]).optim
+    assert [cosine.lr_at(e, 10) for e in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+    assert override(digits(), ["optim.schedule=constant"]).optim.lr_at(7, 10) == 0.1
+
+
+def test_complete_needs_no_budget():
+    values = digits().model_dump() | {"rule": "complete", "baseline": None, "num_edges": None}
+    assert Config.model_validate(values).num_edges is None

@@ -1,0 +1,137 @@
+"""The floors of the house: imports point downwards, the core needs torch alone, the command starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dnw
+
+ROOT = Path(dnw.__file__).parent
+FLOORS = [
+    ["_checks", "_files"],
+    ["_select"],
+    ["_parameters", "_rules"],
+    ["_edges"],
+    ["_wiring"],
+    ["graphs"],
+    ["models", "count"],
+    ["data"],
+    ["view"],
+    ["train"],
+    ["recipes"],
+    ["cli"],
+]
+CORE = {"_checks", "_files", "_select", "_parameters", "_rules", "_edges", "_wiring", "graphs", "models", "count"}
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+FREE = {"__init__", "__main__"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Dotted names of the modules that a file imports at run time."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if top_level_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in FILES} - FREE == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    room = room_of(path)
+    if room in FREE:
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "dnw" and parts[1] in FLOOR and parts[1] != room:
+            assert FLOOR[parts[1]] < FLOOR[room], f"{path.relative_to(ROOT)} imports {name}, which is not below it"
+
+
+def test_no_cycles_between_files():
+    names = {".".join(["dnw", *p.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): p for p in FILES}
+    edges = {}
+    for name, path in names.items():
+        targets = {t if t in names else t.rpartition(".")[0] for t in imports(path, top_level_only=True)}
+        edges[name] = {t for t in targets if t in names and t != name}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for target in edges[name]:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in CORE], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_core_needs_torch_alone(path):
+    outside = {name.split(".")[0] for name in imports(path, top_level_only=True)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "dnw"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after running some code."""
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["train", "--help"], ["train", "digits", "--print-config"], ["train", "digits", "optim.lr=x"]]
+)
+def test_the_command_starts_without_torch(arguments):
+    code = f"import dnw.cli\ntry:\n    dnw.cli.main({arguments})\nexcept SystemExit: pass"
+    assert "torch" not in loaded_by(code)
+
+
+def test_the_core_works_where_nothing_but_torch_is_installed():
+    blocked = ["numpy", "pydantic", "lightning_fabric", "rich", "PIL", "scipy", "networkx"]
+    code = "\n".join(
+        [
+            "import warnings; warnings.simplefilter('ignore')",
+            f"for name in {blocked}: sys.modules[name] = None",
+            "import torch, dnw, dnw.count",
+            "model = dnw.models.tiny_digits()",
+            "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+            "wiring = dnw.wire(model, optimizer, num_edges=100)",
+            "model(torch.zeros(2, 1, 8, 8)).sum().backward()",
+            "optimizer.step()",
+            "assert wiring.num_active == 100, wiring",
+            "dnw.count.num_live_nodes(model, wiring); wiring.to_json(); print(wiring.summary())",
+        ]
+    )
+    assert "dnw._wiring" in loaded_by(code)
+
+
+def test_what_is_public_is_listed_and_there():
+    assert all(getattr(dnw, name) is not None for name in dnw.__all__)
+    for room in ("graphs", "models", "count", "view", "data", "train", "recipes"):
+        module = getattr(dnw, room)
+        assert all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = dnw.nothing

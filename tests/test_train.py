@@ -1,0 +1,329 @@
+"""Runs: equal when resumed, killed, or shared by two processes; clear when something is wrong."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import write_cifar, write_mnist, write_tree
+
+from dnw.cli import main
+from dnw.recipes import digits
+from dnw.train import RunDirectory, TrainingStoppedError, evaluate, override, resume, train
+from dnw.train._run import read_checkpoint
+from dnw.view import read_snapshots
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric", "ignore::FutureWarning")
+SHORT = ["device=cpu"]
+
+
+def short(*overrides: str):
+    return override(digits(), [*SHORT, *overrides])
+
+
+def checkpoints(run: Path) -> dict:
+    return read_checkpoint(run / "last.pt")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [{k: v for k, v in dataclasses.asdict(m).items() if k != "seconds"} for m in RunDirectory(run).metrics()]
+
+
+def assert_same_tensors(a, b, where=""):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_tensors(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_tensors(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    for name in ("last.pt", "best.pt"):
+        assert_same_tensors(read_checkpoint(a / name), read_checkpoint(b / name))
+    first, second = list(read_snapshots(a / "snapshots")), list(read_snapshots(b / "snapshots"))
+    assert [s.step for s in first] == [s.step for s in second]
+    for x, y in zip(first, second, strict=True):
+        assert all((x.edges[n] == y.edges[n]).all() and (x.weights[n] == y.weights[n]).all() for n in x.edges)
+
+
+def command(*arguments: str, cwd: Path, **more) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "dnw", *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=240, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """A run of four epochs with its baseline, in one go."""
+    return train(short("epochs=4"), data_dir=Path("data"), out=tmp_path_factory.mktemp("unbroken") / "run")
+
+
+def test_what_a_run_leaves_behind(unbroken):
+    assert {p.name for p in unbroken.iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "last.pt", "best.pt", "snapshots", "baseline",
+    }  # fmt: skip
+    config = RunDirectory(unbroken).config()
+    assert config == short("epochs=4")
+    assert RunDirectory(unbroken / "baseline").config().rule == "random"
+    lines = metrics(unbroken)
+    assert [m["epoch"] for m in lines] == [1, 2, 3, 4]
+    assert all(m["active"] == 100 and m["nodes"] == 120 and 0 < m["live"] <= 120 for m in lines)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert lines[0]["entered"] > 0
+    assert all(m["entered"] == 0 for m in metrics(unbroken / "baseline"))
+    environment = json.loads((unbroken / "environment.json").read_text())
+    assert {"dnw", "commit", "torch", "python", "machine", "data_dir"} <= environment.keys()
+
+
+def test_snapshots_of_a_run(unbroken):
+    snapshots = list(read_snapshots(unbroken / "snapshots"))
+    epochs = [s.epoch for s in snapshots]
+    assert epochs[0] == 0
+    assert sum(0 < e < 1 for e in epochs) == 8
+    assert epochs[-4:] == [1, 2, 3, 4]
+    state = checkpoints(unbroken)["optimizer"]["state"]
+    active = next(entry["active"] for entry in state.values() if "active" in entry)
+    assert snapshots[-1].edges["graph.weight"].tolist() == active.flatten().nonzero().squeeze(1).tolist()
+    entered = set(snapshots[-1].edges["graph.weight"].tolist()) - set(snapshots[-2].edges["graph.weight"].tolist())
+    assert len(entered) == metrics(unbroken)[-1]["entered"]
+
+
+def test_a_saved_model_holds_the_sparse_weights(unbroken):
+    content = checkpoints(unbroken)
+    assert int((content["model"]["graph.weight"] != 0).sum()) == 100
+
+
+@pytest.mark.parametrize("broken_at", [0, 1, 3])
+def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, broken_at):
+    import dnw.train._loop as loop
+
+    class Killed(Exception):
+        pass
+
+    real, calls = loop.write_checkpoint, []
+
+    def write(path, content):
+        if path.name == "last.pt" and "baseline" not in str(path):
+            calls.append(path)
+            if len(calls) == broken_at + 1:
+                raise Killed  # metrics, snapshot and best checkpoint of this epoch are written, the last one is not
+        real(path, content)
+
+    monkeypatch.setattr(loop, "write_checkpoint", write)
+    with pytest.raises(Killed):
+        train(short("epochs=4"), data_dir=Path("data"), out=tmp_path / "run")
+    monkeypatch.setattr(loop, "write_checkpoint", real)
+    resume(tmp_path / "run")
+    assert_same_runs(unbroken, tmp_path / "run")
+    assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
+
+
+def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    resume(tmp_path / "run")
+    assert_same_runs(unbroken, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.4])
+def test_sigkill_at_any_moment(unbroken, tmp_path, delay):
+    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    assert_same_runs(unbroken, tmp_path / "run")
+    assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
+    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; continue with: dnw resume run" in out
+    assert err == ""
+    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    assert_same_runs(unbroken, tmp_path / "run")
+
+
+def test_eval_repeats_the_metrics(unbroken):
+    scores = evaluate(unbroken)
+    assert [(s.rule, s.checkpoint) for s in scores] == [("dnw", "best"), ("dnw", "last"), ("random", "best"), ("random", "last")]
+    lines = metrics(unbroken)
+    assert scores[1].top1 == lines[-1]["top1"]
+    assert scores[1].top5 == lines[-1]["top5"]
+    assert scores[0].top1 == max(m["top1"] for m in lines)
+    assert scores[0].epoch == 1 + [m["top1"] for m in lines].index(scores[0].top1)
+
+
+def test_several_seeds(tmp_path, capsys):
+    train(short("epochs=2", "seeds=0,3", "baseline=null"), data_dir=Path("data"), out=tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "environment.json", "seed-0", "seed-3"}
+    tops = [metrics(tmp_path / "run" / f"seed-{s}")[-1]["top1"] for s in (0, 3)]
+    assert tops[0] != tops[1]
+    mean, deviation = torch.tensor(tops, dtype=torch.float64).mean().item(), torch.tensor(tops, dtype=torch.float64).std().item()
+    assert f"dnw: test accuracy {mean:.2%} +- {deviation:.2%} at the last epoch" in capsys.readouterr().out
+
+
+def test_same_seed_same_run(unbroken, tmp_path):
+    train(short("epochs=4"), data_dir=Path("data"), out=tmp_path / "run")
+    assert_same_runs(unbroken, tmp_path / "run")
+
+
+def test_a_stored_config_can_be_trained(unbroken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(unbroken / "config.json"), "--out", "run"]) == 0
+    assert_same_runs(unbroken, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    import dnw.train._loop as loop
+
+    real, steps = loop.F.cross_entropy, []
+
+    def explode(logits, labels, **more):
+        steps.append(None)
+        loss = real(logits, labels, **more)
+        return loss * torch.inf if len(steps) == 60 else loss
+
+    monkeypatch.setattr(loop.F, "cross_entropy", explode)
+    with pytest.raises(TrainingStoppedError, match=r"not finite in epoch 2 .*last good checkpoint is .*last.pt \(epoch 1\)"):
+        train(short("epochs=3"), data_dir=Path("data"), out=tmp_path / "run")
+    content = checkpoints(tmp_path / "run")
+    assert content["epoch"] == 1
+    assert all(torch.isfinite(t).all() for t in content["model"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_end_where_one_does(unbroken, tmp_path):
+    # batch norm sees half batches, so results differ; but edges, steps and files are those of one run
+    done = command("train", "digits", "epochs=2", "processes=2", *SHORT, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/2") == 2  # the run and its baseline, each said once
+    lines = metrics(tmp_path / "run")
+    assert [m["active"] for m in lines] == [100, 100]
+    assert lines[-1]["step"] == metrics(unbroken)[1]["step"]
+    assert command("eval", "run", cwd=tmp_path).returncode == 0
+
+
+# --- the command's errors: one line, exit code not 0, nothing half-written ---
+
+
+def fails(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_command_errors(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no recipe 'digit'; did you mean 'digits'" in fails(capsys, "train", "digit")
+    assert "no such setting; did you mean 'optim.lr'" in fails(capsys, "train", "digits", "optim.lrr=1")
+    assert "none.json: No such file or directory" in fails(capsys, "train", "none.json")
+    assert "no MNIST file" in fails(capsys, "train", "mnist")
+    assert "no CIFAR-10 in data" in fails(capsys, "train", "cifar10")
+    assert "not a run directory" in fails(capsys, "resume", "nothing")
+    assert "not a run directory" in fails(capsys, "eval", "nothing")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "full: exists already" in fails(capsys, "train", "digits", "--out", "full")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["file"]
+
+
+def test_damaged_runs_are_named(unbroken, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for file, content, message in [
+        ("last.pt", b"PK cut", "last.pt: not a readable PyTorch file"),
+        ("config.json", b"{", "config.json: not JSON"),
+        ("metrics.jsonl", b"{\n", "metrics.jsonl: damaged"),
+        ("environment.json", b"", "environment.json does not say where the data is"),
+    ]:
+        shutil.copytree(unbroken, "run")
+        (tmp_path / "run" / file).write_bytes(content)
+        assert message in fails(capsys, "resume", "run")
+        shutil.rmtree("run")
+    shutil.copytree(unbroken, "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    assert "no best.pt yet" in fails(capsys, "eval", "run")
+
+
+def test_data_of_every_kind_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / "data", 64, 20)
+    write_cifar(tmp_path / "data" / "cifar-10-batches-py")
+    write_tree(tmp_path / "tree", size=40, num=6, wide=8)
+    assert main(["train", "mnist", "epochs=1", "device=cpu", "batch_size=16", "--out", "a"]) == 0
+    assert main(["train", "cifar10", "epochs=1", "device=cpu", "batch_size=10", "--out", "b"]) == 0
+    folder = ["data.name=folder", "data.workers=0", "batch_size=4"]
+    assert main(["train", "cifar10", "epochs=1", "device=cpu", *folder, "--data-dir", "tree", "--out", "c"]) == 0
+    assert metrics(tmp_path / "c")[0]["step"] == 3
+    assert main(["eval", "c"]) == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+    """A limit on file size makes the checkpoint fail as a full disk does."""
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=2", *SHORT, "--out", "run"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "best.pt: File too large" in done.stderr
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert command("resume", "run", cwd=tmp_path).returncode == 0
+
+
+def test_recipes_and_config_on_the_command_line(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["digits", "mnist", "cifar10"]
+    assert all(len(line.split()) > 5 for line in lines)
+    assert main(["train", "optim.lr=0.07", "--print-config"]) == 0  # digits where no recipe is named
+    assert '"lr": 0.07' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    arguments = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29513", "-m", "dnw"]
+    done = subprocess.run(
+        [sys.executable, *arguments, "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(tmp_path / "run")[0]["active"] == 100
