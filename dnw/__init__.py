@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "wire": "dnw._wiring",
+    "wire": "dnw._wire",
     "Wiring": "dnw._wiring",
     "WiredParameter": "dnw._wiring",
     "Edges": "dnw._edges",
@@ -35,11 +35,31 @@ _ROOMS = ("graphs", "models", "count", "view", "data", "train", "recipes")
 __all__ = [*_PUBLIC, *_ROOMS]
 
 if TYPE_CHECKING:
-    from dnw import count, data, graphs, models, recipes, train, view
-    from dnw._edges import Edges, Summary
-    from dnw._rules import DNW, RULES, Complete, Frozen, Layer, Pool, RandomGraph, Rule
-    from dnw._select import ErdosRenyiKernel, Global, Uniform, num_edges, top_k
-    from dnw._wiring import WiredParameter, Wiring, wire
+    from dnw import count as count
+    from dnw import data as data
+    from dnw import graphs as graphs
+    from dnw import models as models
+    from dnw import recipes as recipes
+    from dnw import train as train
+    from dnw import view as view
+    from dnw._edges import Edges as Edges
+    from dnw._edges import Summary as Summary
+    from dnw._rules import DNW as DNW
+    from dnw._rules import RULES as RULES
+    from dnw._rules import Complete as Complete
+    from dnw._rules import Frozen as Frozen
+    from dnw._rules import Layer as Layer
+    from dnw._rules import Pool as Pool
+    from dnw._rules import RandomGraph as RandomGraph
+    from dnw._rules import Rule as Rule
+    from dnw._select import ErdosRenyiKernel as ErdosRenyiKernel
+    from dnw._select import Global as Global
+    from dnw._select import Uniform as Uniform
+    from dnw._select import num_edges as num_edges
+    from dnw._select import top_k as top_k
+    from dnw._wire import wire as wire
+    from dnw._wiring import WiredParameter as WiredParameter
+    from dnw._wiring import Wiring as Wiring
 
 
 def __getattr__(name: str) -> Any:

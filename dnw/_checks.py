@@ -21,7 +21,8 @@ def check_num_edges(value: object, candidates: int, name: str) -> int:
     """Returns a number of edges; raises ``ValueError`` unless it is an integer in [1, candidates]."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= candidates:
         raise ValueError(
-            f"num_edges={value!r} for {name!r}: allowed is a whole number from 1 to {candidates:,}, the number of its candidate edges"
+            f"num_edges={value!r} for {name!r}: allowed is a whole number from 1 to {candidates:,}, the number of its "
+            "candidate edges"
         )
     return value
 

@@ -42,9 +42,7 @@ class Edges:
     is_graph: bool
 
     @classmethod
-    def from_weight(
-        cls, name: str, weight: Tensor, active: Tensor, node_ids: tuple[Tensor, Tensor] | None = None
-    ) -> Edges:
+    def from_weight(cls, name: str, weight: Tensor, active: Tensor, node_ids: tuple[Tensor, Tensor] | None = None) -> Edges:
         """The active entries of a weight; ``node_ids`` are the nodes of a graph's rows and columns."""
         matrix = weight.reshape(weight.shape[0], -1)
         row, column = active.reshape(matrix.shape).nonzero(as_tuple=True)

@@ -125,9 +125,7 @@ def _places(model: nn.Module) -> list[_Place]:
             kind = _kind(module, attribute, parameter)
             place = found.get(id(parameter))
             if place is None:
-                found[id(parameter)] = _Place(
-                    name, module_name, attribute, parameter, [(name, module_name, module)], kind
-                )
+                found[id(parameter)] = _Place(name, module_name, attribute, parameter, [(name, module_name, module)], kind)
             else:
                 if kind == "embedding" or place.kind == "embedding":
                     place.kind = f"tied to an embedding ({name if kind == 'embedding' else place.name})"
@@ -198,9 +196,7 @@ def find_parameters(
     for place in places:
         reason = _reason(place, include, exclude, has_graphs)
         if reason is None:
-            wirable.append(
-                Wirable(place.name, place.module_name, place.modules[0][2], place.parameter, _candidates(place))
-            )
+            wirable.append(Wirable(place.name, place.module_name, place.modules[0][2], place.parameter, _candidates(place)))
         else:
             left.append(LeftOut(place.name, tuple(place.parameter.shape), reason))
     if not wirable:
@@ -209,9 +205,7 @@ def find_parameters(
     return wirable, left
 
 
-def _reason(
-    place: _Place, include: Sequence[Selector] | None, exclude: Sequence[Selector], has_graphs: bool
-) -> str | None:
+def _reason(place: _Place, include: Sequence[Selector] | None, exclude: Sequence[Selector], has_graphs: bool) -> str | None:
     """Why a parameter stays dense; None where it is wired."""
     for selector in exclude:
         if _fits(place, selector):

@@ -91,9 +91,7 @@ class Rule:
 
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         """The active edges of each layer of each pool, as boolean masks; exactly ``pool.k`` are true in each pool."""
-        return [
-            top_k([self.score(x) for x in pool.layers], pool.k, [x.candidates for x in pool.layers]) for pool in pools
-        ]
+        return [top_k([self.score(x) for x in pool.layers], pool.k, [x.candidates for x in pool.layers]) for pool in pools]
 
     def gradient(self, layer: Layer) -> Tensor | None:
         """The gradient that the latent weights get in this step; None leaves it as autograd computed it."""
@@ -127,7 +125,8 @@ class Fixed(Rule):
         return True
 
     def gradient(self, layer: Layer) -> Tensor | None:
-        assert layer.grad is not None and layer.active is not None
+        assert layer.grad is not None
+        assert layer.active is not None
         return torch.where(layer.active, layer.grad, torch.zeros((), dtype=layer.grad.dtype, device=layer.grad.device))
 
 

@@ -158,9 +158,7 @@ class ErdosRenyiKernel(Budget):
         edges = [max(1, math.floor(w)) for w in wanted]
         by_remainder = sorted(range(len(layers)), key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
         while (missing := total - sum(edges)) != 0:
-            movable = [
-                i for i in by_remainder if (edges[i] < layers[i].candidates if missing > 0 else edges[i] > 1)
-            ]
+            movable = [i for i in by_remainder if (edges[i] < layers[i].candidates if missing > 0 else edges[i] > 1)]
             for i in movable[: abs(missing)]:
                 edges[i] += 1 if missing > 0 else -1
         return [([i], k) for i, k in enumerate(edges)]

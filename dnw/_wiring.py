@@ -1,4 +1,4 @@
-"""``wire``: ties a rule to parameters. The dense latent weights live with the optimizer, the model holds the sparse ones.
+"""The wiring: dense latent weights that live with the optimizer, sparse effective ones in the model.
 
 Contract: between steps every wired parameter holds its effective weight. Around ``optimizer.step()`` the latent weight
 is exchanged in and out by the optimizer's public hooks, so the base optimizer updates latent weights with the gradient of
@@ -24,9 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import did_you_mean, listing
 from dnw._edges import Edges, Summary, SummaryRow
-from dnw._parameters import GraphModule, LeftOut, Selector, Wirable, find_parameters
-from dnw._rules import DNW, Layer, Pool, Rule
-from dnw._select import Budget, ByName, Shape, Uniform
+from dnw._parameters import GraphModule, LeftOut, Wirable
+from dnw._rules import Layer, Pool, Rule
 
 FORMAT = 1
 """Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
@@ -39,11 +38,11 @@ wiring: int64 tensor (format version, completed rule steps, seed, number of acti
 seed, step and name, so nothing else is needed to continue bit for bit.
 """
 
-_wired: WeakIdKeyDictionary = WeakIdKeyDictionary()
+WIRED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Every wired parameter, so that none is wired twice."""
 
 
-class _WiredLayer(Layer):
+class WiredLayer(Layer):
     """A layer with its parameter and the book-keeping of the exchange."""
 
     parameter: nn.Parameter
@@ -66,7 +65,7 @@ class _WiredLayer(Layer):
 class WiredParameter:
     """One wired parameter by name: its edges and its latent weights."""
 
-    def __init__(self, wiring: Wiring, layer: _WiredLayer) -> None:
+    def __init__(self, wiring: Wiring, layer: WiredLayer) -> None:
         self._wiring, self._layer = wiring, layer
 
     def __repr__(self) -> str:
@@ -112,7 +111,7 @@ class WiredParameter:
             raise ValueError(
                 f"latent weights of {self.name!r}: expected shape {tuple(layer.latent.shape)}, got {tuple(value.shape)}"
             )
-        _check_finite(self.name, value)
+        check_finite(self.name, value)
         with torch.no_grad():
             layer.latent.copy_(value)
         self._wiring._select([layer])
@@ -154,7 +153,7 @@ class Wiring(Mapping[str, WiredParameter]):
     """
 
     def __init__(
-        self, optimizer: Optimizer, rule: Rule, layers: list[_WiredLayer], pools: list[Pool], left: list[LeftOut]
+        self, optimizer: Optimizer, rule: Rule, layers: list[WiredLayer], pools: list[Pool], left: list[LeftOut]
     ) -> None:
         self.rule = rule
         self._optimizer = optimizer
@@ -165,6 +164,11 @@ class Wiring(Mapping[str, WiredParameter]):
         self._open = False
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._handles: list[Any] = []
+        self._select(layers)
+        for layer in layers:
+            assert layer.active is not None
+            layer.previous = layer.active
+        self._register()
 
     # --- what a user asks ---
 
@@ -200,9 +204,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def summary(self) -> Summary:
         """A table per layer: candidates, active, density; what was left out and why; the totals."""
-        rows = [
-            SummaryRow(p.name, tuple(p._layer.latent.shape), p.num_candidates, p.num_active) for p in self.values()
-        ]
+        rows = [SummaryRow(p.name, tuple(p._layer.latent.shape), p.num_candidates, p.num_active) for p in self.values()]
         return Summary(tuple(rows), tuple(self._left))
 
     def to_json(self) -> str:
@@ -241,7 +243,7 @@ class Wiring(Mapping[str, WiredParameter]):
             if keep == "latent":
                 self._write(layer, layer.latent)
             self._leave_state(layer)
-            del _wired[layer.parameter]
+            del WIRED[layer.parameter]
         for handle in self._handles:
             handle.remove()
         self._layers, self._pools, self._handles = [], [], []
@@ -259,7 +261,7 @@ class Wiring(Mapping[str, WiredParameter]):
             optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
         for layer in self._layers:
-            _wired[layer.parameter] = True
+            WIRED[layer.parameter] = True
             self._enter_state(layer)
 
     @torch.no_grad()
@@ -309,7 +311,7 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in stepped:
             self._close(layer)
 
-    def _close(self, layer: _WiredLayer) -> None:
+    def _close(self, layer: WiredLayer) -> None:
         """Ends a layer's part in a step."""
         if layer.given_grad is not None:
             layer.parameter.grad, layer.given_grad = layer.given_grad, None
@@ -325,7 +327,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 self._close(layer)
 
     @torch.no_grad()
-    def _select(self, layers: Sequence[_WiredLayer], step: int | None = None) -> None:
+    def _select(self, layers: Sequence[WiredLayer], step: int | None = None) -> None:
         """Selects anew in every pool that holds one of the layers, and projects what changed."""
         chosen = {id(layer) for layer in layers}
         pools = [pool for pool in self._pools if any(id(x) in chosen for x in pool.layers)]
@@ -344,12 +346,12 @@ class Wiring(Mapping[str, WiredParameter]):
                 self._write(layer, self.rule.project(layer))
 
     @torch.no_grad()
-    def _write(self, layer: _WiredLayer, value: Tensor) -> None:
+    def _write(self, layer: WiredLayer, value: Tensor) -> None:
         layer.parameter.copy_(value)
         layer.version = layer.parameter._version
 
     @torch.no_grad()
-    def _take_over_writes(self, layer: _WiredLayer) -> bool:
+    def _take_over_writes(self, layer: WiredLayer) -> bool:
         """Takes over values that somebody else wrote to the parameter since it was last projected."""
         parameter, latent = layer.parameter, layer.latent
         if latent.device != parameter.device:
@@ -380,16 +382,17 @@ class Wiring(Mapping[str, WiredParameter]):
 
     # --- what travels with the optimizer ---
 
-    def _entry(self, layer: _WiredLayer) -> dict[str, Tensor]:
+    def _entry(self, layer: WiredLayer) -> dict[str, Tensor]:
         assert layer.active is not None
         numbers = (FORMAT, self._step, layer.seed, int(layer.active.count_nonzero()))
         return {"latent": layer.latent, "active": layer.active, "wiring": torch.tensor(numbers, dtype=torch.int64)}
 
-    def _enter_state(self, layer: _WiredLayer) -> None:
-        if layer.parameter in self._optimizer.state and self._optimizer.state[layer.parameter]:
-            self._optimizer.state[layer.parameter].update(self._entry(layer))
+    def _enter_state(self, layer: WiredLayer) -> None:
+        state = self._optimizer.state.get(layer.parameter)
+        if state:
+            state.update(self._entry(layer))
 
-    def _leave_state(self, layer: _WiredLayer) -> None:
+    def _leave_state(self, layer: WiredLayer) -> None:
         if layer.parameter in self._optimizer.state:
             for key in STATE_KEYS:
                 self._optimizer.state[layer.parameter].pop(key, None)
@@ -465,131 +468,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._select([layer for layer in self._layers if layer.name not in incoming])
 
 
-def wire(
-    model: nn.Module,
-    optimizer: Optimizer,
-    density: float | Mapping[str, float] | Budget | None = None,
-    *,
-    num_edges: int | Mapping[str, int] | None = None,
-    rule: Rule | None = None,
-    include: str | type[nn.Module] | Sequence[Selector] | None = None,
-    exclude: str | type[nn.Module] | Sequence[Selector] = (),
-    seed: int = 0,
-) -> Wiring:
-    """Wires a model: from the next step on, its weights are sparse and which edges they have is learned.
-
-    Call it after the optimizer is made and the model is on its device (and wrapped, where it is trained distributed),
-    then train as always.
-
-    Args:
-        model: any module. Its wired parameters hold their effective (sparse) weights from here on.
-        optimizer: the optimizer that holds the parameters.
-        density: share of the candidate edges that is active, in (0, 1]: one for every layer, or by name pattern, or a
-            budget such as ``dnw.ErdosRenyiKernel(0.1)`` or ``dnw.Global(0.1)``.
-        num_edges: exact number of active edges: for each layer, or by name pattern (beside ``density`` if wanted).
-        rule: how active edges are chosen; ``dnw.DNW()`` by default.
-        include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
-            ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
-        exclude: name patterns or module types to leave dense.
-        seed: of random draws (random graph and the like).
-
-    Returns:
-        The wiring. It need not be kept: the optimizer keeps it alive.
-
-    Raises:
-        ValueError: a budget, pattern, parameter or optimizer that does not fit; nothing has been changed then.
-    """
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # the wrappers of launch libraries
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    rule = DNW() if rule is None else rule
-    if not isinstance(rule, Rule):
-        raise ValueError(f"rule: expected a rule such as dnw.DNW(), got {rule!r}")
-    found, left = find_parameters(
-        model, None if include is None else _as_list(include), _as_list(exclude)
-    )
-    _check_parameters(found, optimizer)
-    shapes = [_shape(f) for f in found]
-    shares = _shares(rule, density, num_edges, shapes)
-    layers = [_WiredLayer(f, seed) for f in found]
-    pools = [Pool([layers[i] for i in indices], k) for indices, k in shares]
-    wiring = Wiring(optimizer, rule, layers, pools, left)
-    wiring._select(layers)
-    for layer in layers:
-        assert layer.active is not None
-        layer.previous = layer.active
-    wiring._register()
-    return wiring
-
-
-def _as_list(selectors: str | type[nn.Module] | Sequence[Selector]) -> list[Selector]:
-    return [selectors] if isinstance(selectors, (str, type)) else list(selectors)
-
-
-def _shape(found: Wirable) -> Shape:
-    candidates = found.parameter.numel() if found.candidates is None else int(found.candidates.count_nonzero())
-    return Shape(found.name, found.module_name, tuple(found.parameter.shape), candidates)
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name!r} has weights that are not finite; magnitudes cannot be ranked with NaN or infinity")
-
-
-def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for f in found:
-        if f.parameter in _wired:
-            raise ValueError(
-                f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
-                "out with exclude"
-            )
-        if not f.parameter.is_floating_point():
-            raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
-        _check_finite(f.name, f.parameter.detach())
-    missing = [f.name for f in found if id(f.parameter) not in held]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not hold {listing(missing)}; give it these parameters before wiring, or leave them dense "
-            "with exclude"
-        )
-
-
-def _shares(
-    rule: Rule,
-    density: float | Mapping[str, float] | Budget | None,
-    num_edges: int | Mapping[str, int] | None,
-    shapes: Sequence[Shape],
-) -> list[tuple[list[int], int]]:
-    """The pools of layers and their budgets, from the rule or from the arguments of :func:`wire`."""
-    by_rule = [rule.num_edges(shape) for shape in shapes]
-    if all(k is not None for k in by_rule):
-        if density is not None or num_edges is not None:
-            raise ValueError(f"{type(rule).__name__} fixes its own number of edges; leave density and num_edges out")
-        return [([i], k) for i, k in enumerate(by_rule) if k is not None]
-    if density is None and num_edges is None:
-        raise ValueError("a wiring needs a budget: give density, or num_edges, or both by name pattern")
-    budget: Budget
-    if isinstance(density, Budget):
-        budget = density
-    elif isinstance(density, Mapping) or num_edges is not None:
-        if density is not None and num_edges is not None and not (
-            isinstance(density, Mapping) or isinstance(num_edges, Mapping)
-        ):
-            raise ValueError("density and num_edges are both given for every layer; give one, or give them by name pattern")
-        by_density = density if isinstance(density, Mapping) else {} if density is None else {"*": density}
-        by_number = num_edges if isinstance(num_edges, Mapping) else {} if num_edges is None else {"*": num_edges}
-        budget = ByName(dict(by_density), dict(by_number))
-    else:
-        assert density is not None
-        budget = Uniform(density)
-    if isinstance(density, Budget) and num_edges is not None:
-        raise ValueError(f"density={density!r} is a budget for every layer; leave num_edges out")
-    return budget.shares(shapes)
-
-
-def _check_entry(layer: _WiredLayer, entry: dict[str, Tensor]) -> None:
+def _check_entry(layer: WiredLayer, entry: dict[str, Tensor]) -> None:
     version = int(entry["wiring"][0])
     if version != FORMAT:
         raise ValueError(
@@ -625,3 +504,9 @@ def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return loss
 
     return ((args[0], known_loss, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": known_loss})
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raises ``ValueError`` unless every weight is finite."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name!r} has weights that are not finite; magnitudes cannot be ranked with NaN or infinity")

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe", description=_train.__doc__)
     train.add_argument("recipe", nargs="?", help="name of a recipe (dnw recipes) or path of a stored config.json")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=0.05 seeds=0,1,2")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=0.05 seeds=0,1,2"
+    )
     train.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data lies (default: data)")
     train.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
     train.add_argument("--print-config", action="store_true", help="print the resolved config and stop")

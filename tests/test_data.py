@@ -35,7 +35,18 @@ def test_digits_are_in_the_package():
     assert test.images.shape == (540, 1, 8, 8)
     assert train.images.dtype == torch.uint8
     assert int(train.images.max()) == 255
-    assert torch.bincount(torch.cat([train.labels, test.labels])).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert torch.bincount(torch.cat([train.labels, test.labels])).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
     # the first image is a zero: a ring around an empty centre
     assert train.labels[0] == 0
     assert train.images[0, 0, 3:5, 3].float().mean() < train.images[0, 0, 3:5, 2].float().mean()
@@ -75,7 +86,9 @@ def test_damaged_mnist(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: cut off or damaged: 15,675 bytes of values, its header says 15,680"):
+    with pytest.raises(
+        ValueError, match=r"train-images-idx3-ubyte: cut off or damaged: 15,675 bytes of values, its header says 15,680"
+    ):
         read_mnist(tmp_path)
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not an IDX file of 3-dimensional bytes"):
@@ -93,7 +106,12 @@ def write_cifar(folder: Path, num: int = 4, protocol: int = 2, keys_as_bytes: bo
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate([f"data_batch_{j}" for j in range(1, 6)] + ["test_batch"]):
         data = np.random.default_rng(i).integers(0, 256, (num, 3072), np.uint8)
-        content = {"data": data, "labels": [(i + j) % 10 for j in range(num)], "batch_label": "x", "filenames": ["a.png"] * num}
+        content = {
+            "data": data,
+            "labels": [(i + j) % 10 for j in range(num)],
+            "batch_label": "x",
+            "filenames": ["a.png"] * num,
+        }
         if keys_as_bytes:
             content = {k.encode(): v for k, v in content.items()}
         (folder / name).write_bytes(pickle.dumps(content, protocol=protocol))
@@ -136,9 +154,18 @@ class Hostile:
         (pickle.dumps({b"data": Hostile()}), r"test_batch: refused: its pickle names sys\.exit"),
         (pickle.dumps(Path("x")), r"refused: its pickle names pathlib"),
         (pickle.dumps([1, 2]), "expected a dictionary, found a list"),
-        (pickle.dumps({b"data": np.zeros((2, 5), np.uint8), b"labels": [1, 2]}, protocol=2), r"no image bytes \[n, 3072\]"),
-        (pickle.dumps({b"data": np.zeros((2, 3072), np.int64), b"labels": [1, 2]}, protocol=2), "not the plain bytes of images"),
-        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=2), "one label for each of 2 images"),
+        (
+            pickle.dumps({b"data": np.zeros((2, 5), np.uint8), b"labels": [1, 2]}, protocol=2),
+            r"no image bytes \[n, 3072\]",
+        ),
+        (
+            pickle.dumps({b"data": np.zeros((2, 3072), np.int64), b"labels": [1, 2]}, protocol=2),
+            "not the plain bytes of images",
+        ),
+        (
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=2),
+            "one label for each of 2 images",
+        ),
         (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, protocol=2), "outside 0 to 9"),
         (b"", "damaged or no pickle"),
         (b"\x80\x04\x95\xff\xff", "damaged or no pickle|refused"),
@@ -247,7 +274,16 @@ def in_memory(rank: int = 0, world: int = 1, num: int = 23, batch_size: int = 8)
     images = torch.arange(num, dtype=torch.uint8).view(num, 1, 1, 1).expand(num, 1, 2, 2)
     data = Images(images, torch.arange(num), ("a",))
     return InMemory(
-        data, data, batch_size=batch_size, seed=3, augment=Augment(1, True), mean=[0.0], std=[1 / 255], device=CPU, rank=rank, world=world
+        data,
+        data,
+        batch_size=batch_size,
+        seed=3,
+        augment=Augment(1, True),
+        mean=[0.0],
+        std=[1 / 255],
+        device=CPU,
+        rank=rank,
+        world=world,
     )
 
 
@@ -295,7 +331,17 @@ def streaming(root: Path, workers: int, rank: int = 0, world: int = 1) -> Stream
     train, test = list_folder(root)
     assert isinstance(train, FolderImages)
     return Streaming(
-        train, test, size=6, batch_size=4, seed=0, mean=[0.0] * 3, std=[1 / 255] * 3, device=CPU, workers=workers, rank=rank, world=world
+        train,
+        test,
+        size=6,
+        batch_size=4,
+        seed=0,
+        mean=[0.0] * 3,
+        std=[1 / 255] * 3,
+        device=CPU,
+        workers=workers,
+        rank=rank,
+        world=world,
     )
 
 

@@ -16,6 +16,7 @@ FLOORS = [
     ["_parameters", "_rules"],
     ["_edges"],
     ["_wiring"],
+    ["_wire"],
     ["graphs"],
     ["models", "count"],
     ["data"],
@@ -24,7 +25,7 @@ FLOORS = [
     ["recipes"],
     ["cli"],
 ]
-CORE = {"_checks", "_files", "_select", "_parameters", "_rules", "_edges", "_wiring", "graphs", "models", "count"}
+CORE = {"_checks", "_files", "_select", "_parameters", "_rules", "_edges", "_wiring", "_wire", "graphs", "models", "count"}
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FREE = {"__init__", "__main__"}
 FILES = sorted(ROOT.rglob("*.py"))
@@ -102,7 +103,14 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["recipes"], ["train", "--help"], ["train", "digits", "--print-config"], ["train", "digits", "optim.lr=x"]]
+    "arguments",
+    [
+        ["--help"],
+        ["recipes"],
+        ["train", "--help"],
+        ["train", "digits", "--print-config"],
+        ["train", "digits", "optim.lr=x"],
+    ],
 )
 def test_the_command_starts_without_torch(arguments):
     code = f"import dnw.cli\ntry:\n    dnw.cli.main({arguments})\nexcept SystemExit: pass"

@@ -29,9 +29,7 @@ def recorded(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
     return weights, {k: v for k, v in tensors.items() if not k.startswith("state.")}
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"), [(tiny_digits, (1, 8, 8)), (tiny_mnist, (1, 28, 28)), (tiny_cifar10, (3, 32, 32))]
-)
+@pytest.mark.parametrize(("make", "shape"), [(tiny_digits, (1, 8, 8)), (tiny_mnist, (1, 28, 28)), (tiny_cifar10, (3, 32, 32))])
 def test_classifiers_give_logits(make, shape):
     assert make()(torch.randn(2, *shape)).shape == (2, 10)
 
@@ -139,7 +137,7 @@ def test_follows_the_originals_trajectory():
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "epoch_9.pt"
-    path.write_bytes(lzma.open(reference("static_dnw_epoch_9.pt.xz")).read())
+    path.write_bytes(lzma.decompress(reference("static_dnw_epoch_9.pt.xz").read_bytes()))
     return path
 
 
@@ -206,9 +204,15 @@ def test_a_damaged_checkpoint_is_one_clear_error(content, tmp_path):
     ("change", "message"),
     [
         (lambda w: w.pop("fc.bias"), "has nothing for 'classifier.bias'"),
-        (lambda w: w.update({"fc.weight": torch.ones(3, 3)}), r"'classifier.weight' has shape \(3, 3\), the model's has \(10, 100\)"),
+        (
+            lambda w: w.update({"fc.weight": torch.ones(3, 3)}),
+            r"'classifier.weight' has shape \(3, 3\), the model's has \(10, 100\)",
+        ),
         (lambda w: w.update({"surprise": torch.ones(1)}), "holds 'surprise'"),
-        (lambda w: w.update({"norm.9.weight": torch.ones(1)}), "'graph.nodes.9.norm.weight', which the model does not have"),
+        (
+            lambda w: w.update({"norm.9.weight": torch.ones(1)}),
+            "'graph.nodes.9.norm.weight', which the model does not have",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_change_nothing(change, message):

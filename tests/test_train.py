@@ -63,7 +63,13 @@ def assert_same_runs(a: Path, b: Path) -> None:
 def command(*arguments: str, cwd: Path, **more) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "dnw", *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=240, **more
+        [sys.executable, "-m", "dnw", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        **more,
     )
 
 
@@ -160,7 +166,12 @@ def test_sigkill_at_any_moment(unbroken, tmp_path, delay):
 def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
     arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
@@ -176,7 +187,12 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
 
 def test_eval_repeats_the_metrics(unbroken):
     scores = evaluate(unbroken)
-    assert [(s.rule, s.checkpoint) for s in scores] == [("dnw", "best"), ("dnw", "last"), ("random", "best"), ("random", "last")]
+    assert [(s.rule, s.checkpoint) for s in scores] == [
+        ("dnw", "best"),
+        ("dnw", "last"),
+        ("random", "best"),
+        ("random", "last"),
+    ]
     lines = metrics(unbroken)
     assert scores[1].top1 == lines[-1]["top1"]
     assert scores[1].top5 == lines[-1]["top5"]
@@ -189,7 +205,10 @@ def test_several_seeds(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "environment.json", "seed-0", "seed-3"}
     tops = [metrics(tmp_path / "run" / f"seed-{s}")[-1]["top1"] for s in (0, 3)]
     assert tops[0] != tops[1]
-    mean, deviation = torch.tensor(tops, dtype=torch.float64).mean().item(), torch.tensor(tops, dtype=torch.float64).std().item()
+    mean, deviation = (
+        torch.tensor(tops, dtype=torch.float64).mean().item(),
+        torch.tensor(tops, dtype=torch.float64).std().item(),
+    )
     assert f"dnw: test accuracy {mean:.2%} +- {deviation:.2%} at the last epoch" in capsys.readouterr().out
 
 

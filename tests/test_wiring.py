@@ -144,9 +144,7 @@ def test_fixed_rules_never_change_their_edges(rule):
 def test_random_graph_depends_on_the_seed_alone():
     def edges(seed: int, init: int) -> list[bool]:
         model = small_net(init)
-        wiring = dnw.wire(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.2, rule=dnw.RandomGraph(), seed=seed
-        )
+        wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.2, rule=dnw.RandomGraph(), seed=seed)
         return wiring["5.weight"].active.flatten().tolist()
 
     assert edges(0, 0) == edges(0, 1)
@@ -244,14 +242,20 @@ def test_parameters_without_gradient_are_left_alone():
 
 def test_several_parameter_groups():
     model = small_net()
-    groups = [{"params": [model[0].weight], "lr": 0.5}, {"params": [p for n, p in model.named_parameters() if n != "0.weight"]}]
+    groups = [
+        {"params": [model[0].weight], "lr": 0.5},
+        {"params": [p for n, p in model.named_parameters() if n != "0.weight"]},
+    ]
     base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     wiring = dnw.wire(model, base, density=0.2)
     train_steps(model, base, range(3))
     weights, state = saved(model, base)
     train_steps(model, base, range(3, 6))
     other = small_net(4)
-    groups = [{"params": [other[0].weight], "lr": 0.5}, {"params": [p for n, p in other.named_parameters() if n != "0.weight"]}]
+    groups = [
+        {"params": [other[0].weight], "lr": 0.5},
+        {"params": [p for n, p in other.named_parameters() if n != "0.weight"]},
+    ]
     other_base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     other_wiring = dnw.wire(other, other_base, density=0.2)
     other.load_state_dict(weights)
@@ -605,7 +609,10 @@ def test_a_weight_that_is_not_finite(bad):
         ({"density": 0.1, "rule": "dnw"}, "expected a rule such as dnw.DNW()"),
         ({"density": 0.1, "rule": dnw.Complete()}, "Complete fixes its own number of edges"),
         ({"rule": dnw.Frozen({})}, "Frozen has no edges for the wired parameter '0.weight'"),
-        ({"rule": dnw.Frozen({n: torch.ones(2, dtype=torch.bool) for n in ("0.weight", "5.weight", "7.weight")})}, "expected a boolean mask"),
+        (
+            {"rule": dnw.Frozen({n: torch.ones(2, dtype=torch.bool) for n in ("0.weight", "5.weight", "7.weight")})},
+            "expected a boolean mask",
+        ),
         ({"density": dnw.Global(0.1), "num_edges": 4}, "is a budget for every layer"),
     ],
 )

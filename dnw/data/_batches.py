@@ -194,10 +194,10 @@ class Streaming:
 
     def test(self) -> Iterator[Batch]:
         spans = deal(len(self._test), self._batch_size, self._rank, self._world, whole=True)
-        batches = [[(i, []) for i in range(len(self._test))[span]] for span in spans]
+        batches: list[list[tuple[int, list[float]]]] = [[(i, []) for i in range(len(self._test))[span]] for span in spans]
         return self._load(_Decoder(self._test, self._size, training=False), batches)
 
-    def _load(self, dataset: _Decoder, batches: list) -> Iterator[Batch]:
+    def _load(self, dataset: _Decoder, batches: list[list[tuple[int, list[float]]]]) -> Iterator[Batch]:
         loader = DataLoader(dataset, batch_sampler=batches, num_workers=self._workers)
         try:
             for images, labels in loader:

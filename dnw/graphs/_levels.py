@@ -104,5 +104,3 @@ class Levels:
         """The node of each row and of each column of the weight; a shared row counts as that of its inner node."""
         rows, columns = self.shape
         return torch.arange(rows) + (0 if self.shared_outputs else self.num_inputs), torch.arange(columns)
-
-

@@ -114,8 +114,8 @@ def _from_original(graph: StaticGraph, weights: Mapping[str, Tensor]) -> dict[st
         elif room == "graph" and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
             ours[f"graph.{rest}"] = tensor[:, :, 0, 0]
         elif room == "norm":
-            level, _, field = rest.partition(".")
-            ours[f"graph.nodes.{level}.norm.{field}"] = tensor
+            index, _, field = rest.partition(".")
+            ours[f"graph.nodes.{index}.norm.{field}"] = tensor
         elif name == "conv.weight" and tensor.shape[0] == graph.levels.num_sources:
             for level, part in enumerate(tensor.split(graph.levels.sizes)):
                 ours[f"graph.nodes.{level}.conv.weight"] = part

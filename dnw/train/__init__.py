@@ -25,9 +25,17 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 if TYPE_CHECKING:
-    from dnw.train._config import Config, DataConfig, OptimConfig, config_from_json, override
-    from dnw.train._loop import evaluate, resume, train
-    from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError
+    from dnw.train._config import Config as Config
+    from dnw.train._config import DataConfig as DataConfig
+    from dnw.train._config import OptimConfig as OptimConfig
+    from dnw.train._config import config_from_json as config_from_json
+    from dnw.train._config import override as override
+    from dnw.train._loop import evaluate as evaluate
+    from dnw.train._loop import resume as resume
+    from dnw.train._loop import train as train
+    from dnw.train._run import EpochMetrics as EpochMetrics
+    from dnw.train._run import RunDirectory as RunDirectory
+    from dnw.train._run import TrainingStoppedError as TrainingStoppedError
 
 
 def __getattr__(name: str) -> Any:

@@ -28,20 +28,20 @@ class DataConfig(_Frozen):
     image_size: int = Field(gt=0, description="side in pixels of the square images that the network gets")
     mean: tuple[float, ...] = Field(description="per colour, in units of the full range")
     std: tuple[float, ...] = Field(description="per colour, in units of the full range")
-    crop_padding: int = Field(0, ge=0, description="pixels of padding for random crops; 0 for none")
-    flip: bool = Field(False, description="mirror half of the training images")
-    workers: int = Field(2, ge=0, description="processes that decode, for data that does not fit in memory")
+    crop_padding: int = Field(default=0, ge=0, description="pixels of padding for random crops; 0 for none")
+    flip: bool = Field(default=False, description="mirror half of the training images")
+    workers: int = Field(default=2, ge=0, description="processes that decode, for data that does not fit in memory")
 
 
 class OptimConfig(_Frozen):
     """Stochastic gradient descent and its learning rate over the run."""
 
-    lr: float = Field(0.1, gt=0, description="learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr: float = Field(default=0.1, gt=0, description="learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
     schedule: Literal["constant", "steps", "cosine"] = "steps"
-    milestones: tuple[float, ...] = Field((0.5, 0.75), description="shares of the run at which 'steps' lowers the rate")
-    factor: float = Field(0.1, gt=0, lt=1, description="what 'steps' multiplies the rate with")
+    milestones: tuple[float, ...] = Field(default=(0.5, 0.75), description="shares of the run at which 'steps' lowers the rate")
+    factor: float = Field(default=0.1, gt=0, lt=1, description="what 'steps' multiplies the rate with")
 
     @field_validator("milestones")
     @classmethod
@@ -68,18 +68,18 @@ class Config(_Frozen):
     recipe: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name of the recipe it came from")
     data: DataConfig
     model: Literal["tiny_digits", "tiny_mnist", "tiny_cifar10"]
-    rule: RuleName = Field("dnw", description="how active edges are chosen")
-    num_edges: int | None = Field(None, ge=1, description="active edges of each graph")
-    density: float | None = Field(None, gt=0, le=1, description="share of the candidate edges that is active")
-    baseline: RuleName | None = Field(None, description="a second rule that runs beside, on the same budget")
-    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    rule: RuleName = Field(default="dnw", description="how active edges are chosen")
+    num_edges: int | None = Field(default=None, ge=1, description="active edges of each graph")
+    density: float | None = Field(default=None, gt=0, le=1, description="share of the candidate edges that is active")
+    baseline: RuleName | None = Field(default=None, description="a second rule that runs beside, on the same budget")
+    optim: OptimConfig = OptimConfig()
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="images per step, over all processes")
-    seeds: tuple[int, ...] = Field((0,), description="one run each")
+    seeds: tuple[int, ...] = Field(default=(0,), description="one run each")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    processes: int = Field(1, ge=1, description="processes that train together")
-    first_epoch_snapshots: int = Field(8, ge=0, description="snapshots of the wiring within the first epoch")
+    processes: int = Field(default=1, ge=1, description="processes that train together")
+    first_epoch_snapshots: int = Field(default=8, ge=0, description="snapshots of the wiring within the first epoch")
 
     @field_validator("seeds", mode="before")
     @classmethod

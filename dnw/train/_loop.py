@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from dnw._wiring import Wiring, wire
+from dnw._wire import wire
+from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
 from dnw.data import Batches
 from dnw.train._build import ImageData, load_data, make_batches, make_model, make_rule
@@ -59,7 +60,7 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     """
     data = load_data(config, data_dir)
     fabric = _launch(config)
-    path = RunDirectory.create(config, data_dir, out).path if fabric.is_global_zero else None
+    path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
     run = RunDirectory(fabric.broadcast(path))
     _run_members(run, fabric, data, data_dir, log or Log())
     return run.path
@@ -96,9 +97,7 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
             state = _State(one, fabric, data)
             content = state.load(checkpoint)
             top1, top5, _ = _test(fabric, state, make_batches(one, data, fabric.device, 0, 1))
-            scores.append(
-                Scores(member.path, one.rule, one.seeds[0], checkpoint.stem, content["epoch"], top1, top5)
-            )
+            scores.append(Scores(member.path, one.rule, one.seeds[0], checkpoint.stem, content["epoch"], top1, top5))
     return scores
 
 
@@ -114,7 +113,11 @@ class _State:
         self.wrapped_model, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
         rule, budget = make_rule(config)
         self.wiring: Wiring = wire(
-            self.wrapped_model, self.wrapped_optimizer, rule=rule, seed=config.seeds[0], **budget  # type: ignore[arg-type]
+            self.wrapped_model,
+            self.wrapped_optimizer,
+            rule=rule,
+            seed=config.seeds[0],
+            **budget,  # type: ignore[arg-type]
         )
 
     def save(self, path: Path, epoch: int, step: int) -> None:
@@ -160,9 +163,7 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
     log.line(f"run: {run.path}   (dnw eval {run.path} tests its best and last checkpoint again)")
 
 
-def _train_one(
-    config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log
-) -> None:
+def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log) -> None:
     state = _State(config, fabric, data)
     model, optimizer, wiring = state.wrapped_model, state.wrapped_optimizer, state.wiring
     (seed,) = config.seeds
@@ -267,5 +268,6 @@ def _check_finite(fabric: Fabric, loss: Tensor, epoch: int, step: int, lr: float
         return
     kept = f"the last good checkpoint is {run.last} (epoch {epoch})" if run.last.exists() else "no epoch was finished"
     raise TrainingStoppedError(
-        f"the loss is not finite in epoch {epoch + 1} (step {step}, learning rate {lr:g}); {kept}; lower optim.lr and start anew"
+        f"the loss is not finite in epoch {epoch + 1} (step {step}, learning rate {lr:g}); {kept}; lower optim.lr and "
+        "start anew"
     )

@@ -1,0 +1,41 @@
+# make demo: set up and train the digits. make test: set up and run tests, lint and types.
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip finds builds of torch without CUDA, if not in its usual index: see "Installing" in the README.
+TORCH_INDEX ?=
+PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+RUN = $(VENV)/bin/
+
+.PHONY: demo test lint types unit format clean
+
+demo: $(VENV)/.train
+	$(RUN)dnw train digits
+
+test: lint types unit
+
+unit: $(VENV)/.dev
+	$(RUN)pytest -q -n auto --dist loadgroup
+
+lint: $(VENV)/.dev
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+
+types: $(VENV)/.dev
+	$(RUN)mypy
+
+format: $(VENV)/.dev
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+$(VENV)/.train: pyproject.toml constraints.txt
+	test -x $(RUN)pip || $(PYTHON) -m venv $(VENV)
+	$(RUN)pip install $(PIP_OPTIONS) -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(RUN)pip || $(PYTHON) -m venv $(VENV)
+	$(RUN)pip install $(PIP_OPTIONS) -e '.[dev]'
+	touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

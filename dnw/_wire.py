@@ -1,0 +1,130 @@
+"""``wire``: ties a rule to the parameters of a model and to the optimizer that trains them.
+
+Contract: everything is checked before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dnw._checks import listing
+from dnw._parameters import Selector, Wirable, find_parameters
+from dnw._rules import DNW, Pool, Rule
+from dnw._select import Budget, ByName, Shape, Uniform
+from dnw._wiring import WIRED, WiredLayer, Wiring, check_finite
+
+
+def wire(
+    model: nn.Module,
+    optimizer: Optimizer,
+    density: float | Mapping[str, float] | Budget | None = None,
+    *,
+    num_edges: int | Mapping[str, int] | None = None,
+    rule: Rule | None = None,
+    include: str | type[nn.Module] | Sequence[Selector] | None = None,
+    exclude: str | type[nn.Module] | Sequence[Selector] = (),
+    seed: int = 0,
+) -> Wiring:
+    """Wires a model: from the next step on, its weights are sparse and which edges they have is learned.
+
+    Call it after the optimizer is made and the model is on its device (and wrapped, where it is trained distributed),
+    then train as always.
+
+    Args:
+        model: any module. Its wired parameters hold their effective (sparse) weights from here on.
+        optimizer: the optimizer that holds the parameters.
+        density: share of the candidate edges that is active, in (0, 1]: one for every layer, or by name pattern, or a
+            budget such as ``dnw.ErdosRenyiKernel(0.1)`` or ``dnw.Global(0.1)``.
+        num_edges: exact number of active edges: for each layer, or by name pattern (beside ``density`` if wanted).
+        rule: how active edges are chosen; ``dnw.DNW()`` by default.
+        include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
+            ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
+        exclude: name patterns or module types to leave dense.
+        seed: of random draws (random graph and the like).
+
+    Returns:
+        The wiring. It need not be kept: the optimizer keeps it alive.
+
+    Raises:
+        ValueError: a budget, pattern, parameter or optimizer that does not fit; nothing has been changed then.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # the wrappers of launch libraries
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    rule = DNW() if rule is None else rule
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule: expected a rule such as dnw.DNW(), got {rule!r}")
+    found, left = find_parameters(model, None if include is None else _as_list(include), _as_list(exclude))
+    _check_parameters(found, optimizer)
+    shapes = [_shape(f) for f in found]
+    shares = _shares(rule, density, num_edges, shapes)
+    layers = [WiredLayer(f, seed) for f in found]
+    pools = [Pool([layers[i] for i in indices], k) for indices, k in shares]
+    return Wiring(optimizer, rule, layers, pools, left)
+
+
+def _as_list(selectors: str | type[nn.Module] | Sequence[Selector]) -> list[Selector]:
+    return [selectors] if isinstance(selectors, (str, type)) else list(selectors)
+
+
+def _shape(found: Wirable) -> Shape:
+    candidates = found.parameter.numel() if found.candidates is None else int(found.candidates.count_nonzero())
+    return Shape(found.name, found.module_name, tuple(found.parameter.shape), candidates)
+
+
+def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for f in found:
+        if f.parameter in WIRED:
+            raise ValueError(
+                f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
+                "out with exclude"
+            )
+        if not f.parameter.is_floating_point():
+            raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
+        check_finite(f.name, f.parameter.detach())
+    missing = [f.name for f in found if id(f.parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {listing(missing)}; give it these parameters before wiring, or leave them dense "
+            "with exclude"
+        )
+
+
+def _shares(
+    rule: Rule,
+    density: float | Mapping[str, float] | Budget | None,
+    num_edges: int | Mapping[str, int] | None,
+    shapes: Sequence[Shape],
+) -> list[tuple[list[int], int]]:
+    """The pools of layers and their budgets, from the rule or from the arguments of :func:`wire`."""
+    by_rule = [rule.num_edges(shape) for shape in shapes]
+    if all(k is not None for k in by_rule):
+        if density is not None or num_edges is not None:
+            raise ValueError(f"{type(rule).__name__} fixes its own number of edges; leave density and num_edges out")
+        return [([i], k) for i, k in enumerate(by_rule) if k is not None]
+    if density is None and num_edges is None:
+        raise ValueError("a wiring needs a budget: give density, or num_edges, or both by name pattern")
+    budget: Budget
+    if isinstance(density, Budget):
+        budget = density
+    elif isinstance(density, Mapping) or num_edges is not None:
+        if (
+            density is not None
+            and num_edges is not None
+            and not (isinstance(density, Mapping) or isinstance(num_edges, Mapping))
+        ):
+            raise ValueError("density and num_edges are both given for every layer; give one, or give them by name pattern")
+        by_density = density if isinstance(density, Mapping) else {} if density is None else {"*": density}
+        by_number = num_edges if isinstance(num_edges, Mapping) else {} if num_edges is None else {"*": num_edges}
+        budget = ByName(dict(by_density), dict(by_number))
+    else:
+        assert density is not None
+        budget = Uniform(density)
+    if isinstance(density, Budget) and num_edges is not None:
+        raise ValueError(f"density={density!r} is a budget for every layer; leave num_edges out")
+    return budget.shares(shapes)
