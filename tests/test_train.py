@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SHARED
 from test_data import write_cifar, write_mnist, write_tree
 
 from dnw.cli import main
-from dnw.recipes import digits
+from dnw.recipes import RECIPES, digits
 from dnw.train import RunDirectory, TrainingStoppedError, evaluate, override, resume, train
 from dnw.train._run import read_checkpoint
 from dnw.view import read_snapshots
@@ -346,3 +347,16 @@ def test_torchrun(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert metrics(tmp_path / "run")[0]["active"] == 100
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_real_mnist(tmp_path):
+    unpack = SHARED / "data" / "unpack"
+    if not unpack.exists():
+        pytest.skip("the real data sets are not at hand (set DNW_SHARED)")
+    subprocess.run([sys.executable, unpack, tmp_path, "mnist"], check=True, capture_output=True)
+    config = override(RECIPES["mnist"](), ["epochs=1", "device=cpu"])
+    run = train(config, data_dir=tmp_path, out=tmp_path / "run")
+    assert metrics(run)[0]["active"] == 600
+    assert metrics(run)[0]["top1"] > 0.9

@@ -1,0 +1,98 @@
+"""The code in the documentation runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dnw
+from dnw.recipes import cifar10
+from dnw.train import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def named_net() -> nn.Module:
+    """A model with the names that the README uses."""
+    block = nn.Sequential()
+    block.add_module("conv1", nn.Conv2d(4, 16, 3, padding=1))
+    net = nn.Sequential()
+    net.add_module("layer1", nn.Sequential(block))
+    net.add_module("layer4", nn.Sequential(nn.Conv2d(16, 16, 3)))
+    net.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    net.add_module("fc", nn.Linear(16, 4))
+    return net
+
+
+def fresh(model: nn.Module) -> dict:
+    return {"torch": torch, "dnw": dnw, "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+
+
+def step(names: dict, x: torch.Tensor) -> None:
+    names["model"](x).square().sum().backward()
+    names["optimizer"].step()
+
+
+def test_the_two_lines_and_the_mapping_by_name():
+    two_lines, by_name = blocks("README.md")[0], blocks("README.md")[2]
+    names = fresh(named_net())
+    exec(two_lines, names)
+    step(names, torch.randn(2, 4, 6, 6))
+    exec(by_name, names)
+    assert (names["parameter"].name, len(names["wiring"])) == ("layer1.0.conv1.weight", 0)
+
+
+@pytest.mark.parametrize("line", [x for x in blocks("README.md")[1].splitlines() if x])
+def test_every_way_to_wire(line):
+    model = nn.Sequential()
+    if "graph.weight" in line:
+        model.add_module("graph", dnw.graphs.StaticGraph((32, 192, 192, 192, 192), 100))
+    else:
+        model = named_net()
+    names = fresh(model)
+    exec(f"wiring = {line}", names)
+    assert 0 < names["wiring"].num_active < names["wiring"].num_candidates
+
+
+def test_the_graph_of_the_readme():
+    names = fresh(named_net())
+    exec(blocks("README.md")[3], names)
+    assert names["graph"](torch.zeros(1, 32, 4, 4)).shape == (1, 100, 4, 4)
+
+
+def test_the_rule_in_twenty_lines():
+    names = fresh(nn.Linear(20, 10))
+    (layer,) = [names["model"]]
+    exec(blocks("docs/extending.md")[0], names)
+    step(names, torch.randn(4, 20))
+    parameter = names["wiring"]["weight"]
+    dormant, active = parameter.latent[~parameter.active].abs(), parameter.active
+    expected = parameter.latent.sign() * (parameter.latent.abs() - dormant.max())
+    assert torch.equal(layer.weight[active], expected[active])
+    assert not layer.weight[~active].any()
+    with names["wiring"].settled():
+        assert torch.equal(layer.weight[active], parameter.latent[active])
+    assert torch.equal(layer.weight[active], expected[active])
+
+
+def test_the_graph_module_of_your_own():
+    names = fresh(nn.Linear(1, 1))
+    exec(blocks("docs/extending.md")[1], names)
+    names.update(fresh(nn.Sequential(names["LowerTriangle"](6), nn.Linear(6, 2))))
+    wiring = dnw.wire(names["model"], names["optimizer"], density=0.4)
+    assert list(wiring) == ["0.weight"]
+    assert (wiring.num_candidates, wiring.num_active) == (15, 6)
+    step(names, torch.randn(3, 6))
+    assert not wiring["0.weight"].weight.triu().any()
+
+
+def test_the_recipe():
+    names = {"cifar10": cifar10, "Config": Config}
+    exec(blocks("docs/extending.md")[2], names)
+    assert names["cifar10_random"]().rule == "random"
