@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 from decimal import Decimal
 
@@ -19,12 +20,16 @@ def check_density(value: object, argument: str = "density") -> float:
 
 def check_num_edges(value: object, candidates: int, name: str) -> int:
     """Returns a number of edges; raises ``ValueError`` unless it is an integer in [1, candidates]."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= candidates:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if not 1 <= number <= candidates:
         raise ValueError(
             f"num_edges={value!r} for {name!r}: allowed is a whole number from 1 to {candidates:,}, the number of its "
             "candidate edges"
         )
-    return value
+    return number
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

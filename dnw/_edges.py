@@ -21,46 +21,39 @@ class Edges:
     """The active edges of one wired parameter, in row order.
 
     A weight is read as a matrix ``[targets, sources]``: its first dimension by all the others flattened (a 3x3
-    convolution from 16 channels has 144 sources). In a graph, ``target`` and ``source`` number the graph's nodes.
+    convolution from 16 channels has 144 sources). The matrix of a graph is that of its nodes, outputs included.
 
     Attributes:
         name: the parameter's name.
         shape: (number of rows, number of columns) of the matrix.
-        row, column: position of each edge in the matrix, int64 ``[edges]``.
-        target, source: the nodes that each edge joins, int64 ``[edges]``; the same as row and column outside graphs.
+        target, source: what each edge joins, row and column of the matrix, int64 ``[edges]``.
         weight: the weights ``[edges]``.
         is_graph: whether targets and sources number the same set of nodes.
     """
 
     name: str
     shape: tuple[int, int]
-    row: Tensor
-    column: Tensor
     target: Tensor
     source: Tensor
     weight: Tensor
     is_graph: bool
 
     @classmethod
-    def from_weight(cls, name: str, weight: Tensor, active: Tensor, node_ids: tuple[Tensor, Tensor] | None = None) -> Edges:
-        """The active entries of a weight; ``node_ids`` are the nodes of a graph's rows and columns."""
-        matrix = weight.reshape(weight.shape[0], -1)
-        row, column = active.reshape(matrix.shape).nonzero(as_tuple=True)
-        values = matrix[row, column].cpu()
-        row, column = row.cpu(), column.cpu()
-        target, source = (row, column) if node_ids is None else (node_ids[0][row], node_ids[1][column])
-        size = (matrix.shape[0], matrix.shape[1])
-        return cls(name, size, row, column, target, source, values, node_ids is not None)
+    def from_matrix(cls, name: str, weight: Tensor, active: Tensor, is_graph: bool = False) -> Edges:
+        """The active entries of a matrix ``[targets, sources]``."""
+        target, source = active.nonzero(as_tuple=True)
+        values = weight[target, source].cpu()
+        return cls(name, (weight.shape[0], weight.shape[1]), target.cpu(), source.cpu(), values, is_graph)
 
     def __len__(self) -> int:
-        return self.row.numel()
+        return self.target.numel()
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.csr_array`` ``[targets, sources]``; active edges of weight 0 are kept as explicit zeros."""
         from scipy.sparse import coo_array
 
         weight = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
-        return coo_array((weight.numpy(), (self.row.numpy(), self.column.numpy())), shape=self.shape).tocsr()
+        return coo_array((weight.numpy(), (self.target.numpy(), self.source.numpy())), shape=self.shape).tocsr()
 
     def to_networkx(self) -> Any:
         """A ``networkx.DiGraph`` with edge attribute ``weight``.

@@ -54,14 +54,17 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         inner = children.get("_orig_mod") or children.get("_forward_module")
-        if inner is None and list(children) == ["module"] and not list(model.parameters(recurse=False)):
+        if inner is None and isinstance(model, _WRAPPERS):
             inner = children["module"]
         if inner is None:
             return model
         model = inner
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 _INNER_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+_RNN_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 _WIRED = "wired"
 _GRAPH_EDGES = "graph edges"
@@ -88,12 +91,12 @@ def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
         return "embedding"
     if parameter.ndim < 2:
         return "one-dimensional"
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
         depthwise = module.groups > 1 and module.groups == module.in_channels
         return "depthwise convolution" if depthwise else _WIRED
     if isinstance(module, (nn.Linear, nn.Bilinear)) and attribute == "weight":
         return _WIRED
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and _RNN_WEIGHT.fullmatch(attribute):
         return _WIRED
     if isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight"):
         return _WIRED

@@ -29,7 +29,8 @@ class Layer:
             (growing an edge from zero, say).
         candidates: mask of the edges that may exist, of the same shape, or None where every entry may.
         active: mask of the active edges; None before the first selection.
-        grad: the unscaled gradient of this step, or None outside a step and where the parameter got none.
+        grad: the unscaled gradient of this step; None outside a step, where the parameter got none, and in ``select``
+            unless the rule ``selects_by_gradient``.
         state: what the optimizer keeps for this parameter (momentum and the like).
         step: number of completed optimizer steps when this layer was last projected; 0 before the first.
         seed: the wiring's seed.
@@ -79,6 +80,11 @@ class Rule:
     @property
     def fixed(self) -> bool:
         """Whether the edges stay as first chosen."""
+        return False
+
+    @property
+    def selects_by_gradient(self) -> bool:
+        """Whether ``select`` or ``score`` reads ``layer.grad``, which is kept for them only then."""
         return False
 
     def num_edges(self, shape: Shape) -> int | None:

@@ -88,10 +88,18 @@ class ByName(Budget):
             check_density(density, f"density[{pattern!r}]")
 
     def shares(self, layers: Sequence[Shape]) -> Shares:
+        taken: list[str] = []
         for pattern in [*self.num_edges, *self.densities]:
             if not any(matches(layer.name, layer.module, pattern) for layer in layers):
                 raise ValueError(
                     f"the budget pattern {pattern!r} fits no wired parameter; there are {listing(s.name for s in layers)}"
+                )
+            earlier = list(taken)
+            taken.append(pattern)
+            if all(any(matches(x.name, x.module, p) for p in earlier) for x in layers if matches(x.name, x.module, pattern)):
+                raise ValueError(
+                    f"the budget pattern {pattern!r} never counts: patterns before it ({listing(earlier)}) take every "
+                    "parameter that it fits; put it before them"
                 )
         result: Shares = []
         for i, layer in enumerate(layers):

@@ -5,14 +5,15 @@ Contract: everything is checked before anything is changed.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
 
-from dnw._checks import listing
+from dnw._checks import did_you_mean, listing
 from dnw._parameters import Selector, Wirable, find_parameters
-from dnw._rules import DNW, Pool, Rule
+from dnw._rules import DNW, Frozen, Pool, Rule
 from dnw._select import Budget, ByName, Shape, Uniform
 from dnw._wiring import WIRED, WiredLayer, Wiring, check_finite
 
@@ -61,6 +62,10 @@ def wire(
     found, left = find_parameters(model, None if include is None else _as_list(include), _as_list(exclude))
     _check_parameters(found, optimizer)
     shapes = [_shape(f) for f in found]
+    if isinstance(rule, Frozen) and (unknown := sorted(set(rule.edges) - {s.name for s in shapes})):
+        raise ValueError(
+            f"Frozen has edges for {unknown[0]!r}, which is not wired{did_you_mean(unknown[0], [s.name for s in shapes])}"
+        )
     shares = _shares(rule, density, num_edges, shapes)
     layers = [WiredLayer(f, seed) for f in found]
     pools = [Pool([layers[i] for i in indices], k) for indices, k in shares]
@@ -76,10 +81,17 @@ def _shape(found: Wirable) -> Shape:
     return Shape(found.name, found.module_name, tuple(found.parameter.shape), candidates)
 
 
+def _is_wired(found: Wirable) -> bool:
+    reference = WIRED.get(found.parameter)
+    return reference is not None and reference() is not None
+
+
 def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(_is_wired(f) for f in found):
+        gc.collect()  # the wiring of an optimizer that is gone lives until its cycle is collected
     for f in found:
-        if f.parameter in WIRED:
+        if _is_wired(f):
             raise ValueError(
                 f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
                 "out with exclude"
@@ -102,29 +114,33 @@ def _shares(
     shapes: Sequence[Shape],
 ) -> list[tuple[list[int], int]]:
     """The pools of layers and their budgets, from the rule or from the arguments of :func:`wire`."""
-    by_rule = [rule.num_edges(shape) for shape in shapes]
-    if all(k is not None for k in by_rule):
+    by_rule = [k for k in (rule.num_edges(shape) for shape in shapes) if k is not None]
+    if by_rule:
         if density is not None or num_edges is not None:
             raise ValueError(f"{type(rule).__name__} fixes its own number of edges; leave density and num_edges out")
-        return [([i], k) for i, k in enumerate(by_rule) if k is not None]
+        if len(by_rule) < len(shapes):
+            raise ValueError(f"{type(rule).__name__} fixes the number of edges of some layers only; it must of all or none")
+        return [([i], k) for i, k in enumerate(by_rule)]
+    return _budget(density, num_edges).shares(shapes)
+
+
+def _budget(density: float | Mapping[str, float] | Budget | None, num_edges: int | Mapping[str, int] | None) -> Budget:
+    """The arguments of :func:`wire` as one budget."""
     if density is None and num_edges is None:
         raise ValueError("a wiring needs a budget: give density, or num_edges, or both by name pattern")
-    budget: Budget
     if isinstance(density, Budget):
-        budget = density
-    elif isinstance(density, Mapping) or num_edges is not None:
-        if (
-            density is not None
-            and num_edges is not None
-            and not (isinstance(density, Mapping) or isinstance(num_edges, Mapping))
-        ):
-            raise ValueError("density and num_edges are both given for every layer; give one, or give them by name pattern")
-        by_density = density if isinstance(density, Mapping) else {} if density is None else {"*": density}
-        by_number = num_edges if isinstance(num_edges, Mapping) else {} if num_edges is None else {"*": num_edges}
-        budget = ByName(dict(by_density), dict(by_number))
-    else:
-        assert density is not None
-        budget = Uniform(density)
-    if isinstance(density, Budget) and num_edges is not None:
-        raise ValueError(f"density={density!r} is a budget for every layer; leave num_edges out")
-    return budget.shares(shapes)
+        if num_edges is not None:
+            raise ValueError(f"density={density!r} is a budget for every layer; leave num_edges out")
+        return density
+    if density is not None and num_edges is None and not isinstance(density, Mapping):
+        return Uniform(density)
+    if (
+        density is not None
+        and num_edges is not None
+        and not isinstance(density, Mapping)
+        and not isinstance(num_edges, Mapping)
+    ):
+        raise ValueError("density and num_edges are both given for every layer; give one, or give them by name pattern")
+    densities = density if isinstance(density, Mapping) else {} if density is None else {"*": density}
+    numbers = num_edges if isinstance(num_edges, Mapping) else {} if num_edges is None else {"*": num_edges}
+    return ByName(dict(densities), dict(numbers))

@@ -12,7 +12,9 @@ saved state, or any question to the wiring.
 
 from __future__ import annotations
 
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -24,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import did_you_mean, listing
 from dnw._edges import Edges, Summary, SummaryRow
-from dnw._parameters import GraphModule, LeftOut, Wirable
+from dnw._parameters import LeftOut, Wirable
 from dnw._rules import Layer, Pool, Rule
 
 FORMAT = 1
@@ -34,12 +36,13 @@ STATE_KEYS = ("latent", "active", "wiring")
 """What each wired parameter adds to its entry in ``optimizer.state_dict()["state"]``.
 
 latent: the dense weights, of the parameter's shape, dtype and device. active: boolean mask of the active edges.
-wiring: int64 tensor (format version, completed rule steps, seed, number of active edges). Random draws are a function of
-seed, step and name, so nothing else is needed to continue bit for bit.
+wiring: five numbers, int64: format version, completed steps of the wiring, the step at which this parameter was last
+projected, seed, number of active edges of its pool. Random draws are a function of seed, step and name, so nothing else is
+needed to continue bit for bit.
 """
 
 WIRED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Every wired parameter, so that none is wired twice."""
+"""Weak references to the wirings, by wired parameter, so that none is wired twice."""
 
 
 class WiredLayer(Layer):
@@ -84,7 +87,7 @@ class WiredParameter:
     @property
     def active(self) -> Tensor:
         """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
-        self._wiring._catch_up()
+        self._wiring._look()
         assert self._layer.active is not None
         return self._layer.active.clone()
 
@@ -100,13 +103,15 @@ class WiredParameter:
         Raises:
             ValueError: an assigned tensor has another shape or is not finite.
         """
-        self._wiring._catch_up()
+        self._wiring._look()
         return self._layer.latent.clone()
 
     @latent.setter
     def latent(self, value: Tensor) -> None:
         self._wiring._catch_up()
         layer = self._layer
+        if layer not in self._wiring._layers:
+            raise ValueError(f"{self.name!r} is not wired any more; write to the model's parameter instead")
         if value.shape != layer.latent.shape:
             raise ValueError(
                 f"latent weights of {self.name!r}: expected shape {tuple(layer.latent.shape)}, got {tuple(value.shape)}"
@@ -119,8 +124,9 @@ class WiredParameter:
     @property
     def weight(self) -> Tensor:
         """The effective weight: what the model holds."""
-        self._wiring._catch_up()
-        return self._layer.parameter.detach().clone()
+        self._wiring._look()
+        layer = self._layer
+        return self._wiring.rule.project(layer) if layer.exchanged else layer.parameter.detach().clone()
 
     @property
     def num_candidates(self) -> int:
@@ -139,10 +145,10 @@ class WiredParameter:
 
     def edges(self) -> Edges:
         """The active edges as data: an edge list that also gives SciPy CSR, networkx and JSON."""
-        active = self.active
-        module = self._layer.module
-        levels = getattr(module, "node_ids", None) if isinstance(module, GraphModule) else None
-        return Edges.from_weight(self.name, self.weight, active, levels() if levels else None)
+        to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.candidates is not None else None
+        if to_nodes is None:
+            return Edges.from_matrix(self.name, self.weight.flatten(1), self.active.flatten(1))
+        return Edges.from_matrix(self.name, to_nodes(self.weight), to_nodes(self.active), is_graph=True)
 
 
 class Wiring(Mapping[str, WiredParameter]):
@@ -158,10 +164,11 @@ class Wiring(Mapping[str, WiredParameter]):
         self.rule = rule
         self._optimizer = optimizer
         self._layers = layers
-        self._pools = pools
+        self._pool_of = {id(layer): pool for pool in pools for layer in pool.layers}
         self._left = left
         self._step = 0
         self._open = False
+        self._nested = 0
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._handles: list[Any] = []
         self._select(layers)
@@ -238,15 +245,17 @@ class Wiring(Mapping[str, WiredParameter]):
         """
         if keep not in ("sparse", "latent"):
             raise ValueError(f"keep={keep!r}: allowed are 'sparse' and 'latent'")
-        self._catch_up()
+        self._undo_open_step()
         for layer in self._layers:
             if keep == "latent":
+                if layer.latent.dtype == layer.parameter.dtype:
+                    self._take_over_writes(layer)
                 self._write(layer, layer.latent)
             self._leave_state(layer)
             del WIRED[layer.parameter]
         for handle in self._handles:
             handle.remove()
-        self._layers, self._pools, self._handles = [], [], []
+        self._layers, self._pool_of, self._handles = [], {}, []
 
     # --- the exchange around optimizer.step() ---
 
@@ -261,39 +270,60 @@ class Wiring(Mapping[str, WiredParameter]):
             optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
         for layer in self._layers:
-            WIRED[layer.parameter] = True
+            WIRED[layer.parameter] = weakref.ref(self)
             self._enter_state(layer)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self._open and _steps_on_the_stack(optimizer) > 1:  # a subclass's step has called that of its base class
+            self._nested += 1
+            return args, kwargs
         self._roll_back()
         args, kwargs = _evaluate_closure(args, kwargs)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._check_held()
+        stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
+        for pool in self._pools_of(stepping):
+            for mate in pool.layers:
+                assert isinstance(mate, WiredLayer)
+                self._take_over_writes(mate)
         scale = getattr(optimizer, "grad_scale", None)
+        self._open = True
+        for layer in stepping:
+            parameter, given = layer.parameter, layer.parameter.grad
+            assert given is not None
+            layer.state = optimizer.state.get(parameter, {})
+            layer.grad = given if scale is None else given / scale
+            grad = self.rule.gradient(layer)
+            if not self.rule.selects_by_gradient:
+                layer.grad = None
+            elif scale is None:  # some optimizers change the gradient in place
+                layer.grad = given.clone()
+            self._leave_state(layer)
+            layer.exchanged = True
+            if grad is not None:
+                layer.given_grad, parameter.grad = given, grad if scale is None else grad * scale
+            parameter.copy_(layer.latent)
+        return args, kwargs
+
+    def _check_held(self) -> None:
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for layer in self._layers:
-            parameter = layer.parameter
-            if id(parameter) not in held:
+            if id(layer.parameter) not in held:
                 raise RuntimeError(
                     f"the wired parameter {layer.name!r} is no longer in its optimizer; take the wiring off with "
                     "wiring.remove() before exchanging parameters, and wire again"
                 )
-            if parameter.grad is None:
-                continue
-            self._take_over_writes(layer)
-            layer.state = optimizer.state.get(parameter, {})
-            layer.grad = parameter.grad if scale is None else parameter.grad / scale
-            grad = self.rule.gradient(layer)
-            if grad is not None:
-                layer.given_grad, parameter.grad = parameter.grad, grad if scale is None else grad * scale
-            self._leave_state(layer)
-            layer.exchanged = True
-            parameter.copy_(layer.latent)
-        self._open = True
-        return args, kwargs
+
+    def _pools_of(self, layers: Sequence[WiredLayer]) -> list[Pool]:
+        """The pools that hold one of the layers."""
+        return list({id(pool): pool for pool in (self._pool_of[id(layer)] for layer in layers)}.values())
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if not self._open:  # a step that called the step of its base class, which ran the hooks already
+        if self._nested:
+            self._nested -= 1
+            return
+        if not self._open:
             return
         self._open = False
         found_inf = getattr(optimizer, "found_inf", None)
@@ -303,6 +333,7 @@ class Wiring(Mapping[str, WiredParameter]):
         stepped = [layer for layer in self._layers if layer.exchanged]
         for layer in stepped:
             layer.latent.copy_(layer.parameter)
+            layer.state = optimizer.state.get(layer.parameter, {})
         self._step += 1
         for layer in self._layers:
             assert layer.active is not None
@@ -320,7 +351,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _roll_back(self) -> None:
         """Undoes an unfinished step: parameters get their effective weights back, latents were never touched."""
-        self._open = False
+        self._open, self._nested = False, 0
         for layer in self._layers:
             if layer.exchanged:
                 self._write(layer, self.rule.project(layer))
@@ -329,21 +360,19 @@ class Wiring(Mapping[str, WiredParameter]):
     @torch.no_grad()
     def _select(self, layers: Sequence[WiredLayer], step: int | None = None) -> None:
         """Selects anew in every pool that holds one of the layers, and projects what changed."""
-        chosen = {id(layer) for layer in layers}
-        pools = [pool for pool in self._pools if any(id(x) in chosen for x in pool.layers)]
-        for pool in pools:
-            for layer in pool.layers:
-                layer.step = layer.step if step is None else step
-        if not self.rule.fixed or any(x.active is None for pool in pools for x in pool.layers):
+        pools = self._pools_of(layers)
+        projected, asked = list(layers), {id(layer) for layer in layers}
+        for layer in layers if step is not None else []:
+            layer.step = step  # type: ignore[assignment]
+        if pools and not (self.rule.fixed and all(x.active is not None for pool in pools for x in pool.layers)):
             for pool, masks in zip(pools, self.rule.select(pools), strict=True):
-                for layer, mask in zip(pool.layers, masks, strict=True):
-                    changed = layer.active is None or (id(layer) not in chosen and not torch.equal(mask, layer.active))
-                    layer.active = mask
-                    if changed:
-                        chosen.add(id(layer))
-        for layer in self._layers:
-            if id(layer) in chosen:
-                self._write(layer, self.rule.project(layer))
+                for member, mask in zip(pool.layers, masks, strict=True):
+                    assert isinstance(member, WiredLayer)
+                    if member.active is not None and id(member) not in asked and not torch.equal(mask, member.active):
+                        projected.append(member)  # it traded edges with a layer of its pool
+                    member.active = mask
+        for layer in projected:
+            self._write(layer, self.rule.project(layer))
 
     @torch.no_grad()
     def _write(self, layer: WiredLayer, value: Tensor) -> None:
@@ -352,7 +381,11 @@ class Wiring(Mapping[str, WiredParameter]):
 
     @torch.no_grad()
     def _take_over_writes(self, layer: WiredLayer) -> bool:
-        """Takes over values that somebody else wrote to the parameter since it was last projected."""
+        """Takes over values that somebody else wrote to the parameter since it was last projected.
+
+        Entries that differ are taken over one by one. Where dormant entries have got weights and active ones have become
+        zero, another sparse weight was put in place of this one: then its zeros count too.
+        """
         parameter, latent = layer.parameter, layer.latent
         if latent.device != parameter.device:
             layer.latent = latent = latent.to(parameter.device)
@@ -370,12 +403,28 @@ class Wiring(Mapping[str, WiredParameter]):
         layer.version = parameter._version
         if not bool(written.any()):
             return False
-        latent.copy_(torch.where(written, parameter, latent))
+        assert layer.active is not None
+        grown, pruned = written & ~layer.active, written & layer.active & (parameter == 0)
+        replaced = bool(grown.any()) and bool(pruned.any())
+        latent.copy_(parameter if replaced else torch.where(written, parameter, latent))
         return True
+
+    def _look(self) -> None:
+        """Before a question: catches up, or, in the middle of a step, leaves everything as it was before that step."""
+        if not (self._open and _steps_on_the_stack(self._optimizer)):
+            self._catch_up()
+
+    def _undo_open_step(self) -> None:
+        if self._open and _steps_on_the_stack(self._optimizer):
+            raise RuntimeError(
+                "the wiring cannot be changed or saved in the middle of optimizer.step(); a step hook that does so belongs "
+                "after the step"
+            )
+        self._roll_back()
 
     def _catch_up(self) -> None:
         """Brings model and wiring together: undoes an unfinished step, takes over writes, selects where there were any."""
-        self._roll_back()
+        self._undo_open_step()
         written = [layer for layer in self._layers if self._take_over_writes(layer)]
         if written:
             self._select(written)
@@ -384,7 +433,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _entry(self, layer: WiredLayer) -> dict[str, Tensor]:
         assert layer.active is not None
-        numbers = (FORMAT, self._step, layer.seed, int(layer.active.count_nonzero()))
+        numbers = (FORMAT, self._step, layer.step, layer.seed, self._pool_of[id(layer)].k)
         return {"latent": layer.latent, "active": layer.active, "wiring": torch.tensor(numbers, dtype=torch.int64)}
 
     def _enter_state(self, layer: WiredLayer) -> None:
@@ -405,6 +454,7 @@ class Wiring(Mapping[str, WiredParameter]):
         return {layer.name: ids[id(layer.parameter)] for layer in self._layers if id(layer.parameter) in ids}
 
     def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._check_held()
         ids = self._packed_ids(state_dict)
         for layer in self._layers:
             state_dict["state"][ids[layer.name]] = {
@@ -414,7 +464,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Takes what is ours out of an incoming state dict, checked, before the base class casts or rejects it."""
-        self._roll_back()
+        self._undo_open_step()
         self._incoming = None
         ids = self._packed_ids(state_dict)
         state = dict(state_dict["state"])
@@ -429,17 +479,9 @@ class Wiring(Mapping[str, WiredParameter]):
                 state[key] = entry
             else:
                 del state[key]
-            if len(ours) == len(STATE_KEYS):
-                _check_entry(layer, ours)
+            if ours:
+                _check_entry(layer, ours, self._pool_of[id(layer)])
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
-        for pool in self._pools:
-            loaded = [int(incoming[x.name]["active"].count_nonzero()) for x in pool.layers if x.name in incoming]
-            if len(loaded) == len(pool.layers) and sum(loaded) != pool.k:
-                raise ValueError(
-                    f"the loaded optimizer state has {sum(loaded):,} active edges for {listing(x.name for x in pool.layers)}, "
-                    f"this wiring keeps {pool.k:,}; wire with the budget of the saved run, or assign its latent weights "
-                    "by name to start from them"
-                )
         self._incoming = incoming
         return {**state_dict, "state": state}
 
@@ -449,38 +491,66 @@ class Wiring(Mapping[str, WiredParameter]):
         without = [layer.name for layer in self._layers if layer.name not in incoming]
         if without:
             warnings.warn(
-                f"the loaded optimizer state holds no latent weights for {listing(without)}; the weights that the model "
-                "has now are taken for them",
+                f"the loaded optimizer state holds no latent weights for {listing(without)}; they stay as they "
+                "are, but for what has been written to the model since",
                 stacklevel=3,
             )
         for layer in self._layers:
             entry = incoming.get(layer.name)
             if entry is None:
-                layer.latent.copy_(layer.parameter)
+                self._take_over_writes(layer)
                 continue
             layer.latent.copy_(entry["latent"])
             layer.active = layer.previous = entry["active"].to(layer.latent.device)
-            _, layer.step, layer.seed, _ = entry["wiring"].tolist()
-            self._step = layer.step
+            _, self._step, layer.step, layer.seed, _ = entry["wiring"].tolist()
         for layer in self._layers:
             self._write(layer, self.rule.project(layer))
             self._enter_state(layer)
         self._select([layer for layer in self._layers if layer.name not in incoming])
 
 
-def _check_entry(layer: WiredLayer, entry: dict[str, Tensor]) -> None:
-    version = int(entry["wiring"][0])
+def _check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
+    """Raises ``ValueError`` unless an incoming entry is whole, plain and made for this layer and its budget."""
+    what = f"the loaded optimizer state, {layer.name!r}"
+    numbers = entry.get("wiring")
+    if not isinstance(numbers, Tensor) or numbers.numel() < 1 or numbers.dtype != torch.int64:
+        raise ValueError(f"{what}: 'wiring' is missing or not a tensor of whole numbers")
+    version = int(numbers.flatten()[0])
     if version != FORMAT:
         raise ValueError(
-            f"the wiring in the loaded optimizer state has format {version}, this version of dnw reads {FORMAT}; "
-            "load it with the version of dnw that wrote it"
+            f"{what}: the wiring has format {version}, this version of dnw reads {FORMAT}; load it with the version of dnw "
+            "that wrote it"
         )
-    for key in ("latent", "active"):
-        if entry[key].shape != layer.latent.shape:
-            raise ValueError(
-                f"the loaded optimizer state has {key!r} of shape {tuple(entry[key].shape)} for {layer.name!r}, whose shape "
-                f"is {tuple(layer.latent.shape)}"
-            )
+    if numbers.shape != (5,):
+        raise ValueError(f"{what}: 'wiring' has shape {tuple(numbers.shape)}, format {FORMAT} has (5,)")
+    for key, dtype in (("latent", layer.latent.dtype), ("active", torch.bool)):
+        value = entry.get(key)
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != layer.latent.shape:
+            given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
+            raise ValueError(f"{what}: expected {key!r} as {dtype} of shape {tuple(layer.latent.shape)}, got {given}")
+    check_finite(f"{layer.name} (loaded)", entry["latent"])
+    saved = int(numbers[4]) if len(pool.layers) > 1 else int(entry["active"].count_nonzero())
+    if not saved == int(numbers[4]) == pool.k:
+        raise ValueError(
+            f"{what}: it has {saved:,} active edges, this wiring keeps {pool.k:,}; wire with the budget of the saved "
+            "run, or assign its latent weights by name to start from them"
+        )
+    if layer.candidates is not None and bool((entry["active"].to(layer.candidates.device) & ~layer.candidates).any()):
+        raise ValueError(f"{what}: some of its active edges are no candidate edges of this model")
+
+
+def _steps_on_the_stack(optimizer: Optimizer) -> int:
+    """How many calls of ``optimizer.step`` this call is made from: 0 outside a step, more than 1 in a nested one."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+_STEP_WRAPPER = Optimizer.profile_hook_step(lambda *_: None).__code__
+"""The code that PyTorch wraps around the ``step`` of every optimizer class, and that runs the hooks."""
 
 
 def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict]:

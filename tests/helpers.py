@@ -34,11 +34,39 @@ class RuleCase:
     budget: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Dropping(dnw.Rule):
+    """Uses every hook of a rule: draws per step, gradient, optimizer state, another projection, another evaluation."""
+
+    @property
+    def selects_by_gradient(self) -> bool:
+        return True
+
+    def score(self, layer: dnw.Layer) -> Tensor:
+        momentum = layer.state.get("momentum_buffer", layer.state.get("exp_avg"))
+        score = layer.latent if momentum is None else layer.latent + 0.1 * momentum
+        return score if layer.grad is None else score + 0.01 * layer.grad
+
+    def dropped(self, layer: dnw.Layer) -> Tensor:
+        return layer.active & (layer.uniform() < 0.3)
+
+    def gradient(self, layer: dnw.Layer) -> Tensor:
+        return layer.grad.masked_fill(self.dropped(layer), 0)
+
+    def project(self, layer: dnw.Layer) -> Tensor:
+        return self.settle(layer).masked_fill(self.dropped(layer), 0)
+
+    def settle(self, layer: dnw.Layer) -> Tensor:
+        return layer.latent.masked_fill(~layer.active, 0)
+
+
 def rule_cases(model: nn.Module) -> dict[str, RuleCase]:
-    """Every listed rule, ready to wire a model of :func:`small_net`."""
-    half = {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.5 for name, p in model.named_parameters()}
+    """Every listed rule, and one that uses every hook, ready to wire a model of :func:`small_net`."""
+    wirable = [(name, p.shape) for name, p in model.named_parameters() if p.ndim > 1]
+    half = {name: torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5 for name, shape in wirable}
     special = {"frozen": RuleCase(dnw.Frozen(half), {}), "complete": RuleCase(dnw.Complete(), {})}
-    return {name: special.get(name) or RuleCase(rule(), {"density": 0.2}) for name, rule in dnw.RULES.items()}
+    cases = {name: special.get(name) or RuleCase(rule(), {"density": 0.2}) for name, rule in dnw.RULES.items()}
+    return {**cases, "dropping": RuleCase(Dropping(), {"density": 0.2})}
 
 
 def small_net(seed: int = 0) -> nn.Sequential:

@@ -93,6 +93,13 @@ def test_damaged_mnist(tmp_path):
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not an IDX file of 3-dimensional bytes"):
         read_mnist(tmp_path)
+    write_mnist(tmp_path / "zipped", zipped=True)
+    zipped = tmp_path / "zipped" / "t10k-images-idx3-ubyte.gz"
+    raw = bytearray(zipped.read_bytes())
+    raw[200:260] = bytes(60)
+    zipped.write_bytes(raw)
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte.gz: damaged gzip file"):
+        read_mnist(tmp_path / "zipped")
     path.write_bytes(whole)
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match="20 train images but 3 labels"):

@@ -57,7 +57,7 @@ def test_convolutions_are_matrices_of_their_flattened_sources():
     edges = wiring["weight"].edges()
     assert edges.shape == (3, 18)
     dense = torch.zeros(3, 18)
-    dense[edges.row, edges.column] = edges.weight
+    dense[edges.target, edges.source] = edges.weight
     assert torch.equal(dense.view_as(conv.weight), conv.weight.detach())
 
 
@@ -70,8 +70,19 @@ def test_networkx():
     found = wiring["weight"].edges().to_networkx()
     assert networkx.is_directed_acyclic_graph(found)
     assert found.number_of_edges() == 9
-    adjacency = graph.levels.adjacency(wiring["weight"].active)
+    adjacency = graph.node_matrix(wiring["weight"].active)
     assert sorted(found.edges) == sorted((s, t) for t, s in adjacency.nonzero().tolist())
+
+
+def test_a_shared_weight_stands_for_both_of_its_edges():
+    graph = StaticGraph((1, 1, 2), 1, shared_outputs=True)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[3, 0] = mask[3, 2] = True  # row 3 serves node 3, which reads level 0, and output 4, which reads all
+    wiring = dnw.wire(graph, torch.optim.SGD(graph.parameters(), lr=0.1), rule=dnw.Frozen({"weight": mask}))
+    edges = wiring["weight"].edges()
+    assert edges.shape == (5, 5)
+    weights = graph.weight.detach()
+    assert edges.to_list() == [(3, 0, weights[3, 0].item()), (4, 0, weights[3, 0].item()), (4, 2, weights[3, 2].item())]
 
 
 def test_summary_totals():

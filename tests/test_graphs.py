@@ -90,7 +90,7 @@ def test_adjacency_counts_a_shared_weight_for_both_of_its_targets():
     levels = Levels((1, 1, 2), 1, shared_outputs=True)  # nodes 0 | 1 | 2 3 | output 4, row 3 serves 3 and 4
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[3, 0] = mask[3, 2] = mask[0, 1] = True
-    assert levels.adjacency(mask).nonzero().tolist() == [[3, 0], [4, 0], [4, 2]]
+    assert levels.node_matrix(mask).nonzero().tolist() == [[3, 0], [4, 0], [4, 2]]
 
 
 def test_initialisation():

@@ -137,6 +137,25 @@ def test_names_without_wrappers():
     assert names(torch.compile(inner)) == ["0.weight", "1.weight"]
 
 
+def test_weight_norm_leaves_its_gains_alone():
+    with pytest.warns(FutureWarning):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv1d(4, 6, 3)), nn.Linear(2, 2))
+    assert names(model) == ["1.weight"]
+    assert reasons(model)["0.weight_g"].startswith("no weight of a convolution")
+    assert names(model, include=["0.weight_v"]) == ["0.weight_v"]
+
+
+def test_a_child_called_module_is_no_wrapper():
+    model = nn.Module()
+    model.module = nn.Linear(2, 2)
+    assert names(model) == ["module.weight"]
+
+
+def test_names_inside_checkpoint_wrappers():
+    model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
+    assert names(model) == ["0.weight"]
+
+
 def test_lazy_parameters_are_refused():
     with pytest.raises(ValueError, match=r"'weight' has no shape yet; run one batch"):
         names(nn.LazyLinear(3))

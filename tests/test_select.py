@@ -147,5 +147,7 @@ def test_budget_pattern_errors():
         ByName({"conv*": 0.5, "*": 0.1}, {}).shares(found)
     with pytest.raises(ValueError, match=r"no budget pattern fits the wired parameter 'l1.weight'"):
         ByName({"l0": 0.5}, {}).shares(found)
+    with pytest.raises(ValueError, match=r"'l1' never counts: patterns before it \('\*'\) take every parameter"):
+        ByName({"*": 0.5, "l1": 0.1}, {}).shares(found)
     with pytest.raises(ValueError, match=r"num_edges=11 for 'l0.weight'.*from 1 to 10"):
         ByName({"*": 0.5}, {"l0": 11}).shares(found)

@@ -15,6 +15,7 @@ import torch
 from helpers import SHARED
 from test_data import write_cifar, write_mnist, write_tree
 
+import dnw
 from dnw.cli import main
 from dnw.recipes import RECIPES, digits
 from dnw.train import RunDirectory, TrainingStoppedError, evaluate, override, resume, train
@@ -244,7 +245,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 @pytest.mark.slow
 def test_two_processes_agree_and_end_where_one_does(unbroken, tmp_path):
-    # batch norm sees half batches, so results differ; but edges, steps and files are those of one run
+    # Batch norm sees half batches, so results differ from one process; after each epoch the run itself compares the
+    # latent weights of its processes, and stops where they differ.
     done = command("train", "digits", "epochs=2", "processes=2", *SHORT, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 2  # the run and its baseline, each said once
@@ -263,6 +265,42 @@ def fails(capsys, *arguments: str) -> str:
     assert captured.err.count("\n") == 1, captured.err
     assert "Traceback" not in captured.err
     return captured.err
+
+
+def test_processes_that_disagree_stop_the_run():
+    import dnw.train._loop as loop
+
+    class TwoProcesses:
+        world_size = 2
+
+        def __init__(self, difference):
+            self.difference = difference
+
+        def all_gather(self, digest):
+            return torch.stack([digest, digest + self.difference])
+
+    model = torch.nn.Linear(3, 3)
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.5)
+    loop._check_agreement(TwoProcesses(0.0), wiring, 0)
+    with pytest.raises(TrainingStoppedError, match="the processes hold different wirings"):
+        loop._check_agreement(TwoProcesses(1e-9), wiring, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=tiny_cifar10"], "model=tiny_cifar10 does not take images of 1x8x8"),
+        (["data.mean=0.1,0.2", "data.std=1,1"], "the images have 1 colours"),
+        (["data.std=1,1"], "give one of each per colour"),
+        (["num_edges=100000"], "from 1 to 5,504"),
+        (["processes=2", "batch_size=1"], "2 processes need at least one image each"),
+        (["device=cuda", "processes=99"], "CUDA devices; use device=cpu"),
+    ],
+)
+def test_settings_that_do_not_fit_leave_nothing_behind(overrides, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, "train", "digits", *overrides)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_errors(tmp_path, monkeypatch, capsys):

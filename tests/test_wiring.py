@@ -110,7 +110,9 @@ def test_rule_keeps_exactly_k_edges_and_zeros_elsewhere(rule):
             active, weight = wiring[name].active, model.get_parameter(name)
             assert int(active.sum()) == budget[name]
             assert not weight[~active].any()
-            assert torch.equal(weight[active], wiring[name].latent[active])
+            with wiring.settled():
+                assert torch.equal(weight[active], wiring[name].latent[active])
+                assert not weight[~active].any()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -467,7 +469,7 @@ def test_format_of_the_state():
     train_steps(model, base, range(2))
     entry = base.state_dict()["state"][0]
     assert set(entry) == {"step", "exp_avg", "exp_avg_sq", "latent", "active", "wiring"}
-    assert entry["wiring"].tolist() == [FORMAT, 2, 0, 43]
+    assert entry["wiring"].tolist() == [FORMAT, 2, 2, 0, 43]
     assert entry["active"].dtype == torch.bool
     assert set(base.state_dict()) == {"state", "param_groups"}
 
@@ -511,7 +513,7 @@ def test_a_state_of_another_budget_or_format_is_refused_before_anything_changes(
     other = small_net(2)
     other_base = OPTIMIZERS["momentum"](other.parameters())
     dnw.wire(other, other_base, density=0.5)
-    with pytest.raises(ValueError, match=r"108 active edges for '0.weight', this wiring keeps 43"):
+    with pytest.raises(ValueError, match=r"'0.weight': it has 108 active edges, this wiring keeps 43"):
         base.load_state_dict(other_base.state_dict())
     newer = copy.deepcopy(before)
     newer["state"][0]["wiring"][0] = FORMAT + 1
@@ -713,10 +715,257 @@ def test_fused_optimizer_with_grad_scaler_skips_whole_steps():
     assert all(torch.allclose(wiring[n].latent, unscaled_wiring[n].latent, atol=1e-7) for n in wiring)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_moving_the_model_after_wiring_is_followed():
     model, base, wiring = wired()
+    model.to("cuda")
+    for step in range(3):
+        images, labels = (x.to("cuda") for x in batch(step))
+        base.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        base.step()
+    assert wiring["0.weight"].active.is_cuda
+    assert wiring.step == 3
+
+
+# --- found in review ---
+
+
+def trained(weight_decay: float) -> dict:
+    """A sparse network whose weights have shrunk below those of a fresh one."""
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=weight_decay)
+    dnw.wire(model, base, density=0.2)
+    train_steps(model, base, range(60))
+    return copy.deepcopy(model.state_dict())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_loading_a_sparse_network_into_a_wired_model_keeps_its_edges(weight_decay):
+    state = trained(weight_decay)
+    model, _, wiring = wired(seed=3)
+    model.load_state_dict(state)
+    wiring.project()
+    for name in wiring:
+        assert torch.equal(model.get_parameter(name), state[name])
+        assert torch.equal(wiring[name].active, state[name] != 0)
+
+
+def test_questions_from_step_hooks_do_not_disturb_the_step():
+    model, base, wiring = wired()
     twin, twin_base, twin_wiring = wired()
-    model.to(torch.device("cpu"))
-    train_steps(model, base, range(2))
-    train_steps(twin, twin_base, range(2))
+    seen = []
+
+    def ask(*_):
+        seen.append((wiring.num_active, wiring["5.weight"].latent, wiring["5.weight"].weight))
+
+    base.register_step_pre_hook(ask)
+    base._optimizer_step_post_hooks.clear()
+    base.register_step_post_hook(ask)  # before the wiring's own, as if registered before wiring
+    base.register_step_post_hook(wiring._after_step)
+    assert train_steps(model, base, range(3)) == train_steps(twin, twin_base, range(3))
     assert same(wiring, twin_wiring)
+    assert wiring.step == 3
+    assert all(active == 158 and int((weight != 0).sum()) == 102 for active, _, weight in seen)
+
+
+def test_saving_in_the_middle_of_a_step_is_refused():
+    model, base, _ = wired()
+    base.register_step_pre_hook(lambda *_: base.state_dict())
+    with pytest.raises(RuntimeError, match="in the middle of optimizer.step"):
+        train_steps(model, base, range(1))
+
+
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_a_subclass_that_writes_before_its_base_class_steps(plain_first):
+    class Base(torch.optim.SGD):
+        pass
+
+    class Decayed(Base):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+            return super().step(closure)
+
+    model = nn.Linear(6, 6)
+    if plain_first:  # PyTorch puts hooks into the base class only once somebody has made a plain instance of it
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        Base([nn.Parameter(torch.ones(1))], lr=0.1)
+    base = Decayed(model.parameters(), lr=0.0)
+    wiring = dnw.wire(model, base, density=0.5)
+    before, bias = wiring["weight"].latent, model.bias.detach().clone()
+    for _ in range(3):
+        base.zero_grad()
+        model(torch.ones(1, 6)).sum().backward()
+        base.step()
+    torch.testing.assert_close(wiring["weight"].latent, before * 0.9**3)
+    torch.testing.assert_close(model.bias.detach(), bias * 0.9**3)
+    assert wiring.step == 3
+
+
+def test_a_write_to_a_layer_without_gradient_survives_a_global_selection():
+    model = nn.ModuleList([nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)])
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, dnw.Global(0.5))
+    nn.init.constant_(model[1].weight, 7.0)
+    model[0](torch.randn(2, 6)).sum().backward()
+    base.step()
+    assert (model[1].weight == 7).all()
+    assert (wiring["1.weight"].num_active, wiring["0.weight"].num_active) == (36, 0)
+
+
+def test_the_users_gradient_is_given_back():
+    model, base, _ = wired("random")
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    given = model[5].weight.grad
+    values = given.clone()
+    base.step()
+    assert model[5].weight.grad is given
+    assert torch.equal(given, values)
+
+
+def test_dormant_edges_of_a_fixed_graph_get_no_gradient():
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.2, rule=dnw.RandomGraph())
+    before = {n: wiring[n].latent for n in wiring}
+    train_steps(model, base, range(3))
+    for n in wiring:
+        assert torch.equal(wiring[n].latent[~wiring[n].active], before[n][~wiring[n].active])
+
+
+def test_draws_depend_on_seed_step_and_name():
+    def draws(**changes):
+        values = {"name": "a", "latent": torch.zeros(4), "candidates": None, "seed": 0, "step": 0} | changes
+        return tuple(dnw.Layer(**values).uniform().tolist())
+
+    assert draws() == draws()
+    assert len({draws(), draws(seed=1), draws(step=1), draws(name="b")}) == 4
+
+
+def test_the_seed_travels():
+    model, base, _ = wired("dropping")
+    other = small_net(1)
+    other_base = OPTIMIZERS["momentum"](other.parameters())
+    other_wiring = dnw.wire(other, other_base, density=0.2, rule=case("dropping").rule, seed=9)
+    other_base.load_state_dict(base.state_dict())
+    assert {layer.seed for layer in other_wiring._layers} == {0}
+
+
+def test_rules_see_the_state_and_the_gradient_of_their_step():
+    seen = []
+
+    class Watching(dnw.DNW):
+        @property
+        def selects_by_gradient(self):
+            return True
+
+        def score(self, layer):
+            seen.append((sorted(layer.state), None if layer.grad is None else layer.grad.clone()))
+            return layer.latent
+
+    model = nn.Linear(4, 2, bias=False)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    dnw.wire(model, base, density=0.5, rule=Watching())
+    model(torch.ones(1, 4)).sum().backward()
+    base.step()
+    assert seen[0] == ([], None)
+    assert "momentum_buffer" in seen[1][0]
+    assert torch.equal(seen[1][1], torch.ones(2, 4))
+
+
+def test_a_plain_optimizer_state_leaves_dormant_latents_alone():
+    model = small_net()
+    base = OPTIMIZERS["momentum"](model.parameters())
+    train_steps(model, base, range(2))
+    plain, dense = copy.deepcopy(base.state_dict()), model[5].weight.detach().clone()
+    wiring = dnw.wire(model, base, density=0.2)
+    with pytest.warns(UserWarning, match="holds no latent weights"):
+        base.load_state_dict(plain)
+    assert torch.equal(wiring["5.weight"].latent, dense)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("wiring", torch.zeros(0, dtype=torch.int64), "'wiring' is missing or not a tensor of whole numbers"),
+        ("wiring", torch.tensor([FORMAT, 2]), r"'wiring' has shape \(2,\)"),
+        ("latent", "text", "expected 'latent' as torch.float32 of shape .*, got none"),
+        ("latent", torch.full((8, 3, 3, 3), torch.nan), "not finite"),
+        ("latent", torch.zeros(2), "expected 'latent'"),
+        ("active", torch.zeros(8, 3, 3, 3), "expected 'active' as torch.bool"),
+        ("active", torch.ones(8, 3, 3, 3, dtype=torch.bool), "it has 216 active edges, this wiring keeps 43"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(key, value, message):
+    model, base, wiring = wired()
+    train_steps(model, base, range(2))
+    state = copy.deepcopy(base.state_dict())
+    train_steps(model, base, range(2, 3))
+    before = {n: wiring[n].latent for n in wiring}
+    state["state"][0][key] = value
+    with pytest.raises(ValueError, match=message):
+        base.load_state_dict(state)
+    assert all(torch.equal(wiring[n].latent, before[n]) for n in wiring)
+    assert wiring.step == 3
+
+
+def test_edges_outside_the_candidates_are_refused():
+    graph = dnw.graphs.StaticGraph((2, 3), 2, rank_all_entries=True)
+    base = torch.optim.SGD(graph.parameters(), lr=0.1)
+    dnw.wire(graph, base, num_edges=20)
+    other = dnw.graphs.StaticGraph((2, 3), 2)
+    every = torch.ones(other.weight.shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match="include entries that are not candidate edges"):
+        dnw.wire(other, torch.optim.SGD(other.parameters(), lr=0.1), rule=dnw.Frozen({"weight": every}))
+    other_base = torch.optim.SGD(other.parameters(), lr=0.1)
+    dnw.wire(other, other_base, num_edges=10, include="weight")
+    state = base.state_dict()
+    state["state"][0]["wiring"][4] = 10
+    state["state"][0]["active"] = ~other.edge_candidates()["weight"]
+    state["state"][0]["active"].view(-1)[:4] = True
+    with pytest.raises(ValueError, match="no candidate edges of this model|active edges, this wiring keeps"):
+        other_base.load_state_dict(state)
+
+
+def test_a_model_can_be_wired_again_when_its_optimizer_is_gone():
+    model, base, wiring = wired()
+    del base, wiring
+    dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.1)
+
+
+def test_a_wiring_comes_off_after_the_model_changed_its_dtype():
+    model, base, wiring = wired()
+    model.half()
+    wiring.remove("latent")
+    assert int((model[5].weight != 0).sum()) == 512
+    assert "latent" not in base.state_dict()["state"].get(0, {})
+
+
+def test_a_removed_parameter_cannot_be_written():
+    _, _, wiring = wired()
+    parameter = wiring["5.weight"]
+    wiring.remove()
+    with pytest.raises(ValueError, match="is not wired any more"):
+        parameter.latent = torch.zeros(16, 32)
+
+
+def test_wrapped_optimizers_are_unwrapped():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, Wrapper(base), density=0.2)
+    train_steps(model, base, range(1))
+    assert wiring.step == 1
+
+
+def test_frozen_edges_of_an_unknown_parameter():
+    model = nn.Linear(3, 3)
+    edges = {"weight": torch.eye(3).bool(), "wieght": torch.eye(3).bool()}
+    with pytest.raises(ValueError, match="edges for 'wieght', which is not wired; did you mean 'weight'"):
+        dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), rule=dnw.Frozen(edges))

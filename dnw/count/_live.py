@@ -40,6 +40,6 @@ def num_live_nodes(model: nn.Module, wiring: Wiring) -> tuple[int, int]:
         if isinstance(module, StaticGraph) and id(module.weight) in weights:
             levels, active = module.levels, wiring[weights[id(module.weight)]].active
             node = torch.arange(levels.num_nodes, device=active.device)
-            mask = live_nodes(levels.adjacency(active), node < levels.num_inputs, node >= levels.num_sources)
+            mask = live_nodes(levels.node_matrix(active), node < levels.num_inputs, node >= levels.num_sources)
             live, total = live + int(mask.count_nonzero()), total + levels.num_nodes
     return live, total

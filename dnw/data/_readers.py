@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import zlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     """An IDX file of bytes: two zeros, type 8, number of dimensions, the sizes (big-endian), the values."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
     if raw[:4] != bytes((0, 0, 8, dimensions)):
         raise ValueError(f"{path}: not an IDX file of {dimensions}-dimensional bytes (it starts with {raw[:4].hex(' ')})")

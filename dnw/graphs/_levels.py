@@ -81,26 +81,21 @@ class Levels:
         sizes = torch.tensor([*self.sizes, self.num_outputs])
         return torch.arange(len(sizes)).repeat_interleave(sizes)
 
-    def adjacency(self, mask: Tensor) -> Tensor:
-        """Which nodes feed which: boolean ``[nodes, nodes]``, targets by sources, for a mask ``[targets, sources]``.
+    def node_matrix(self, weight: Tensor) -> Tensor:
+        """The weight ``[targets, sources]`` as a matrix between nodes ``[nodes, nodes]``, 0 where the graph reads nothing.
 
-        Entries of the mask that the graph never reads are left out, so with a mask of ones these are the candidates.
+        A shared row stands twice: for the inner node and for the output that it serves.
         """
-        level = self.level_of_node().to(mask.device)
-        full = torch.zeros(self.num_nodes, self.num_nodes, dtype=torch.bool, device=mask.device)
-        full[self.num_inputs : self.num_sources, : self.num_sources] = mask[self.first_row :][: self.num_inner]
-        full[self.num_sources :, : self.num_sources] = mask[-self.num_outputs :]
-        return full & (level[:, None] > level[None, :])
+        level = self.level_of_node().to(weight.device)
+        full = weight.new_zeros(self.num_nodes, self.num_nodes)
+        full[self.num_inputs : self.num_sources, : self.num_sources] = weight[self.first_row :][: self.num_inner]
+        full[self.num_sources :, : self.num_sources] = weight[-self.num_outputs :]
+        return full.masked_fill(level[:, None] <= level[None, :], 0)
 
     def candidates(self) -> Tensor:
         """Mask of the candidate edges, boolean ``[targets, sources]``: the entries of the weight that the graph reads."""
-        full = self.adjacency(torch.ones(self.shape, dtype=torch.bool))
+        full = self.node_matrix(torch.ones(self.shape, dtype=torch.bool))
         mask = torch.zeros(self.shape, dtype=torch.bool)
         mask[self.first_row :][: self.num_inner] = full[self.num_inputs : self.num_sources, : self.num_sources]
         mask[-self.num_outputs :] |= full[self.num_sources :, : self.num_sources]
         return mask
-
-    def node_ids(self) -> tuple[Tensor, Tensor]:
-        """The node of each row and of each column of the weight; a shared row counts as that of its inner node."""
-        rows, columns = self.shape
-        return torch.arange(rows) + (0 if self.shared_outputs else self.num_inputs), torch.arange(columns)

@@ -63,9 +63,9 @@ class StaticGraph(nn.Module):
         mask = torch.ones(self.levels.shape, dtype=torch.bool) if self.rank_all_entries else self.levels.candidates()
         return {"weight": mask}
 
-    def node_ids(self) -> tuple[Tensor, Tensor]:
-        """The node of each row and of each column of the weight."""
-        return self.levels.node_ids()
+    def node_matrix(self, weight: Tensor) -> Tensor:
+        """A weight or mask ``[targets, sources]`` as a matrix between the nodes ``[nodes, nodes]``."""
+        return self.levels.node_matrix(weight)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(map(str, self.levels.sizes))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dnw._rules import RULES, Rule
+from dnw._wire import wire
 from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, load
 from dnw.models import tiny_cifar10, tiny_digits, tiny_mnist
 from dnw.train._config import Config
@@ -64,6 +65,23 @@ def make_model(config: Config, num_classes: int) -> nn.Module:
     """The network, freshly initialised by the config's seed."""
     torch.manual_seed(config.seeds[0])
     return MODELS[config.model](num_classes)
+
+
+def check_fit(config: Config, data: ImageData) -> None:
+    """Raises ``ValueError`` where data, model, budget and rule of a config do not fit together, before anything is written."""
+    batches = make_batches(config.model_copy(update={"seeds": config.seeds[:1]}), data, torch.device("cpu"), 0, 1)
+    images, _ = next(batches.test())
+    if images.shape[1] != len(config.data.mean):
+        raise ValueError(f"data.mean={config.data.mean}: the images have {images.shape[1]} colours")
+    model = make_model(config, num_classes=len(data[0].classes))
+    try:
+        with torch.no_grad():
+            model.eval()(images[:2])
+    except RuntimeError as error:
+        shape = "x".join(map(str, images.shape[1:]))
+        raise ValueError(f"model={config.model} does not take images of {shape} ({str(error).splitlines()[0]})") from None
+    rule, budget = make_rule(config)
+    wire(model, torch.optim.SGD(model.parameters(), lr=1.0), rule=rule, **budget)  # type: ignore[arg-type]
 
 
 def make_rule(config: Config) -> tuple[Rule, dict[str, float | int | None]]:

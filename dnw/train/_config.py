@@ -30,6 +30,13 @@ class DataConfig(_Frozen):
     std: tuple[float, ...] = Field(description="per colour, in units of the full range")
     crop_padding: int = Field(default=0, ge=0, description="pixels of padding for random crops; 0 for none")
     flip: bool = Field(default=False, description="mirror half of the training images")
+
+    @model_validator(mode="after")
+    def _per_colour(self) -> DataConfig:
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError(f"mean={self.mean} and std={self.std}: give one of each per colour, the std above 0")
+        return self
+
     workers: int = Field(default=2, ge=0, description="processes that decode, for data that does not fit in memory")
 
 
@@ -98,6 +105,8 @@ class Config(_Frozen):
         rules = {self.rule, self.baseline} - {None, "complete"}
         if rules and (self.num_edges is None) == (self.density is None):
             raise ValueError("a budget is needed: give num_edges or density, one of the two")
+        if self.batch_size < self.processes:
+            raise ValueError(f"batch_size={self.batch_size}: {self.processes} processes need at least one image each per step")
         if self.baseline == self.rule:
             raise ValueError(f"baseline={self.baseline}: is the rule of the run itself; name another, or null for none")
         return self

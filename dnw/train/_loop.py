@@ -20,7 +20,7 @@ from dnw._wire import wire
 from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
 from dnw.data import Batches
-from dnw.train._build import ImageData, load_data, make_batches, make_model, make_rule
+from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, make_rule
 from dnw.train._config import Config
 from dnw.train._log import Log
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
@@ -59,6 +59,7 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
         TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
     """
     data = load_data(config, data_dir)
+    check_fit(config, data)
     fabric = _launch(config)
     path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
     run = RunDirectory(fabric.broadcast(path))
@@ -76,6 +77,7 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     config = run.config()
     data_dir = run.data_dir() if data_dir is None else data_dir
     data = load_data(config, data_dir)
+    check_fit(config, data)
     _run_members(run, _launch(config), data, data_dir, log or Log())
 
 
@@ -127,14 +129,19 @@ class _State:
     def load(self, path: Path) -> dict[str, Any]:
         content = read_checkpoint(path)
         try:
-            self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.model.load_state_dict(content["model"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
         return content
 
 
 def _launch(config: Config) -> Fabric:
+    if config.device == "cuda" and torch.cuda.device_count() < config.processes:
+        raise ValueError(
+            f"device=cuda, processes={config.processes}: this machine shows {torch.cuda.device_count()} CUDA devices; use "
+            "device=cpu or fewer processes"
+        )
     fabric = Fabric(
         accelerator=config.device,
         devices=config.processes,
@@ -206,6 +213,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                     writer.write(wiring, step, (i + 1) / batches.num_batches)
                 advance()
         _check_finite(fabric, sums[0], epoch, step, lr, run)
+        _check_agreement(fabric, wiring, epoch)
         sums = _sum_over_processes(fabric, sums)
         top1, top5, test_loss = _test(fabric, state, batches)
         entered = sum(int((wiring[name].active & ~edges_before[name]).count_nonzero()) for name in wiring)
@@ -261,6 +269,17 @@ def _sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
     reduced = fabric.all_reduce(values, reduce_op="sum")
     assert isinstance(reduced, Tensor)
     return reduced
+
+
+def _check_agreement(fabric: Fabric, wiring: Wiring, epoch: int) -> None:
+    """Raises where processes that train together have come to hold different latent weights or edges."""
+    if fabric.world_size == 1:
+        return
+    digest = [f(wiring[n]).double().sum() for n in wiring for f in (lambda p: p.latent, lambda p: p.latent * p.active)]
+    everywhere = fabric.all_gather(torch.stack(digest))
+    assert isinstance(everywhere, Tensor)
+    if not bool((everywhere == everywhere[0]).all()):
+        raise TrainingStoppedError(f"after epoch {epoch + 1} the processes hold different wirings; nothing of it was saved")
 
 
 def _check_finite(fabric: Fabric, loss: Tensor, epoch: int, step: int, lr: float, run: RunDirectory) -> None:

@@ -168,7 +168,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: no checkpoint of ours, a damaged one, or one of a newer version.
     """
     content = read_tensors(path)
-    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "step"} <= content.keys():
+        raise ValueError(f"{path}: not a checkpoint of a run")
+    version = content.get("format")
     if version != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: a checkpoint of format {version}; this version of dnw reads {CHECKPOINT_FORMAT}")
     return content
