@@ -294,7 +294,7 @@ def test_processes_that_disagree_stop_the_run():
         (["data.std=1,1"], "give one of each per colour"),
         (["num_edges=100000"], "from 1 to 5,504"),
         (["processes=2", "batch_size=1"], "2 processes need at least one image each"),
-        (["device=cuda", "processes=99"], "CUDA devices; use device=cpu"),
+        (["device=cuda", "processes=20"], "CUDA devices; use device=cpu"),
     ],
 )
 def test_settings_that_do_not_fit_leave_nothing_behind(overrides, message, tmp_path, monkeypatch, capsys):

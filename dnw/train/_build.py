@@ -69,10 +69,11 @@ def make_model(config: Config, num_classes: int) -> nn.Module:
 
 def check_fit(config: Config, data: ImageData) -> None:
     """Raises ``ValueError`` where data, model, budget and rule of a config do not fit together, before anything is written."""
+    colours = 3 if isinstance(data[0], FolderImages) else data[0].images.shape[1]
+    if colours != len(config.data.mean):
+        raise ValueError(f"data.mean={config.data.mean}: the images have {colours} colours")
     batches = make_batches(config.model_copy(update={"seeds": config.seeds[:1]}), data, torch.device("cpu"), 0, 1)
     images, _ = next(batches.test())
-    if images.shape[1] != len(config.data.mean):
-        raise ValueError(f"data.mean={config.data.mean}: the images have {images.shape[1]} colours")
     model = make_model(config, num_classes=len(data[0].classes))
     try:
         with torch.no_grad():
