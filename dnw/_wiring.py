@@ -169,6 +169,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._step = 0
         self._open = False
         self._nested = 0
+        self._written: list[WiredLayer] = []
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._handles: list[Any] = []
         self._select(layers)
@@ -282,10 +283,8 @@ class Wiring(Mapping[str, WiredParameter]):
         args, kwargs = _evaluate_closure(args, kwargs)
         self._check_held()
         stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
-        for pool in self._pools_of(stepping):
-            for mate in pool.layers:
-                assert isinstance(mate, WiredLayer)
-                self._take_over_writes(mate)
+        selected = {id(layer) for pool in self._pools_of(stepping) for layer in pool.layers}
+        self._written = [layer for layer in self._layers if id(layer) in selected and self._take_over_writes(layer)]
         scale = getattr(optimizer, "grad_scale", None)
         self._open = True
         for layer in stepping:
@@ -338,7 +337,8 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._layers:
             assert layer.active is not None
             layer.previous = layer.active
-        self._select(stepped, step=self._step)
+        written = [layer for layer in self._written if not layer.exchanged]
+        self._select([*stepped, *written], step=self._step)
         for layer in stepped:
             self._close(layer)
 

@@ -816,6 +816,20 @@ def test_a_write_to_a_layer_without_gradient_survives_a_global_selection():
     assert (wiring["1.weight"].num_active, wiring["0.weight"].num_active) == (36, 0)
 
 
+def test_a_small_write_to_a_layer_without_gradient_is_projected_with_its_pool():
+    model = nn.ModuleList([nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)])
+    base = torch.optim.SGD(model.parameters(), lr=1e-6)
+    wiring = dnw.wire(model, base, dnw.Global(0.5))
+    active = wiring["1.weight"].active
+    with torch.no_grad():
+        model[1].weight[~active] = 1e-9  # too small to become active
+    model[0](torch.randn(2, 6)).sum().backward()
+    base.step()
+    assert torch.equal(wiring["1.weight"].active, active)
+    assert not model[1].weight[~active].any()
+    assert torch.equal(wiring["1.weight"].latent[~active], torch.full_like(model[1].weight[~active], 1e-9))
+
+
 def test_the_users_gradient_is_given_back():
     model, base, _ = wired("random")
     F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
