@@ -24,7 +24,12 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or not hasattr(parsed, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that follow an option: argparse ends a list of arguments at the first option
+        parsed.overrides += rest
     try:
         parsed.run(parsed)
     except KeyboardInterrupt:

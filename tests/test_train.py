@@ -372,13 +372,21 @@ def test_recipes_and_config_on_the_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["digits", "mnist", "cifar10"]
     assert all(len(line.split()) > 5 for line in lines)
+    assert main(["train", "cifar10", "rule=random", "--data-dir", "x", "epochs=7", "--print-config", "batch_size=64"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["rule"], shown["epochs"], shown["batch_size"]) == ("random", 7, 64)
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--epochs=7"])
+    with pytest.raises(SystemExit):
+        main(["eval", "run", "epochs=7"])
+    capsys.readouterr()
     assert main(["train", "optim.lr=0.07", "--print-config"]) == 0  # digits where no recipe is named
     assert '"lr": 0.07' in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29513", "-m", "dnw"]
+    arguments = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "dnw"]
     done = subprocess.run(
         [sys.executable, *arguments, "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
