@@ -172,11 +172,40 @@ class Wiring(Mapping[str, WiredParameter]):
         self._written: list[WiredLayer] = []
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._handles: list[Any] = []
-        self._select(layers)
+        for layer in layers:
+            self._adopt(layer)
+        self._select([layer for layer in layers if layer.active is None])
         for layer in layers:
             assert layer.active is not None
             layer.previous = layer.active
+            self._write(layer, rule.project(layer))
         self._register()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, pickled or deep, is a wiring of the copied parameters that steps with the copied optimizer.
+
+        The hooks of an optimizer do not travel with it: copy the model, the optimizer and the wiring together.
+        """
+        self._catch_up()
+        pools = {id(pool): pool for pool in self._pool_of.values()}.values()
+        members = [([self._layers.index(x) for x in pool.layers], pool.k) for pool in pools]  # type: ignore[arg-type]
+        found = [Wirable(x.name, "", x.module, x.parameter, x.candidates) for x in self._layers]
+        entries = [self._entry(layer) for layer in self._layers]
+        return _copied, (self._optimizer, self.rule, found, entries, members, self._left)
+
+    def _adopt(self, layer: WiredLayer) -> None:
+        """Continues what a copied or unpickled optimizer carries for a parameter."""
+        carried = self._optimizer.state.get(layer.parameter, {})
+        ours = {key: carried[key] for key in STATE_KEYS if key in carried}
+        if not ours:
+            return
+        if not isinstance(ours.get("wiring"), Tensor) or ours["wiring"].dtype != torch.int64:
+            raise ValueError(
+                f"the optimizer was given a wired state for {layer.name!r} before it was wired, and has rounded it; wire "
+                "first, then load the state"
+            )
+        _check_entry(layer, ours, self._pool_of[id(layer)])
+        self._take(layer, {key: value.clone() for key, value in ours.items()})
 
     # --- what a user asks ---
 
@@ -486,6 +515,13 @@ class Wiring(Mapping[str, WiredParameter]):
         return {**state_dict, "state": state}
 
     @torch.no_grad()
+    def _take(self, layer: WiredLayer, entry: Mapping[str, Tensor]) -> None:
+        """Takes over a checked entry of a state dict."""
+        layer.latent.copy_(entry["latent"])
+        layer.active = layer.previous = entry["active"].to(layer.latent.device)
+        _, self._step, layer.step, layer.seed, _ = entry["wiring"].tolist()
+
+    @torch.no_grad()
     def _loaded(self, optimizer: Optimizer) -> None:
         incoming, self._incoming = self._incoming or {}, None
         without = [layer.name for layer in self._layers if layer.name not in incoming]
@@ -500,13 +536,32 @@ class Wiring(Mapping[str, WiredParameter]):
             if entry is None:
                 self._take_over_writes(layer)
                 continue
-            layer.latent.copy_(entry["latent"])
-            layer.active = layer.previous = entry["active"].to(layer.latent.device)
-            _, self._step, layer.step, layer.seed, _ = entry["wiring"].tolist()
+            self._take(layer, entry)
         for layer in self._layers:
             self._write(layer, self.rule.project(layer))
             self._enter_state(layer)
         self._select([layer for layer in self._layers if layer.name not in incoming])
+
+
+def _copied(
+    optimizer: Optimizer,
+    rule: Rule,
+    found: list[Wirable],
+    entries: list[dict[str, Tensor]],
+    members: list[tuple[list[int], int]],
+    left: list[LeftOut],
+) -> Wiring:
+    """Rebuilds a wiring from copied parts."""
+    layers = [WiredLayer(f, seed=0) for f in found]
+    for layer, entry in zip(layers, entries, strict=True):
+        optimizer.state[layer.parameter].update(entry)  # to be adopted
+    wiring = Wiring(optimizer, rule, layers, [Pool([layers[i] for i in indices], k) for indices, k in members], left)
+    for layer in layers:  # state of our own stays only beside state of the optimizer's own
+        wiring._leave_state(layer)
+        wiring._enter_state(layer)
+        if not optimizer.state[layer.parameter]:
+            del optimizer.state[layer.parameter]
+    return wiring
 
 
 def _check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:

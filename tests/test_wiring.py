@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 import warnings
 
@@ -983,3 +984,63 @@ def test_frozen_edges_of_an_unknown_parameter():
     edges = {"weight": torch.eye(3).bool(), "wieght": torch.eye(3).bool()}
     with pytest.raises(ValueError, match="edges for 'wieght', which is not wired; did you mean 'weight'"):
         dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), rule=dnw.Frozen(edges))
+
+
+# --- copies ---
+
+
+def copies(how: str, things: tuple) -> tuple:
+    return copy.deepcopy(things) if how == "deepcopy" else pickle.loads(pickle.dumps(things))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw_fused"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_copy_of_all_three_trains_on_by_itself(rule, optimizer, at, how):
+    model, base, wiring = wired(rule, optimizer)
+    train_steps(model, base, range(at))
+    other, other_base, other_wiring = copies(how, (model, base, wiring))
+    assert other_wiring.step == at
+    assert same(wiring, other_wiring)
+    train_steps(other, other_base, range(at, at + 3))
+    assert other_wiring.step == at + 3
+    assert wiring.step == at
+    train_steps(model, base, range(at, at + 3))
+    assert same(wiring, other_wiring)
+    assert str(other_wiring.summary()) == str(wiring.summary())
+    assert len(base.state) == len(other_base.state)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_with_a_global_budget(how):
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.3)
+    wiring = dnw.wire(model, base, dnw.Global(0.1))
+    train_steps(model, base, range(2))
+    other, other_base, other_wiring = copies(how, (model, base, wiring))
+    for net, optimizer in ((model, base), (other, other_base)):
+        train_steps(net, optimizer, range(2, 5))
+    assert same(wiring, other_wiring)
+
+
+def test_wiring_a_copied_optimizer_adopts_what_it_carries():
+    model, base, wiring = wired("random", "momentum")
+    train_steps(model, base, range(3))
+    other, other_base = copy.deepcopy((model, base))
+    other_wiring = dnw.wire(other, other_base, density=0.2, rule=dnw.RandomGraph(), seed=7)
+    assert other_wiring.step == 3
+    assert same(wiring, other_wiring)
+    for net, optimizer in ((model, base), (other, other_base)):
+        train_steps(net, optimizer, range(3, 6))
+    assert same(wiring, other_wiring)
+
+
+def test_a_wired_state_loaded_before_wiring_is_refused():
+    model, base, _ = wired()
+    train_steps(model, base, range(2))
+    other = small_net()
+    other_base = OPTIMIZERS["momentum"](other.parameters())
+    other_base.load_state_dict(base.state_dict())
+    with pytest.raises(ValueError, match="before it was wired, and has rounded it; wire first, then load"):
+        dnw.wire(other, other_base, density=0.2)
