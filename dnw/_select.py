@@ -8,6 +8,7 @@ Among equal magnitudes the lowest flat index wins, on every device and in every 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -51,12 +52,12 @@ Shares = list[tuple[list[int], int]]
 """Pools of layers that compete for one budget: (indices of the layers, number of active edges)."""
 
 
-class Budget:
-    """How many edges each layer may keep. Subclasses override :meth:`shares`."""
+class Budget(ABC):
+    """How many edges each layer may keep."""
 
+    @abstractmethod
     def shares(self, layers: Sequence[Shape]) -> Shares:
         """Returns the pools of layers and the number of active edges of each; every layer is in exactly one pool."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

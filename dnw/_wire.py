@@ -15,7 +15,8 @@ from dnw._checks import did_you_mean, listing
 from dnw._parameters import Selector, Wirable, find_parameters
 from dnw._rules import DNW, Frozen, Pool, Rule
 from dnw._select import Budget, ByName, Shape, Uniform
-from dnw._wiring import WIRED, WiredLayer, Wiring, check_finite
+from dnw._state import WiredLayer, check_finite
+from dnw._wiring import WIRED, Wiring
 
 
 def wire(

@@ -12,57 +12,26 @@ saved state, or any question to the wiring.
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import did_you_mean, listing
 from dnw._edges import Edges, Summary, SummaryRow
 from dnw._parameters import LeftOut, Wirable
-from dnw._rules import Layer, Pool, Rule
-
-FORMAT = 1
-"""Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
-
-STATE_KEYS = ("latent", "active", "wiring")
-"""What each wired parameter adds to its entry in ``optimizer.state_dict()["state"]``.
-
-latent: the dense weights, of the parameter's shape, dtype and device. active: boolean mask of the active edges.
-wiring: five numbers, int64: format version, completed steps of the wiring, the step at which this parameter was last
-projected, seed, number of active edges of its pool. Random draws are a function of seed, step and name, so nothing else is
-needed to continue bit for bit.
-"""
+from dnw._rules import Pool, Rule
+from dnw._state import FORMAT, STATE_KEYS, WiredLayer, check_entry, check_finite
+from dnw._step import evaluate_closure, steps_on_the_stack
 
 WIRED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weak references to the wirings, by wired parameter, so that none is wired twice."""
-
-
-class WiredLayer(Layer):
-    """A layer with its parameter and the book-keeping of the exchange."""
-
-    parameter: nn.Parameter
-    module: nn.Module
-    previous: Tensor
-    """The active edges before the last step."""
-    version: int
-    """The parameter's version after it was last projected: if it moved, somebody else wrote to the parameter."""
-    exchanged: bool = False
-    """Whether the parameter holds latent weights because a step is in progress."""
-    given_grad: Tensor | None = None
-    """The gradient as the user computed it, where the rule put another in its place for the step."""
-
-    def __init__(self, found: Wirable, seed: int) -> None:
-        super().__init__(found.name, found.parameter.detach().clone(), found.candidates, seed)
-        self.parameter, self.module = found.parameter, found.module
-        self.version = -1
 
 
 class WiredParameter:
@@ -204,7 +173,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 f"the optimizer was given a wired state for {layer.name!r} before it was wired, and has rounded it; wire "
                 "first, then load the state"
             )
-        _check_entry(layer, ours, self._pool_of[id(layer)])
+        check_entry(layer, ours, self._pool_of[id(layer)])
         self._take(layer, {key: value.clone() for key, value in ours.items()})
 
     # --- what a user asks ---
@@ -305,11 +274,11 @@ class Wiring(Mapping[str, WiredParameter]):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self._open and _steps_on_the_stack(optimizer) > 1:  # a subclass's step has called that of its base class
+        if self._open and steps_on_the_stack(optimizer) > 1:  # a subclass's step has called that of its base class
             self._nested += 1
             return args, kwargs
         self._roll_back()
-        args, kwargs = _evaluate_closure(args, kwargs)
+        args, kwargs = evaluate_closure(args, kwargs)
         self._check_held()
         stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
         selected = {id(layer) for pool in self._pools_of(stepping) for layer in pool.layers}
@@ -440,11 +409,11 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _look(self) -> None:
         """Before a question: catches up, or, in the middle of a step, leaves everything as it was before that step."""
-        if not (self._open and _steps_on_the_stack(self._optimizer)):
+        if not (self._open and steps_on_the_stack(self._optimizer)):
             self._catch_up()
 
     def _undo_open_step(self) -> None:
-        if self._open and _steps_on_the_stack(self._optimizer):
+        if self._open and steps_on_the_stack(self._optimizer):
             raise RuntimeError(
                 "the wiring cannot be changed or saved in the middle of optimizer.step(); a step hook that does so belongs "
                 "after the step"
@@ -509,7 +478,7 @@ class Wiring(Mapping[str, WiredParameter]):
             else:
                 del state[key]
             if ours:
-                _check_entry(layer, ours, self._pool_of[id(layer)])
+                check_entry(layer, ours, self._pool_of[id(layer)])
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
         self._incoming = incoming
         return {**state_dict, "state": state}
@@ -562,76 +531,3 @@ def _copied(
         if not optimizer.state[layer.parameter]:
             del optimizer.state[layer.parameter]
     return wiring
-
-
-def _check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
-    """Raises ``ValueError`` unless an incoming entry is whole, plain and made for this layer and its budget."""
-    what = f"the loaded optimizer state, {layer.name!r}"
-    numbers = entry.get("wiring")
-    if not isinstance(numbers, Tensor) or numbers.numel() < 1 or numbers.dtype != torch.int64:
-        raise ValueError(f"{what}: 'wiring' is missing or not a tensor of whole numbers")
-    version = int(numbers.flatten()[0])
-    if version != FORMAT:
-        raise ValueError(
-            f"{what}: the wiring has format {version}, this version of dnw reads {FORMAT}; load it with the version of dnw "
-            "that wrote it"
-        )
-    if numbers.shape != (5,):
-        raise ValueError(f"{what}: 'wiring' has shape {tuple(numbers.shape)}, format {FORMAT} has (5,)")
-    for key, dtype in (("latent", layer.latent.dtype), ("active", torch.bool)):
-        value = entry.get(key)
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != layer.latent.shape:
-            given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
-            raise ValueError(f"{what}: expected {key!r} as {dtype} of shape {tuple(layer.latent.shape)}, got {given}")
-    check_finite(f"{layer.name} (loaded)", entry["latent"])
-    saved = int(numbers[4]) if len(pool.layers) > 1 else int(entry["active"].count_nonzero())
-    if not saved == int(numbers[4]) == pool.k:
-        raise ValueError(
-            f"{what}: it has {saved:,} active edges, this wiring keeps {pool.k:,}; wire with the budget of the saved "
-            "run, or assign its latent weights by name to start from them"
-        )
-    if layer.candidates is not None and bool((entry["active"].to(layer.candidates.device) & ~layer.candidates).any()):
-        raise ValueError(f"{what}: some of its active edges are no candidate edges of this model")
-
-
-def _steps_on_the_stack(optimizer: Optimizer) -> int:
-    """How many calls of ``optimizer.step`` this call is made from: 0 outside a step, more than 1 in a nested one."""
-    count, frame = 0, sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer:
-            count += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return count
-
-
-_STEP_WRAPPER = Optimizer.profile_hook_step(lambda *_: None).__code__
-"""The code that PyTorch wraps around the ``step`` of every optimizer class, and that runs the hooks."""
-
-
-def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Evaluates a closure given to ``step`` on the effective weights; the optimizer gets one that returns the known loss."""
-    positional = len(args) > 1  # the optimizer itself comes first
-    closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
-    if closure is None:
-        return args, kwargs
-    with torch.enable_grad():
-        loss = closure()
-    calls = 0
-
-    def known_loss() -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise RuntimeError(
-                "this optimizer evaluates its closure several times a step, each time on other weights; a wiring needs "
-                "one evaluation a step, so optimizers such as LBFGS cannot be wired"
-            )
-        return loss
-
-    return ((args[0], known_loss, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": known_loss})
-
-
-def check_finite(name: str, value: Tensor) -> None:
-    """Raises ``ValueError`` unless every weight is finite."""
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name!r} has weights that are not finite; magnitudes cannot be ranked with NaN or infinity")

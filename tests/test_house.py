@@ -14,7 +14,7 @@ FLOORS = [
     ["_checks", "_files"],
     ["_select"],
     ["_parameters", "_rules"],
-    ["_edges"],
+    ["_edges", "_state", "_step"],
     ["_wiring"],
     ["_wire"],
     ["graphs"],
@@ -25,7 +25,21 @@ FLOORS = [
     ["recipes"],
     ["cli"],
 ]
-CORE = {"_checks", "_files", "_select", "_parameters", "_rules", "_edges", "_wiring", "_wire", "graphs", "models", "count"}
+CORE = {
+    "_checks",
+    "_files",
+    "_select",
+    "_parameters",
+    "_rules",
+    "_edges",
+    "_state",
+    "_step",
+    "_wiring",
+    "_wire",
+    "graphs",
+    "models",
+    "count",
+}
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FREE = {"__init__", "__main__"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -15,7 +15,7 @@ from helpers import MaskInForward, RuleCase, batch, rule_cases, small_net, train
 from torch import nn
 
 import dnw
-from dnw._wiring import FORMAT
+from dnw._state import FORMAT
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -948,7 +948,8 @@ def test_edges_outside_the_candidates_are_refused():
 def test_a_model_can_be_wired_again_when_its_optimizer_is_gone():
     model, base, wiring = wired()
     del base, wiring
-    dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.1)
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.1)
+    assert wiring["5.weight"].num_active == 51
 
 
 def test_a_wiring_comes_off_after_the_model_changed_its_dtype():

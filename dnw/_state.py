@@ -1,0 +1,82 @@
+"""What each wired parameter keeps, and what of it travels in ``optimizer.state_dict()``.
+
+Contract: the format has a version. What comes in is checked whole before anything takes it over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw._parameters import Wirable
+from dnw._rules import Layer, Pool
+
+FORMAT = 1
+"""Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
+
+STATE_KEYS = ("latent", "active", "wiring")
+"""What each wired parameter adds to its entry in ``optimizer.state_dict()["state"]``.
+
+latent: the dense weights, of the parameter's shape, dtype and device. active: boolean mask of the active edges.
+wiring: five numbers, int64: format version, completed steps of the wiring, the step at which this parameter was last
+projected, seed, number of active edges of its pool. Random draws are a function of seed, step and name, so nothing else is
+needed to continue bit for bit.
+"""
+
+
+class WiredLayer(Layer):
+    """A layer with its parameter and the book-keeping of the exchange."""
+
+    parameter: nn.Parameter
+    module: nn.Module
+    previous: Tensor
+    """The active edges before the last step."""
+    version: int
+    """The parameter's version after it was last projected: if it moved, somebody else wrote to the parameter."""
+    exchanged: bool = False
+    """Whether the parameter holds latent weights because a step is in progress."""
+    given_grad: Tensor | None = None
+    """The gradient as the user computed it, where the rule put another in its place for the step."""
+
+    def __init__(self, found: Wirable, seed: int) -> None:
+        super().__init__(found.name, found.parameter.detach().clone(), found.candidates, seed)
+        self.parameter, self.module = found.parameter, found.module
+        self.version = -1
+
+
+def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
+    """Raises ``ValueError`` unless an incoming entry is whole, plain and made for this layer and its budget."""
+    what = f"the loaded optimizer state, {layer.name!r}"
+    numbers = entry.get("wiring")
+    if not isinstance(numbers, Tensor) or numbers.numel() < 1 or numbers.dtype != torch.int64:
+        raise ValueError(f"{what}: 'wiring' is missing or not a tensor of whole numbers")
+    version = int(numbers.flatten()[0])
+    if version != FORMAT:
+        raise ValueError(
+            f"{what}: the wiring has format {version}, this version of dnw reads {FORMAT}; load it with the version of dnw "
+            "that wrote it"
+        )
+    if numbers.shape != (5,):
+        raise ValueError(f"{what}: 'wiring' has shape {tuple(numbers.shape)}, format {FORMAT} has (5,)")
+    for key, dtype in (("latent", layer.latent.dtype), ("active", torch.bool)):
+        value = entry.get(key)
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != layer.latent.shape:
+            given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
+            raise ValueError(f"{what}: expected {key!r} as {dtype} of shape {tuple(layer.latent.shape)}, got {given}")
+    check_finite(f"{layer.name} (loaded)", entry["latent"])
+    saved = int(numbers[4]) if len(pool.layers) > 1 else int(entry["active"].count_nonzero())
+    if not saved == int(numbers[4]) == pool.k:
+        raise ValueError(
+            f"{what}: it has {saved:,} active edges, this wiring keeps {pool.k:,}; wire with the budget of the saved "
+            "run, or assign its latent weights by name to start from them"
+        )
+    if layer.candidates is not None and bool((entry["active"].to(layer.candidates.device) & ~layer.candidates).any()):
+        raise ValueError(f"{what}: some of its active edges are no candidate edges of this model")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raises ``ValueError`` unless every weight is finite."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name!r} has weights that are not finite; magnitudes cannot be ranked with NaN or infinity")

@@ -1,0 +1,47 @@
+"""Around one call of ``optimizer.step``: its closure, and whether a call is made from within it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+def steps_on_the_stack(optimizer: Optimizer) -> int:
+    """How many calls of ``optimizer.step`` this call is made from: 0 outside a step, more than 1 in a nested one."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+_STEP_WRAPPER = Optimizer.profile_hook_step(lambda *_: None).__code__
+"""The code that PyTorch wraps around the ``step`` of every optimizer class, and that runs the hooks."""
+
+
+def evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Evaluates a closure given to ``step`` on the effective weights; the optimizer gets one that returns the known loss."""
+    positional = len(args) > 1  # the optimizer itself comes first
+    closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+    calls = 0
+
+    def known_loss() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError(
+                "this optimizer evaluates its closure several times a step, each time on other weights; a wiring needs "
+                "one evaluation a step, so optimizers such as LBFGS cannot be wired"
+            )
+        return loss
+
+    return ((args[0], known_loss, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": known_loss})
