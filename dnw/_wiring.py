@@ -324,8 +324,8 @@ class Wiring(Mapping[str, WiredParameter]):
             return
         self._open = False
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):  # a fused optimizer skipped this step: nothing counts
-            self._roll_back()
+        if (found_inf is not None and bool(found_inf)) or self._is_template_step():
+            self._roll_back()  # a fused optimizer skipped this step, or it was none: nothing counts
             return
         stepped = [layer for layer in self._layers if layer.exchanged]
         for layer in stepped:
@@ -339,6 +339,13 @@ class Wiring(Mapping[str, WiredParameter]):
         self._select([*stepped, *written], step=self._step)
         for layer in stepped:
             self._close(layer)
+
+    def _is_template_step(self) -> bool:
+        """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or float(lr) != 0 for lr in rates):
+            return False
+        return not any(bool(x.parameter.grad.any()) for x in self._layers if x.parameter.grad is not None)
 
     def _close(self, layer: WiredLayer) -> None:
         """Ends a layer's part in a step."""

@@ -1045,3 +1045,30 @@ def test_a_wired_state_loaded_before_wiring_is_refused():
     other_base.load_state_dict(base.state_dict())
     with pytest.raises(ValueError, match="before it was wired, and has rounded it; wire first, then load"):
         dnw.wire(other, other_base, density=0.2)
+
+
+# --- torch.distributed.checkpoint ---
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("rule", ["dnw", "random", "dropping"])
+def test_distributed_checkpoint_state_dicts(rule, optimizer, at, flatten):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, base, wiring = wired(rule, optimizer)
+    train_steps(model, base, range(at))
+    if at == 0:  # making state for a fresh optimizer takes a template step, which must not count
+        dcp.get_optimizer_state_dict(model, base, options=options)
+        assert wiring.step == 0
+    weights, state = dcp.get_state_dict(model, base, options=options)
+    weights, state = copy.deepcopy((weights, state))
+    other, other_base, other_wiring = wired(rule, optimizer, seed=4)
+    dcp.set_state_dict(other, other_base, model_state_dict=weights, optim_state_dict=state, options=options)
+    assert other_wiring.step == at
+    assert same(wiring, other_wiring)
+    train_steps(model, base, range(at, at + 3))
+    train_steps(other, other_base, range(at, at + 3))
+    assert same(wiring, other_wiring)
