@@ -343,7 +343,7 @@ class Wiring(Mapping[str, WiredParameter]):
     def _is_template_step(self) -> bool:
         """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" or float(lr) != 0 for lr in rates):
+        if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0 for lr in rates):
             return False
         return not any(bool(x.parameter.grad.any()) for x in self._layers if x.parameter.grad is not None)
 
