@@ -64,6 +64,7 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
     run = RunDirectory(fabric.broadcast(path))
     _run_members(run, fabric, data, data_dir, log or Log())
+    _part(fabric)
     return run.path
 
 
@@ -78,7 +79,9 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     data_dir = run.data_dir() if data_dir is None else data_dir
     data = load_data(config, data_dir)
     check_fit(config, data)
-    _run_members(run, _launch(config), data, data_dir, log or Log())
+    fabric = _launch(config)
+    _run_members(run, fabric, data, data_dir, log or Log())
+    _part(fabric)
 
 
 def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
@@ -150,6 +153,13 @@ def _launch(config: Config) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def _part(fabric: Fabric) -> None:
+    """Ends the group of processes together: one that goes first makes the others abort on their way out."""
+    fabric.barrier()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: Path, log: Log) -> None:
