@@ -21,14 +21,16 @@ _PUBLIC = {
     "Pool": "dnw._rules",
     "DNW": "dnw._rules",
     "RandomGraph": "dnw._rules",
+    "Dormant": "dnw._dormant",
     "Frozen": "dnw._rules",
     "Complete": "dnw._rules",
     "RULES": "dnw._rules",
-    "Uniform": "dnw._select",
-    "Global": "dnw._select",
-    "ErdosRenyiKernel": "dnw._select",
-    "num_edges": "dnw._select",
+    "Uniform": "dnw._budgets",
+    "Global": "dnw._budgets",
+    "ErdosRenyiKernel": "dnw._budgets",
+    "num_edges": "dnw._budgets",
     "top_k": "dnw._select",
+    "top_k_each": "dnw._select",
 }
 _ROOMS = ("graphs", "models", "count", "view", "data", "train", "recipes")
 
@@ -42,6 +44,11 @@ if TYPE_CHECKING:
     from dnw import recipes as recipes
     from dnw import train as train
     from dnw import view as view
+    from dnw._budgets import ErdosRenyiKernel as ErdosRenyiKernel
+    from dnw._budgets import Global as Global
+    from dnw._budgets import Uniform as Uniform
+    from dnw._budgets import num_edges as num_edges
+    from dnw._dormant import Dormant as Dormant
     from dnw._edges import Edges as Edges
     from dnw._edges import Summary as Summary
     from dnw._rules import DNW as DNW
@@ -52,11 +59,8 @@ if TYPE_CHECKING:
     from dnw._rules import Pool as Pool
     from dnw._rules import RandomGraph as RandomGraph
     from dnw._rules import Rule as Rule
-    from dnw._select import ErdosRenyiKernel as ErdosRenyiKernel
-    from dnw._select import Global as Global
-    from dnw._select import Uniform as Uniform
-    from dnw._select import num_edges as num_edges
     from dnw._select import top_k as top_k
+    from dnw._select import top_k_each as top_k_each
     from dnw._wire import wire as wire
     from dnw._wiring import WiredParameter as WiredParameter
     from dnw._wiring import Wiring as Wiring

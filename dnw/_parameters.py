@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dnw._budgets import matches
 from dnw._checks import did_you_mean
-from dnw._select import matches
 
 Selector = str | type[nn.Module]
 """A shell-style pattern on the name of a parameter or module, or a module type."""
@@ -59,6 +59,21 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
+    """A parameter by its plain name, in a model that may be wrapped in any way that prefixes names.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = {_INNER_WRAPPERS.sub("", n).strip("."): p for n, p in model.named_parameters(remove_duplicate=False)}
+    if name in found:
+        return found[name]
+    ending = [p for n, p in found.items() if n.endswith("." + name)]
+    if len(ending) != 1:
+        raise ValueError(f"{type(model).__name__} has no parameter {name!r}{did_you_mean(name, found)}")
+    return ending[0]
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)

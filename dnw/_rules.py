@@ -1,6 +1,7 @@
 """How the active edges are chosen, and what dormant edges get: one short frozen class a rule.
 
-Contract: a rule sees :class:`Layer` objects and never a model or an optimizer. The wiring calls, around each optimizer
+Contract: a rule sees :class:`Layer` objects and never a model or an optimizer; where a parameter is sharded it sees the part
+that this process holds. The wiring calls, around each optimizer
 step, ``gradient`` (before), ``select`` (after, on the updated latent weights) and ``project`` (what the model gets).
 The rules of this file are listed in ``RULES``; the parametrized tests run on every rule of that list.
 """
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnw._budgets import Shape
 from dnw._checks import did_you_mean
-from dnw._select import Shape, top_k
+from dnw._select import Ranking, top_k_each
+from dnw._shards import Shard
 
 
 @dataclass(eq=False)
@@ -32,6 +35,7 @@ class Layer:
         grad: the unscaled gradient of this step; None outside a step, where the parameter got none, and in ``select``
             unless the rule ``selects_by_gradient``.
         state: what the optimizer keeps for this parameter (momentum and the like).
+        shard: which part of a sharded parameter all these tensors are; None where they are the whole.
         step: number of completed optimizer steps when this layer was last projected; 0 before the first.
         seed: the wiring's seed.
     """
@@ -44,6 +48,7 @@ class Layer:
     grad: Tensor | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
+    shard: Shard | None = None
 
     def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform draws in [0, 1), one per entry: a function of seed, name and step alone.
@@ -53,7 +58,12 @@ class Layer:
         """
         key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.name}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-        return torch.rand(self.latent.shape, generator=generator, dtype=dtype).to(self.latent.device)
+        shape = self.latent.shape if self.shard is None else self.shard.shape
+        return self.cut(torch.rand(shape, generator=generator, dtype=dtype)).to(self.latent.device)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Of a tensor of the whole parameter's shape the part that this process holds."""
+        return whole if self.shard is None else self.shard.cut(whole)
 
     @property
     def num_candidates(self) -> int:
@@ -67,6 +77,11 @@ class Pool:
 
     layers: list[Layer]
     k: int
+
+    def ranking(self, scores: Sequence[Tensor]) -> Ranking:
+        """Scores of the layers, one tensor each, that compete for the budget; what :func:`dnw.top_k_each` takes."""
+        shards = [x.shard for x in self.layers]
+        return Ranking(scores, self.k, [x.candidates for x in self.layers], shards if shards[0] is not None else ())
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,11 @@ class Rule:
         return False
 
     @property
+    def settles(self) -> bool:
+        """Whether ``settle`` differs from ``project``, so that a model is evaluated inside ``wiring.settled()`` only."""
+        return type(self).settle is not Rule.settle
+
+    @property
     def selects_by_gradient(self) -> bool:
         """Whether ``select`` or ``score`` reads ``layer.grad``, which is kept for them only then."""
         return False
@@ -97,7 +117,7 @@ class Rule:
 
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         """The active edges of each layer of each pool, as boolean masks; exactly ``pool.k`` are true in each pool."""
-        return [top_k([self.score(x) for x in pool.layers], pool.k, [x.candidates for x in pool.layers]) for pool in pools]
+        return top_k_each([pool.ranking([self.score(x) for x in pool.layers]) for pool in pools])
 
     def gradient(self, layer: Layer) -> Tensor | None:
         """The gradient that the latent weights get in this step; None leaves it as autograd computed it."""
@@ -176,7 +196,7 @@ class Frozen(Fixed):
         masks = []
         for pool in pools:
             (layer,) = pool.layers
-            mask = self.edges[layer.name].to(layer.latent.device)
+            mask = layer.cut(self.edges[layer.name]).to(layer.latent.device)
             if layer.candidates is not None and bool((mask & ~layer.candidates).any()):
                 raise ValueError(f"Frozen edges for {layer.name!r} include entries that are not candidate edges")
             masks.append([mask])

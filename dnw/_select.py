@@ -1,195 +1,73 @@
-"""Which edges are active: budgets, and the k largest magnitudes, exactly.
+"""Which edges are active: the k largest magnitudes, exactly.
 
-Contract: ``num_edges`` is the only place where a density becomes a number of edges; ``top_k`` is the only place where
-scores become an edge set. Both are exact: k active edges are k, with ties, with all-equal and with all-zero scores.
-Among equal magnitudes the lowest flat index wins, on every device and in every dtype.
+Contract: ``top_k_each`` is the only place where scores become edge sets. It is exact: k active edges are k, with ties, with
+all-equal and with all-zero scores. Among equal magnitudes the lowest flat index wins, on every device, in every dtype and
+however the tensors are spread over processes.
+
+Two ways lead there. On a CPU each pool is ranked by itself, inside a bracket that a sample gives. On accelerators and for
+sharded tensors, histograms of the magnitudes' bits find the k-th largest of all pools at once: shapes are fixed, nothing
+waits for the device, and between processes only the histograms travel.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
-from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dnw._checks import check_density, check_num_edges, listing
-
-# --- budgets ---------------------------------------------------------------------------------------------------------
+from dnw._shards import Shard
 
 
-def num_edges(density: float, candidates: int) -> int:
-    """The budget k of a layer: ``max(1, density * candidates)`` rounded half up.
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Scores that compete for one budget.
 
-    The density counts as the decimal number it was written as, so ``num_edges(0.145, 100)`` is 15 although the nearest
-    binary fraction to 0.145 lies below it.
-
-    Args:
-        density: share of the candidate edges that is active, in (0, 1].
-        candidates: number of candidate edges, at least 1.
-    """
-    if candidates < 1:
-        raise ValueError(f"candidates={candidates}: a layer needs at least one candidate edge")
-    exact = Decimal(repr(check_density(density))) * candidates
-    return max(1, int(exact.to_integral_value(ROUND_HALF_UP)))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a budget needs to know of a layer: its names, its shape and how many candidate edges it has."""
-
-    name: str
-    module: str
-    shape: tuple[int, ...]
-    candidates: int
-
-
-Shares = list[tuple[list[int], int]]
-"""Pools of layers that compete for one budget: (indices of the layers, number of active edges)."""
-
-
-class Budget(ABC):
-    """How many edges each layer may keep."""
-
-    @abstractmethod
-    def shares(self, layers: Sequence[Shape]) -> Shares:
-        """Returns the pools of layers and the number of active edges of each; every layer is in exactly one pool."""
-
-
-@dataclass(frozen=True)
-class Uniform(Budget):
-    """One density for every layer."""
-
-    density: float
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-
-    def shares(self, layers: Sequence[Shape]) -> Shares:
-        return [([i], num_edges(self.density, layer.candidates)) for i, layer in enumerate(layers)]
-
-
-@dataclass(frozen=True)
-class ByName(Budget):
-    """Densities and exact numbers of edges by name pattern; the first pattern that fits a layer counts.
-
-    A pattern is a shell-style glob on the name of the parameter or of the module that holds it. Patterns with a number
-    of edges are tried before patterns with a density.
+    Attributes:
+        scores: one tensor per layer, of any shape; ranked by magnitude.
+        k: number of active edges over all layers, from 1 to the number of candidates.
+        candidates: one boolean mask per layer, of the shape of its scores, or None where every entry is a candidate.
+        shards: for each layer the part of it that the scores are, or None where they are the whole.
     """
 
-    densities: Mapping[str, float]
-    num_edges: Mapping[str, int]
+    scores: Sequence[Tensor]
+    k: int
+    candidates: Sequence[Tensor | None]
+    shards: Sequence[Shard | None] = ()
 
-    def __post_init__(self) -> None:
-        for pattern, density in self.densities.items():
-            check_density(density, f"density[{pattern!r}]")
+    @property
+    def shard(self) -> Shard | None:
+        """How the scores are spread over processes."""
+        return self.shards[0] if self.shards else None
 
-    def shares(self, layers: Sequence[Shape]) -> Shares:
-        taken: list[str] = []
-        for pattern in [*self.num_edges, *self.densities]:
-            if not any(matches(layer.name, layer.module, pattern) for layer in layers):
-                raise ValueError(
-                    f"the budget pattern {pattern!r} fits no wired parameter; there are {listing(s.name for s in layers)}"
-                )
-            earlier = list(taken)
-            taken.append(pattern)
-            if all(any(matches(x.name, x.module, p) for p in earlier) for x in layers if matches(x.name, x.module, pattern)):
-                raise ValueError(
-                    f"the budget pattern {pattern!r} never counts: patterns before it ({listing(earlier)}) take every "
-                    "parameter that it fits; put it before them"
-                )
-        result: Shares = []
-        for i, layer in enumerate(layers):
-            edges = next((k for p, k in self.num_edges.items() if matches(layer.name, layer.module, p)), None)
-            density = next((d for p, d in self.densities.items() if matches(layer.name, layer.module, p)), None)
-            if edges is not None:
-                result.append(([i], check_num_edges(edges, layer.candidates, layer.name)))
-            elif density is not None:
-                result.append(([i], num_edges(density, layer.candidates)))
-            else:
-                raise ValueError(
-                    f"no budget pattern fits the wired parameter {layer.name!r}; add a pattern for it (or '*' as the last "
-                    "one), or leave it dense with exclude"
-                )
+    def bits(self) -> Tensor:
+        """The magnitudes of all layers as flat integers; -1 where there is no candidate."""
+        dtype = torch.float64 if any(s.dtype == torch.float64 for s in self.scores) else torch.float32
+        flat = []
+        for score, candidate in zip(self.scores, self.candidates, strict=True):
+            bits = magnitude_bits(score.detach().to(dtype))
+            flat.append((bits if candidate is None else bits.masked_fill_(~candidate, -1)).reshape(-1))
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def split(self, mask: Tensor) -> list[Tensor]:
+        """A flat mask over all layers as one mask per layer."""
+        parts = mask.split([s.numel() for s in self.scores])
+        return [part.view(score.shape) for part, score in zip(parts, self.scores, strict=True)]
+
+    def flat_index(self, index: Tensor) -> Tensor:
+        """Local flat indices over all layers as flat indices over all whole layers."""
+        result = torch.empty_like(index)
+        start = whole = 0
+        for score, shard in zip(self.scores, self.shards, strict=True):
+            assert shard is not None
+            here = (index >= start) & (index < start + score.numel())
+            result[here] = shard.flat_index(index[here] - start) + whole
+            start, whole = start + score.numel(), whole + math.prod(shard.shape)
         return result
-
-
-@dataclass(frozen=True)
-class Global(Budget):
-    """One budget over all layers: the largest magnitudes of the whole model are active.
-
-    A layer may end with no active edge at all.
-    """
-
-    density: float
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-
-    def shares(self, layers: Sequence[Shape]) -> Shares:
-        return [(list(range(len(layers))), num_edges(self.density, sum(layer.candidates for layer in layers)))]
-
-
-@dataclass(frozen=True)
-class ErdosRenyiKernel(Budget):
-    """Densities proportional to (sum of the dimensions) / (product of the dimensions), capped at 1, at one mean density.
-
-    Source: Evci et al., "Rigging the Lottery", 2020, section 3 (1), after Mocanu et al., 2018. The total over all layers
-    is exactly ``num_edges(density, all candidates)``; fractions of an edge go to the largest remainders.
-    """
-
-    density: float
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-
-    def shares(self, layers: Sequence[Shape]) -> Shares:
-        total = num_edges(self.density, sum(layer.candidates for layer in layers))
-        if total < len(layers):
-            raise ValueError(
-                f"ErdosRenyiKernel({self.density}): {total} edges cannot give each of {len(layers)} layers one; "
-                "raise the density or exclude layers"
-            )
-        raw = [layer.candidates * sum(layer.shape) / math.prod(layer.shape) for layer in layers]
-        capped: set[int] = set()
-        while True:
-            rest = total - sum(layers[i].candidates for i in capped)
-            scale = rest / (sum(r for i, r in enumerate(raw) if i not in capped) or 1.0)
-            over = {i for i, layer in enumerate(layers) if i not in capped and raw[i] * scale >= layer.candidates}
-            if not over:
-                break
-            capped |= over
-        wanted = [float(layer.candidates) if i in capped else raw[i] * scale for i, layer in enumerate(layers)]
-        edges = [max(1, math.floor(w)) for w in wanted]
-        by_remainder = sorted(range(len(layers)), key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
-        while (missing := total - sum(edges)) != 0:
-            movable = [i for i in by_remainder if (edges[i] < layers[i].candidates if missing > 0 else edges[i] > 1)]
-            for i in movable[: abs(missing)]:
-                edges[i] += 1 if missing > 0 else -1
-        return [([i], k) for i, k in enumerate(edges)]
-
-
-def matches(name: str, module: str, pattern: str) -> bool:
-    """Whether a shell-style pattern fits a parameter's name or the name of the module that holds it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(module, pattern)
-
-
-# --- the k largest magnitudes ----------------------------------------------------------------------------------------
-
-
-def magnitude_bits(values: Tensor) -> Tensor:
-    """The bits of |values| as integers, which are ordered as the magnitudes are.
-
-    Integers compare exactly whatever the floating-point mode, and denormals stay apart. Half precision is widened to
-    float32 first, which is exact. NaN ranks above infinity: callers refuse non-finite values.
-    """
-    if values.dtype == torch.float64:
-        return values.contiguous().view(torch.int64) & 0x7FFF_FFFF_FFFF_FFFF
-    return values.to(torch.float32).contiguous().view(torch.int32) & 0x7FFF_FFFF
 
 
 def top_k(scores: Sequence[Tensor], k: int, candidates: Sequence[Tensor | None]) -> list[Tensor]:
@@ -204,23 +82,53 @@ def top_k(scores: Sequence[Tensor], k: int, candidates: Sequence[Tensor | None])
         One boolean mask per layer, k of whose entries are true in all. Among equal magnitudes the lowest flat index of
         the earliest layer wins.
     """
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
-    flat = []
-    for score, candidate in zip(scores, candidates, strict=True):
-        bits = magnitude_bits(score.detach().to(dtype))
-        flat.append((bits if candidate is None else bits.masked_fill_(~candidate, -1)).reshape(-1))
-    bits = flat[0] if len(flat) == 1 else torch.cat(flat)
+    return top_k_each([Ranking(scores, k, candidates)])[0]
+
+
+def top_k_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
+    """:func:`top_k` of several rankings at once, batched wherever launches or messages between processes count."""
+    results: list[list[Tensor]] = [[] for _ in rankings]
+    batches: dict[tuple, list[int]] = {}
+    for i, ranking in enumerate(rankings):
+        device, shard = ranking.scores[0].device, ranking.shard
+        if device.type == "cpu" and shard is None:
+            results[i] = ranking.split(_rank_on_cpu(ranking.bits(), ranking.k))
+        else:
+            wide = any(s.dtype == torch.float64 for s in ranking.scores)
+            groups = () if shard is None else tuple(map(id, shard.groups))
+            batches.setdefault((device, wide, shard is None, groups), []).append(i)
+    for members in batches.values():
+        batch = [rankings[i] for i in members]
+        for i, ranking, mask in zip(members, batch, _rank_by_histograms(batch), strict=True):
+            results[i] = ranking.split(mask)
+    return results
+
+
+def magnitude_bits(values: Tensor) -> Tensor:
+    """The bits of |values| as integers, which are ordered as the magnitudes are.
+
+    Integers compare exactly whatever the floating-point mode, and denormals stay apart. Half precision is widened to
+    float32 first, which is exact. NaN ranks above infinity: callers refuse non-finite values.
+    """
+    if values.dtype == torch.float64:
+        return values.contiguous().view(torch.int64) & 0x7FFF_FFFF_FFFF_FFFF
+    return values.to(torch.float32).contiguous().view(torch.int32) & 0x7FFF_FFFF
+
+
+# --- one pool on a CPU -----------------------------------------------------------------------------------------------
+
+_SAMPLE = 1 << 16
+
+
+def _rank_on_cpu(bits: Tensor, k: int) -> Tensor:
+    """A flat mask of the k largest entries of a flat integer tensor, the lowest indices first among equals."""
     threshold = _kth_largest(bits, k)
     mask = bits >= threshold
     surplus = int(mask.count_nonzero()) - k
     if surplus:  # ties at the k-th magnitude: those of highest index go
         ties = (bits == threshold).nonzero().squeeze(1)
         mask[ties[-surplus:]] = False
-    sizes = [s.numel() for s in scores]
-    return [m.view(s.shape) for m, s in zip(mask.split(sizes), scores, strict=True)]
-
-
-_SAMPLE = 1 << 16
+    return mask
 
 
 def _kth_largest(bits: Tensor, k: int) -> Tensor:
@@ -231,7 +139,7 @@ def _kth_largest(bits: Tensor, k: int) -> Tensor:
     exact either way.
     """
     n = bits.numel()
-    if n > 4 * _SAMPLE and bits.device.type == "cpu":
+    if n > 4 * _SAMPLE:
         stride = (n // _SAMPLE) | 1
         sample = bits[::stride].sort(descending=True).values
         m, share = sample.numel(), k / n
@@ -245,12 +153,142 @@ def _kth_largest(bits: Tensor, k: int) -> Tensor:
         elif high is not None:
             inside = bits[bits <= high]
         if above < k <= above + inside.numel():
-            return _rank(inside, k - above)
-    return _rank(bits, k)
+            return inside.kthvalue(inside.numel() - (k - above) + 1).values
+    return bits.kthvalue(n - k + 1).values
 
 
-def _rank(bits: Tensor, k: int) -> Tensor:
-    """The k-th largest of all entries: a partial selection on CPU, a radix selection elsewhere."""
-    if bits.device.type == "cpu":
-        return bits.kthvalue(bits.numel() - k + 1).values
-    return bits.topk(k).values[-1]
+# --- many pools at once, on an accelerator or over processes ---------------------------------------------------------
+
+_DIGIT = 11
+"""Bits that one histogram tells apart: 2,048 bins a pool."""
+_SPARE = 1 << 8
+"""Bins for the entries that a histogram does not count."""
+_PIECE = 1 << 23
+"""Entries that one histogram is made of at a time, which bounds the memory it takes."""
+
+
+def _rank_by_histograms(rankings: Sequence[Ranking]) -> list[Tensor]:
+    """Flat masks of the k largest of each ranking; all rankings are on one device and spread over the same processes."""
+    bits = [ranking.bits() for ranking in rankings]
+    shard = rankings[0].shard
+    ks = tuple(ranking.k for ranking in rankings)
+    threshold, take, equal = _kth_by_histograms(bits, ks, 63 if bits[0].dtype == torch.int64 else 31, shard)
+    if shard is None:
+        return _take_ties_in_order(bits, threshold, take)
+    if torch.equal(take, equal):
+        return [b >= t for b, t in zip(bits, threshold, strict=True)]
+    masks = [b > t for b, t in zip(bits, threshold, strict=True)]
+    # Among ties those of lowest flat index win. They may lie on any process, so that index is ranked in the same way.
+    ties = [(b == t).nonzero().squeeze(1) for b, t in zip(bits, threshold, strict=True)]
+    size = max(sum(math.prod(s.shape) for s in r.shards if s is not None) for r in rankings)
+    order = [size - r.flat_index(tie) for r, tie in zip(rankings, ties, strict=True)]
+    last, _, _ = _kth_by_histograms(order, tuple(take.tolist()), size.bit_length(), shard)
+    for mask, tie, place, bound in zip(masks, ties, order, last, strict=True):
+        mask[tie[place >= bound]] = True
+    return masks
+
+
+def _kth_by_histograms(
+    bits: Sequence[Tensor], ks: tuple[int, ...], num_bits: int, shard: Shard | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k-th largest of each tensor of non-negative integers (-1 does not count), digit by digit from the top.
+
+    Returns:
+        Of each tensor the k-th largest entry, how many of the entries equal to it are among the k, and how many such entries
+        there are: three tensors ``[tensors]`` on the tensors' device.
+    """
+    device, dtype = bits[0].device, bits[0].dtype
+    found = torch.zeros(len(bits), dtype=dtype, device=device)
+    need = equal = _constant(ks, device)
+    pieces = [_Piece.of(members, bits) for members in _pieces([b.numel() for b in bits])]
+    shift = num_bits
+    while shift > 0:
+        width = min(_DIGIT, shift)
+        shift -= width
+        bins = 1 << width
+        counts = torch.zeros(len(bits) * bins + _SPARE, dtype=torch.int64, device=device)
+        for piece in pieces:
+            piece.count(counts, found, shift, width)
+        if shard is not None:
+            shard.sum(counts)
+        reaching = counts[:-_SPARE].view(len(bits), bins).flip(1).cumsum(1).flip(1)  # entries whose digit is at least this
+        digit = (reaching >= need[:, None]).sum(1, keepdim=True) - 1
+        above = torch.cat([reaching, torch.zeros_like(reaching[:, :1])], 1).gather(1, digit + 1)
+        equal = (reaching.gather(1, digit) - above).squeeze(1)
+        need = need - above.squeeze(1)
+        found = (found << width) | digit.squeeze(1).to(dtype)
+    return found, need, equal
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Some of the tensors, end to end."""
+
+    first: int
+    sizes: tuple[int, ...]
+    bits: Tensor
+
+    @classmethod
+    def of(cls, members: range, bits: Sequence[Tensor]) -> _Piece:
+        parts = [bits[i] for i in members]
+        return cls(members.start, tuple(p.numel() for p in parts), parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value per tensor as one value per entry."""
+        mine = values[self.first : self.first + len(self.sizes)]
+        if len(self.sizes) == 1:
+            return mine
+        sizes = _constant(self.sizes, values.device)
+        return mine.repeat_interleave(sizes, output_size=self.bits.numel())
+
+    def count(self, counts: Tensor, found: Tensor, shift: int, width: int) -> None:
+        """Adds how often each value of the digit occurs among the entries that begin as the k-th largest does."""
+        bins = 1 << width
+        start = self.spread(torch.arange(len(found), device=counts.device) * bins)
+        place = ((self.bits >> shift) & (bins - 1)).to(torch.int64) + start
+        # Of -1 every bit is set, so its beginning is never that of a magnitude. What does not count is spread over many
+        # bins, because writing to one of them over and over is slow.
+        elsewhere = (self.bits & (_SPARE - 1)).to(torch.int64) + (len(counts) - _SPARE)
+        place = torch.where((self.bits >> (shift + width)) == self.spread(found), place, elsewhere)
+        if counts.device.type == "cpu":
+            counts += torch.bincount(place, minlength=len(counts))
+        else:
+            counts.index_add_(0, place, _ones(place.numel(), counts.device))
+
+
+def _take_ties_in_order(bits: Sequence[Tensor], threshold: Tensor, take: Tensor) -> list[Tensor]:
+    """Masks of what lies above the threshold of each tensor and of the first ``take`` entries equal to it."""
+    masks: list[Tensor] = []
+    for members in _pieces([b.numel() for b in bits]):
+        piece = _Piece.of(members, bits)
+        limit = piece.spread(threshold)
+        tied = piece.bits == limit
+        rank = tied.cumsum(0, dtype=torch.int32 if tied.numel() < 1 << 31 else torch.int64)
+        ends = _constant(piece.sizes, rank.device).cumsum(0) - 1
+        before = torch.cat([torch.zeros_like(rank[:1]), rank.index_select(0, ends)])[:-1]
+        allowed = take[members.start : members.stop] + before
+        within = _Piece(0, piece.sizes, piece.bits).spread(allowed)
+        mask = (piece.bits > limit) | (tied & (rank <= within))
+        masks += mask.split(list(piece.sizes))
+    return masks
+
+
+def _pieces(sizes: Sequence[int]) -> Iterator[range]:
+    """Runs of tensors of at most ``_PIECE`` entries together, or one larger tensor alone."""
+    cuts, total = [0], 0
+    for i, size in enumerate(sizes):
+        if i > cuts[-1] and total + size > _PIECE:
+            cuts.append(i)
+            total = 0
+        total += size
+    return (range(a, b) for a, b in pairwise([*cuts, len(sizes)]))
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """A small tensor that is copied to the device once: such a copy waits for it."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _ones(size: int, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.int64, device=device).expand(size)

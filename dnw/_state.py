@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dnw._parameters import Wirable
-from dnw._rules import Layer, Pool
+from dnw._layer import WiredLayer
+from dnw._rules import Pool
 
 FORMAT = 1
 """Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
@@ -19,31 +19,11 @@ FORMAT = 1
 STATE_KEYS = ("latent", "active", "wiring")
 """What each wired parameter adds to its entry in ``optimizer.state_dict()["state"]``.
 
-latent: the dense weights, of the parameter's shape, dtype and device. active: boolean mask of the active edges.
+latent: the dense weights, of the parameter's shape and device, sharded as it is. active: mask of the active edges.
 wiring: five numbers, int64: format version, completed steps of the wiring, the step at which this parameter was last
 projected, seed, number of active edges of its pool. Random draws are a function of seed, step and name, so nothing else is
 needed to continue bit for bit.
 """
-
-
-class WiredLayer(Layer):
-    """A layer with its parameter and the book-keeping of the exchange."""
-
-    parameter: nn.Parameter
-    module: nn.Module
-    previous: Tensor
-    """The active edges before the last step."""
-    version: int
-    """The parameter's version after it was last projected: if it moved, somebody else wrote to the parameter."""
-    exchanged: bool = False
-    """Whether the parameter holds latent weights because a step is in progress."""
-    given_grad: Tensor | None = None
-    """The gradient as the user computed it, where the rule put another in its place for the step."""
-
-    def __init__(self, found: Wirable, seed: int) -> None:
-        super().__init__(found.name, found.parameter.detach().clone(), found.candidates, seed)
-        self.parameter, self.module = found.parameter, found.module
-        self.version = -1
 
 
 def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
@@ -62,17 +42,18 @@ def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
         raise ValueError(f"{what}: 'wiring' has shape {tuple(numbers.shape)}, format {FORMAT} has (5,)")
     for key, dtype in (("latent", layer.latent.dtype), ("active", torch.bool)):
         value = entry.get(key)
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != layer.latent.shape:
+        if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != layer.shape:
             given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
-            raise ValueError(f"{what}: expected {key!r} as {dtype} of shape {tuple(layer.latent.shape)}, got {given}")
-    check_finite(f"{layer.name} (loaded)", entry["latent"])
-    saved = int(numbers[4]) if len(pool.layers) > 1 else int(entry["active"].count_nonzero())
+            raise ValueError(f"{what}: expected {key!r} as {dtype} of shape {layer.shape}, got {given}")
+    check_finite(f"{layer.name} (loaded)", layer.part(entry["latent"]))
+    active = layer.part(entry["active"]).to(layer.latent.device)
+    saved = int(numbers[4]) if len(pool.layers) > 1 else layer.total(active)
     if not saved == int(numbers[4]) == pool.k:
         raise ValueError(
             f"{what}: it has {saved:,} active edges, this wiring keeps {pool.k:,}; wire with the budget of the saved "
             "run, or assign its latent weights by name to start from them"
         )
-    if layer.candidates is not None and bool((entry["active"].to(layer.candidates.device) & ~layer.candidates).any()):
+    if layer.candidates is not None and bool((active & ~layer.candidates).any()):
         raise ValueError(f"{what}: some of its active edges are no candidate edges of this model")
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dnw._budgets import Budget, ByName, Shape, Uniform
 from dnw._checks import did_you_mean, listing
+from dnw._dormant import Dormant
+from dnw._layer import WiredLayer
 from dnw._parameters import Selector, Wirable, find_parameters
 from dnw._rules import DNW, Frozen, Pool, Rule
-from dnw._select import Budget, ByName, Shape, Uniform
-from dnw._state import WiredLayer, check_finite
+from dnw._shards import local
+from dnw._state import check_finite
 from dnw._wiring import WIRED, Wiring
 
 
@@ -29,6 +33,9 @@ def wire(
     include: str | type[nn.Module] | Sequence[Selector] | None = None,
     exclude: str | type[nn.Module] | Sequence[Selector] = (),
     seed: int = 0,
+    dormant: Dormant | None = None,
+    latent_dtype: torch.dtype | None = None,
+    check_ranks: bool = True,
 ) -> Wiring:
     """Wires a model: from the next step on, its weights are sparse and which edges they have is learned.
 
@@ -46,6 +53,11 @@ def wire(
             ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
         exclude: name patterns or module types to leave dense.
         seed: of random draws (random graph and the like).
+        dormant: what weight decay and momentum do to dormant edges; by default what they do to active ones, as in the paper.
+        latent_dtype: dtype of the latent weights; by default the parameter's. ``torch.float32`` for half-precision
+            parameters makes the optimizer step, and keep its state, in float32.
+        check_ranks: whether the first step in a process group compares the processes' latent weights, which takes one
+            small message from all of them.
 
     Returns:
         The wiring. It need not be kept: the optimizer keeps it alive.
@@ -62,15 +74,43 @@ def wire(
         raise ValueError(f"rule: expected a rule such as dnw.DNW(), got {rule!r}")
     found, left = find_parameters(model, None if include is None else _as_list(include), _as_list(exclude))
     _check_parameters(found, optimizer)
+    if latent_dtype is not None and not isinstance(latent_dtype, torch.dtype):
+        raise ValueError(f"latent_dtype={latent_dtype!r}: expected a dtype such as torch.float32")
+    if dormant is not None and not isinstance(dormant, Dormant):
+        raise ValueError(f"dormant: expected dnw.Dormant(...), got {dormant!r}")
     shapes = [_shape(f) for f in found]
     if isinstance(rule, Frozen) and (unknown := sorted(set(rule.edges) - {s.name for s in shapes})):
         raise ValueError(
             f"Frozen has edges for {unknown[0]!r}, which is not wired{did_you_mean(unknown[0], [s.name for s in shapes])}"
         )
     shares = _shares(rule, density, num_edges, shapes)
-    layers = [WiredLayer(f, seed) for f in found]
+    layers = [WiredLayer(f, seed, latent_dtype) for f in found]
     pools = [Pool([layers[i] for i in indices], k) for indices, k in shares]
-    return Wiring(optimizer, rule, layers, pools, left)
+    _check_shards(layers, pools)
+    return Wiring(optimizer, rule, layers, pools, left, dormant or Dormant(), check_ranks)
+
+
+def _check_shards(layers: Sequence[WiredLayer], pools: Sequence[Pool]) -> None:
+    for layer in layers:
+        if layer.latent.dtype == layer.parameter_dtype:
+            continue
+        if not layer.latent.is_floating_point() or layer.latent.element_size() < layer.held.element_size():
+            raise ValueError(
+                f"latent_dtype={layer.latent.dtype} for {layer.name!r}, which is {layer.parameter_dtype}: allowed is a "
+                "floating-point dtype that is at least as wide"
+            )
+        if layer.shard is not None:
+            raise ValueError(
+                f"latent_dtype={layer.latent.dtype} for {layer.name!r}, which is sharded: keep sharded parameters in that "
+                "dtype and compute in a narrower one by the sharding's own mixed-precision policy"
+            )
+    for pool in pools:
+        spread = {tuple(map(id, x.shard.groups)) if x.shard is not None else None for x in pool.layers}
+        if len(spread) > 1:
+            raise ValueError(
+                f"{listing(x.name for x in pool.layers)} share one budget but are spread over different processes; give "
+                "each a budget of its own"
+            )
 
 
 def _as_list(selectors: str | type[nn.Module] | Sequence[Selector]) -> list[Selector]:
@@ -99,7 +139,7 @@ def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
             )
         if not f.parameter.is_floating_point():
             raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
-        check_finite(f.name, f.parameter.detach())
+        check_finite(f.name, local(f.parameter).detach())
     missing = [f.name for f in found if id(f.parameter) not in held]
     if missing:
         raise ValueError(

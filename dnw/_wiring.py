@@ -6,6 +6,8 @@ the effective ones: the straight-through estimator, bit for bit (Wortsman et al.
 latent weights; the optimizer's state shows them only where the base optimizer has state of its own for the parameter,
 because optimizers that initialise lazily take any state for their own.
 
+With sharded parameters (DTensor) every process works on its own part; selecting takes messages, questions do not.
+
 A latent is touched only when a step has ended. A step that raises is rolled back by whatever comes next: the next step, a
 saved state, or any question to the wiring.
 """
@@ -14,20 +16,25 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import did_you_mean, listing
+from dnw._dormant import Dormant
 from dnw._edges import Edges, Summary, SummaryRow
-from dnw._parameters import LeftOut, Wirable
-from dnw._rules import Pool, Rule
-from dnw._state import FORMAT, STATE_KEYS, WiredLayer, check_entry, check_finite
+from dnw._guard import EvaluationGuard
+from dnw._layer import WiredLayer
+from dnw._parameters import LeftOut, Wirable, parameter_named
+from dnw._ranks import check_ranks, gathered, local_optimizer
+from dnw._rules import Layer, Pool, Rule
+from dnw._shards import local
+from dnw._state import FORMAT, STATE_KEYS, check_entry, check_finite
 from dnw._step import evaluate_closure, steps_on_the_stack
 
 WIRED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -50,20 +57,22 @@ class WiredParameter:
     @property
     def candidates(self) -> Tensor:
         """Boolean mask of the edges that may exist, of the parameter's shape."""
-        mask = self._layer.candidates
-        return torch.ones_like(self._layer.latent, dtype=torch.bool) if mask is None else mask.clone()
+        mask, latent = self._layer.candidates, self._layer.latent
+        return self._layer.whole(torch.ones_like(latent, dtype=torch.bool) if mask is None else mask.clone())
 
     @property
     def active(self) -> Tensor:
         """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
         self._wiring._look()
         assert self._layer.active is not None
-        return self._layer.active.clone()
+        return self._layer.whole(self._layer.active.clone())
 
     @property
     def entered(self) -> Tensor:
         """Boolean mask of the edges that became active at the last step."""
-        return self.active & ~self._layer.previous
+        self._wiring._look()
+        assert self._layer.active is not None
+        return self._layer.whole(self._layer.active & ~self._layer.previous)
 
     @property
     def latent(self) -> Tensor:
@@ -73,7 +82,7 @@ class WiredParameter:
             ValueError: an assigned tensor has another shape or is not finite.
         """
         self._wiring._look()
-        return self._layer.latent.clone()
+        return self._layer.whole(self._layer.latent.clone())
 
     @latent.setter
     def latent(self, value: Tensor) -> None:
@@ -81,13 +90,11 @@ class WiredParameter:
         layer = self._layer
         if layer not in self._wiring._layers:
             raise ValueError(f"{self.name!r} is not wired any more; write to the model's parameter instead")
-        if value.shape != layer.latent.shape:
-            raise ValueError(
-                f"latent weights of {self.name!r}: expected shape {tuple(layer.latent.shape)}, got {tuple(value.shape)}"
-            )
-        check_finite(self.name, value)
-        with torch.no_grad():
-            layer.latent.copy_(value)
+        if tuple(value.shape) != layer.shape:
+            raise ValueError(f"latent weights of {self.name!r}: expected shape {layer.shape}, got {tuple(value.shape)}")
+        part = layer.part(value.detach())
+        check_finite(self.name, part)
+        layer.latent.copy_(part)
         self._wiring._select([layer])
 
     @property
@@ -95,7 +102,9 @@ class WiredParameter:
         """The effective weight: what the model holds."""
         self._wiring._look()
         layer = self._layer
-        return self._wiring.rule.project(layer) if layer.exchanged else layer.parameter.detach().clone()
+        if not layer.exchanged:
+            return layer.parameter.detach().clone()
+        return layer.whole(self._wiring.rule.project(layer).to(layer.parameter_dtype))
 
     @property
     def num_candidates(self) -> int:
@@ -105,7 +114,10 @@ class WiredParameter:
     @property
     def num_active(self) -> int:
         """How many edges are active."""
-        return int(self.active.count_nonzero())
+        self._wiring._look()
+        layer = self._layer
+        assert layer.active is not None
+        return int(layer.active.count_nonzero()) if layer.shard is None else layer.num_active
 
     @property
     def density(self) -> float:
@@ -113,11 +125,17 @@ class WiredParameter:
         return self.num_active / self.num_candidates
 
     def edges(self) -> Edges:
-        """The active edges as data: an edge list that also gives SciPy CSR, networkx and JSON."""
+        """The active edges as data: an edge list that also gives SciPy CSR, networkx and JSON.
+
+        The edges of a sharded parameter are gathered: ask on every process.
+        """
+        weight, active = self.weight, self.active
+        if self._layer.shard is not None:
+            weight, active = weight.full_tensor(), active.full_tensor()  # type: ignore[attr-defined]
         to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.candidates is not None else None
         if to_nodes is None:
-            return Edges.from_matrix(self.name, self.weight.flatten(1), self.active.flatten(1))
-        return Edges.from_matrix(self.name, to_nodes(self.weight), to_nodes(self.active), is_graph=True)
+            return Edges.from_matrix(self.name, weight.flatten(1), active.flatten(1))
+        return Edges.from_matrix(self.name, to_nodes(weight), to_nodes(active), is_graph=True)
 
 
 class Wiring(Mapping[str, WiredParameter]):
@@ -128,9 +146,18 @@ class Wiring(Mapping[str, WiredParameter]):
     """
 
     def __init__(
-        self, optimizer: Optimizer, rule: Rule, layers: list[WiredLayer], pools: list[Pool], left: list[LeftOut]
+        self,
+        optimizer: Optimizer,
+        rule: Rule,
+        layers: list[WiredLayer],
+        pools: list[Pool],
+        left: list[LeftOut],
+        dormant: Dormant,
+        check_ranks: bool,
     ) -> None:
         self.rule = rule
+        self.dormant = dormant
+        self.is_settled = False
         self._optimizer = optimizer
         self._layers = layers
         self._pool_of = {id(layer): pool for pool in pools for layer in pool.layers}
@@ -139,32 +166,40 @@ class Wiring(Mapping[str, WiredParameter]):
         self._open = False
         self._nested = 0
         self._written: list[WiredLayer] = []
+        self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._incoming: dict[str, dict[str, Tensor]] | None = None
+        self._ranks_to_check = check_ranks
         self._handles: list[Any] = []
-        for layer in layers:
-            self._adopt(layer)
-        self._select([layer for layer in layers if layer.active is None])
-        for layer in layers:
-            assert layer.active is not None
-            layer.previous = layer.active
-            self._write(layer, rule.project(layer))
+        with torch.no_grad():
+            for layer in layers:
+                self._adopt(layer)
+            self._select([layer for layer in layers if layer.active is None])
+            for layer in layers:
+                assert layer.active is not None
+                layer.previous = layer.active.clone()
+                layer.write(rule.project(layer))
         self._register()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, pickled or deep, is a wiring of the copied parameters that steps with the copied optimizer.
 
         The hooks of an optimizer do not travel with it: copy the model, the optimizer and the wiring together.
+
+        Raises:
+            TypeError: parameters are sharded; such a wiring is saved with torch.distributed.checkpoint.
         """
+        if any(x.shard is not None for x in self._layers):
+            raise TypeError("a wiring of sharded parameters cannot be copied; save it with torch.distributed.checkpoint")
         self._catch_up()
         pools = {id(pool): pool for pool in self._pool_of.values()}.values()
         members = [([self._layers.index(x) for x in pool.layers], pool.k) for pool in pools]  # type: ignore[arg-type]
         found = [Wirable(x.name, "", x.module, x.parameter, x.candidates) for x in self._layers]
         entries = [self._entry(layer) for layer in self._layers]
-        return _copied, (self._optimizer, self.rule, found, entries, members, self._left)
+        return _copied, (self._optimizer, self.rule, found, entries, members, self._left, self.dormant, self._ranks_to_check)
 
     def _adopt(self, layer: WiredLayer) -> None:
         """Continues what a copied or unpickled optimizer carries for a parameter."""
-        carried = self._optimizer.state.get(layer.parameter, {})
+        carried = self._state.get(layer.parameter, {})
         ours = {key: carried[key] for key in STATE_KEYS if key in carried}
         if not ours:
             return
@@ -174,7 +209,12 @@ class Wiring(Mapping[str, WiredParameter]):
                 "first, then load the state"
             )
         check_entry(layer, ours, self._pool_of[id(layer)])
-        self._take(layer, {key: value.clone() for key, value in ours.items()})
+        self._take(layer, ours)
+
+    @property
+    def _state(self) -> dict[Tensor, dict[str, Any]]:
+        """The optimizer's state on this process."""
+        return local_optimizer(self._optimizer).state
 
     # --- what a user asks ---
 
@@ -210,7 +250,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def summary(self) -> Summary:
         """A table per layer: candidates, active, density; what was left out and why; the totals."""
-        rows = [SummaryRow(p.name, tuple(p._layer.latent.shape), p.num_candidates, p.num_active) for p in self.values()]
+        rows = [SummaryRow(p.name, p._layer.shape, p.num_candidates, p.num_active) for p in self.values()]
         return Summary(tuple(rows), tuple(self._left))
 
     def to_json(self) -> str:
@@ -219,22 +259,62 @@ class Wiring(Mapping[str, WiredParameter]):
 
         return json.dumps({"format": 1, "layers": [p.edges().to_dict() for p in self.values()]})
 
-    def project(self) -> None:
-        """Puts the effective weights in place now: takes over values written to the model, selects, projects."""
+    @torch.no_grad()
+    def project(self, averaged: nn.Module | None = None) -> None:
+        """Puts the effective weights in place now: takes over values written to the model, selects, projects.
+
+        Args:
+            averaged: an average of the model's weights over time (EMA, SWA) to project instead. Its edges have been those
+                of many steps, so it has more than k of them; after this it has the k of largest magnitude. Estimate the
+                statistics of its norms again then (``torch.optim.swa_utils.update_bn``).
+
+        Raises:
+            ValueError: the average lacks a wired parameter, or has it in another shape.
+        """
         self._catch_up()
-        self._select(self._layers)
+        if averaged is None:
+            self._select(self._layers)
+            return
+        copies: dict[int, Layer] = {}
+        targets: list[tuple[Tensor, Layer]] = []
+        for layer in self._layers:
+            parameter = parameter_named(averaged, layer.name)
+            if parameter is layer.parameter:
+                raise ValueError("this is the wired model itself, not an average of it; leave the argument out")
+            if parameter.shape != layer.parameter.shape:
+                raise ValueError(
+                    f"{layer.name!r} has shape {tuple(parameter.shape)} in the average and {layer.shape} in the wired model"
+                )
+            latent = local(parameter).to(device=layer.latent.device, dtype=layer.latent.dtype, copy=True)
+            assert layer.active is not None
+            copy = Layer(layer.name, latent, layer.candidates, layer.seed, layer.active, step=layer.step, shard=layer.shard)
+            copies[id(layer)] = copy
+            targets.append((local(parameter), copy))
+        if not self.rule.fixed:
+            pools = [Pool([copies[id(x)] for x in pool.layers], pool.k) for pool in self._pools_of(self._layers)]
+            for pool, masks in zip(pools, self.rule.select(pools), strict=True):
+                for copy, mask in zip(pool.layers, masks, strict=True):
+                    copy.active = mask
+        for target, copy in targets:
+            target.copy_(self.rule.settle(copy))
 
     @contextmanager
     def settled(self) -> Iterator[None]:
         """The weights that the rule evaluates with, inside the ``with``; the same as in training for most rules."""
         self._catch_up()
+        before = self.is_settled
         try:
-            for layer in self._layers:
-                self._write(layer, self.rule.settle(layer))
+            self.is_settled = True
+            self._write_all(self.rule.settle)
             yield
         finally:
-            for layer in self._layers:
-                self._write(layer, self.rule.project(layer))
+            self.is_settled = before
+            self._write_all(self.rule.settle if before else self.rule.project)
+
+    @torch.no_grad()
+    def _write_all(self, values: Callable[[Layer], Tensor]) -> None:
+        for layer in self._layers:
+            layer.write(values(layer))
 
     def remove(self, keep: Literal["sparse", "latent"] = "sparse") -> None:
         """Takes the wiring off again: the optimizer goes on as a plain one, on dense parameters.
@@ -247,9 +327,10 @@ class Wiring(Mapping[str, WiredParameter]):
         self._undo_open_step()
         for layer in self._layers:
             if keep == "latent":
-                if layer.latent.dtype == layer.parameter.dtype:
+                if layer.parameter_dtype == layer.held.dtype:
                     self._take_over_writes(layer)
-                self._write(layer, layer.latent)
+                with torch.no_grad():
+                    layer.write(layer.latent)
             self._leave_state(layer)
             del WIRED[layer.parameter]
         for handle in self._handles:
@@ -268,6 +349,10 @@ class Wiring(Mapping[str, WiredParameter]):
             optimizer.register_load_state_dict_pre_hook(self._take_from_state_dict),
             optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
+        if self.rule.settles:
+            guard = EvaluationGuard(self)
+            modules = {id(layer.module): layer.module for layer in self._layers}.values()
+            self._handles += [module.register_forward_pre_hook(guard) for module in modules]
         for layer in self._layers:
             WIRED[layer.parameter] = weakref.ref(self)
             self._enter_state(layer)
@@ -280,26 +365,33 @@ class Wiring(Mapping[str, WiredParameter]):
         self._roll_back()
         args, kwargs = evaluate_closure(args, kwargs)
         self._check_held()
+        if self._ranks_to_check:
+            check_ranks(self._layers, {x.name: self._pool_of[id(x)].k for x in self._layers})
+            self._ranks_to_check = False
         stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
         selected = {id(layer) for pool in self._pools_of(stepping) for layer in pool.layers}
         self._written = [layer for layer in self._layers if id(layer) in selected and self._take_over_writes(layer)]
         scale = getattr(optimizer, "grad_scale", None)
         self._open = True
+        self._kept = {}
         for layer in stepping:
-            parameter, given = layer.parameter, layer.parameter.grad
+            given = layer.parameter.grad
             assert given is not None
-            layer.state = optimizer.state.get(parameter, {})
+            given = local(given)
+            layer.see_state(self._state.get(layer.parameter, {}))
             layer.grad = given if scale is None else given / scale
             grad = self.rule.gradient(layer)
             if not self.rule.selects_by_gradient:
                 layer.grad = None
             elif scale is None:  # some optimizers change the gradient in place
                 layer.grad = given.clone()
+            if grad is not None and scale is not None:
+                grad = grad * scale
             self._leave_state(layer)
-            layer.exchanged = True
-            if grad is not None:
-                layer.given_grad, parameter.grad = given, grad if scale is None else grad * scale
-            parameter.copy_(layer.latent)
+            layer.lend(self.dormant.shown(layer), grad)
+            if self.dormant.momentum == "hold":
+                assert layer.active is not None
+                self._kept[layer.name] = layer.active.clone(), self.dormant.kept(layer)
         return args, kwargs
 
     def _check_held(self) -> None:
@@ -324,17 +416,22 @@ class Wiring(Mapping[str, WiredParameter]):
             return
         self._open = False
         found_inf = getattr(optimizer, "found_inf", None)
-        if (found_inf is not None and bool(found_inf)) or self._is_template_step():
-            self._roll_back()  # a fused optimizer skipped this step, or it was none: nothing counts
+        if found_inf is not None and bool(found_inf):
+            self._roll_back()  # a fused optimizer skipped this step
+            return
+        if self._is_template_step():
+            made = [layer for layer in self._layers if layer.exchanged]
+            self._roll_back()
+            for layer in made:
+                self._enter_state(layer, even_alone=True)
             return
         stepped = [layer for layer in self._layers if layer.exchanged]
         for layer in stepped:
-            layer.latent.copy_(layer.parameter)
-            layer.state = optimizer.state.get(layer.parameter, {})
+            layer.latent.copy_(self.dormant.updated(layer, layer.held))
+            layer.see_state(self._state.get(layer.parameter, {}))
         self._step += 1
         for layer in self._layers:
-            assert layer.active is not None
-            layer.previous = layer.active
+            layer.remember()
         written = [layer for layer in self._written if not layer.exchanged]
         self._select([*stepped, *written], step=self._step)
         for layer in stepped:
@@ -345,22 +442,25 @@ class Wiring(Mapping[str, WiredParameter]):
         rates = [group["lr"] for group in self._optimizer.param_groups]
         if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0 for lr in rates):
             return False
-        return not any(bool(x.parameter.grad.any()) for x in self._layers if x.parameter.grad is not None)
+        with_grad = [x for x in self._layers if x.parameter.grad is not None]
+        return not any(x.total(local(x.parameter.grad)) for x in with_grad)  # type: ignore[arg-type]
 
     def _close(self, layer: WiredLayer) -> None:
         """Ends a layer's part in a step."""
-        if layer.given_grad is not None:
-            layer.parameter.grad, layer.given_grad = layer.given_grad, None
-        layer.grad, layer.exchanged = None, False
-        self._enter_state(layer)
+        if self.dormant.momentum != "update":
+            assert layer.active is not None
+            self.dormant.apply(layer, *self._kept.pop(layer.name, (layer.active, {})))
+        self._enter_state(layer, even_alone=True)
 
+    @torch.no_grad()
     def _roll_back(self) -> None:
         """Undoes an unfinished step: parameters get their effective weights back, latents were never touched."""
-        self._open, self._nested = False, 0
+        self._open, self._nested, self._kept = False, 0, {}
         for layer in self._layers:
             if layer.exchanged:
-                self._write(layer, self.rule.project(layer))
-                self._close(layer)
+                layer.take_back()
+                layer.write(self.rule.project(layer))
+                self._enter_state(layer)
 
     @torch.no_grad()
     def _select(self, layers: Sequence[WiredLayer], step: int | None = None) -> None:
@@ -375,44 +475,25 @@ class Wiring(Mapping[str, WiredParameter]):
                     assert isinstance(member, WiredLayer)
                     if member.active is not None and id(member) not in asked and not torch.equal(mask, member.active):
                         projected.append(member)  # it traded edges with a layer of its pool
-                    member.active = mask
+                    member.activate(mask)
+                self._count(pool)
         for layer in projected:
-            self._write(layer, self.rule.project(layer))
+            if layer.exchanged:
+                layer.take_back()
+            layer.write(self.rule.project(layer))
 
-    @torch.no_grad()
-    def _write(self, layer: WiredLayer, value: Tensor) -> None:
-        layer.parameter.copy_(value)
-        layer.version = layer.parameter._version
+    def _count(self, pool: Pool) -> None:
+        """Notes how many edges each sharded layer of a pool has, so that asking needs no messages."""
+        for layer in pool.layers:
+            assert isinstance(layer, WiredLayer)
+            if layer.shard is not None:
+                assert layer.active is not None
+                layer.num_active = pool.k if len(pool.layers) == 1 else layer.total(layer.active)
 
-    @torch.no_grad()
     def _take_over_writes(self, layer: WiredLayer) -> bool:
-        """Takes over values that somebody else wrote to the parameter since it was last projected.
-
-        Entries that differ are taken over one by one. Where dormant entries have got weights and active ones have become
-        zero, another sparse weight was put in place of this one: then its zeros count too.
-        """
-        parameter, latent = layer.parameter, layer.latent
-        if latent.device != parameter.device:
-            layer.latent = latent = latent.to(parameter.device)
-            layer.active = None if layer.active is None else layer.active.to(parameter.device)
-            layer.previous = layer.previous.to(parameter.device)
-            layer.candidates = None if layer.candidates is None else layer.candidates.to(parameter.device)
-        if latent.dtype != parameter.dtype or latent.shape != parameter.shape:
-            raise RuntimeError(
-                f"the wired parameter {layer.name!r} was {latent.dtype} of shape {tuple(latent.shape)} when it was wired "
-                f"and is {parameter.dtype} of shape {tuple(parameter.shape)} now; convert the model before wiring it"
-            )
-        if parameter._version == layer.version:
-            return False
-        written = parameter != self.rule.project(layer)
-        layer.version = parameter._version
-        if not bool(written.any()):
-            return False
-        assert layer.active is not None
-        grown, pruned = written & ~layer.active, written & layer.active & (parameter == 0)
-        replaced = bool(grown.any()) and bool(pruned.any())
-        latent.copy_(parameter if replaced else torch.where(written, parameter, latent))
-        return True
+        """Takes over what somebody else wrote to a parameter; returns whether to select anew."""
+        layer.follow()
+        return layer.take_over_writes(self.rule.project(layer))
 
     def _look(self) -> None:
         """Before a question: catches up, or, in the middle of a step, leaves everything as it was before that step."""
@@ -439,17 +520,25 @@ class Wiring(Mapping[str, WiredParameter]):
     def _entry(self, layer: WiredLayer) -> dict[str, Tensor]:
         assert layer.active is not None
         numbers = (FORMAT, self._step, layer.step, layer.seed, self._pool_of[id(layer)].k)
-        return {"latent": layer.latent, "active": layer.active, "wiring": torch.tensor(numbers, dtype=torch.int64)}
+        return {
+            "latent": layer.whole(layer.latent),
+            "active": layer.whole(layer.active),
+            "wiring": torch.tensor(numbers, dtype=torch.int64),
+        }
 
-    def _enter_state(self, layer: WiredLayer) -> None:
-        state = self._optimizer.state.get(layer.parameter)
-        if state:
-            state.update(self._entry(layer))
+    def _enter_state(self, layer: WiredLayer, even_alone: bool = False) -> None:
+        """Shows a layer's entry in the optimizer's state, beside state of the optimizer's own.
+
+        After a step an optimizer that has made no state never makes any, so ours may stand there alone.
+        """
+        even_alone = even_alone and local_optimizer(self._optimizer) is self._optimizer
+        if even_alone or self._state.get(layer.parameter):
+            self._state[layer.parameter].update(self._entry(layer))
 
     def _leave_state(self, layer: WiredLayer) -> None:
-        if layer.parameter in self._optimizer.state:
+        if layer.parameter in self._state:
             for key in STATE_KEYS:
-                self._optimizer.state[layer.parameter].pop(key, None)
+                self._state[layer.parameter].pop(key, None)
 
     def _packed_ids(self, state_dict: dict[str, Any]) -> dict[str, int]:
         """The key under which each wired parameter stands in an optimizer state dict of the same parameter groups."""
@@ -466,17 +555,23 @@ class Wiring(Mapping[str, WiredParameter]):
                 **state_dict["state"].get(ids[layer.name], {}),
                 **self._entry(layer),
             }
+        if all(STATE_KEYS[0] in entry and len(entry) == len(STATE_KEYS) for entry in state_dict["state"].values()):
+            # An optimizer without state of its own. torch.distributed.checkpoint wants an entry of all parameters or of none.
+            for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+                for parameter, key in zip(group["params"], packed["params"], strict=True):
+                    if parameter.requires_grad:
+                        state_dict["state"].setdefault(key, {})
 
     def _take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Takes what is ours out of an incoming state dict, checked, before the base class casts or rejects it."""
         self._undo_open_step()
         self._incoming = None
         ids = self._packed_ids(state_dict)
-        state = dict(state_dict["state"])
+        state = {key: entry for key, entry in state_dict["state"].items() if entry or entry is None}
         incoming: dict[str, dict[str, Tensor]] = {}
         for layer in self._layers:
             key = ids.get(layer.name)
-            if key is None or key not in state:
+            if key is None or not state.get(key):
                 continue
             entry = dict(state[key])
             ours = {k: entry.pop(k) for k in STATE_KEYS if k in entry}
@@ -488,18 +583,31 @@ class Wiring(Mapping[str, WiredParameter]):
                 check_entry(layer, ours, self._pool_of[id(layer)])
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
         self._incoming = incoming
+        for layer in self._layers:
+            if layer.latent.dtype != layer.parameter_dtype:  # the base class casts its state to the parameter's dtype
+                layer.lend(layer.latent)
         return {**state_dict, "state": state}
 
     @torch.no_grad()
     def _take(self, layer: WiredLayer, entry: Mapping[str, Tensor]) -> None:
         """Takes over a checked entry of a state dict."""
-        layer.latent.copy_(entry["latent"])
-        layer.active = layer.previous = entry["active"].to(layer.latent.device)
+        layer.latent.copy_(layer.part(entry["latent"]))
+        active = layer.part(entry["active"]).to(layer.latent.device, copy=True)
+        if layer.active is None:
+            layer.active = active
+        else:
+            layer.activate(active)
+            layer.remember()
         _, self._step, layer.step, layer.seed, _ = entry["wiring"].tolist()
 
     @torch.no_grad()
     def _loaded(self, optimizer: Optimizer) -> None:
         incoming, self._incoming = self._incoming or {}, None
+        if local_optimizer(optimizer) is not optimizer:
+            incoming = gathered(incoming)
+        for layer in self._layers:
+            if layer.exchanged:
+                layer.take_back()
         without = [layer.name for layer in self._layers if layer.name not in incoming]
         if without:
             warnings.warn(
@@ -514,8 +622,10 @@ class Wiring(Mapping[str, WiredParameter]):
                 continue
             self._take(layer, entry)
         for layer in self._layers:
-            self._write(layer, self.rule.project(layer))
+            layer.write(self.rule.project(layer))
             self._enter_state(layer)
+        for pool in self._pools_of(self._layers):
+            self._count(pool)
         self._select([layer for layer in self._layers if layer.name not in incoming])
 
 
@@ -526,15 +636,17 @@ def _copied(
     entries: list[dict[str, Tensor]],
     members: list[tuple[list[int], int]],
     left: list[LeftOut],
+    dormant: Dormant,
+    check_ranks: bool,
 ) -> Wiring:
     """Rebuilds a wiring from copied parts."""
-    layers = [WiredLayer(f, seed=0) for f in found]
+    layers = [WiredLayer(f, 0, entry["latent"].dtype) for f, entry in zip(found, entries, strict=True)]
+    shown = [bool(optimizer.state.get(layer.parameter)) for layer in layers]
     for layer, entry in zip(layers, entries, strict=True):
         optimizer.state[layer.parameter].update(entry)  # to be adopted
-    wiring = Wiring(optimizer, rule, layers, [Pool([layers[i] for i in indices], k) for indices, k in members], left)
-    for layer in layers:  # state of our own stays only beside state of the optimizer's own
-        wiring._leave_state(layer)
-        wiring._enter_state(layer)
-        if not optimizer.state[layer.parameter]:
+    pools = [Pool([layers[i] for i in indices], k) for indices, k in members]
+    wiring = Wiring(optimizer, rule, layers, pools, left, dormant, check_ranks)
+    for layer, beside in zip(layers, shown, strict=True):
+        if not beside:
             del optimizer.state[layer.parameter]
     return wiring

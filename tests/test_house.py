@@ -11,10 +11,11 @@ import dnw
 
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
-    ["_checks", "_files"],
-    ["_select"],
+    ["_checks", "_files", "_shards"],
+    ["_budgets", "_select"],
     ["_parameters", "_rules"],
-    ["_edges", "_state", "_step"],
+    ["_edges", "_step", "_dormant", "_guard", "_layer"],
+    ["_state", "_ranks"],
     ["_wiring"],
     ["_wire"],
     ["graphs"],
@@ -28,12 +29,18 @@ FLOORS = [
 CORE = {
     "_checks",
     "_files",
+    "_shards",
+    "_budgets",
     "_select",
     "_parameters",
     "_rules",
+    "_dormant",
     "_edges",
     "_state",
     "_step",
+    "_guard",
+    "_layer",
+    "_ranks",
     "_wiring",
     "_wire",
     "graphs",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dnw
-from dnw._select import ByName, Shape
+from dnw._budgets import ByName, Shape
 
 
 @pytest.mark.parametrize(

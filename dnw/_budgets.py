@@ -1,0 +1,171 @@
+"""How many edges each layer may keep.
+
+Contract: ``num_edges`` is the only place where a density becomes a number of edges.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from fnmatch import fnmatchcase
+
+from dnw._checks import check_density, check_num_edges, listing
+
+
+def num_edges(density: float, candidates: int) -> int:
+    """The budget k of a layer: ``max(1, density * candidates)`` rounded half up.
+
+    The density counts as the decimal number it was written as, so ``num_edges(0.145, 100)`` is 15 although the nearest
+    binary fraction to 0.145 lies below it.
+
+    Args:
+        density: share of the candidate edges that is active, in (0, 1].
+        candidates: number of candidate edges, at least 1.
+    """
+    if candidates < 1:
+        raise ValueError(f"candidates={candidates}: a layer needs at least one candidate edge")
+    exact = Decimal(repr(check_density(density))) * candidates
+    return max(1, int(exact.to_integral_value(ROUND_HALF_UP)))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a budget needs to know of a layer: its names, its shape and how many candidate edges it has."""
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    candidates: int
+
+
+Shares = list[tuple[list[int], int]]
+"""Pools of layers that compete for one budget: (indices of the layers, number of active edges)."""
+
+
+class Budget(ABC):
+    """How many edges each layer may keep."""
+
+    @abstractmethod
+    def shares(self, layers: Sequence[Shape]) -> Shares:
+        """Returns the pools of layers and the number of active edges of each; every layer is in exactly one pool."""
+
+
+@dataclass(frozen=True)
+class Uniform(Budget):
+    """One density for every layer."""
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def shares(self, layers: Sequence[Shape]) -> Shares:
+        return [([i], num_edges(self.density, layer.candidates)) for i, layer in enumerate(layers)]
+
+
+@dataclass(frozen=True)
+class ByName(Budget):
+    """Densities and exact numbers of edges by name pattern; the first pattern that fits a layer counts.
+
+    A pattern is a shell-style glob on the name of the parameter or of the module that holds it. Patterns with a number
+    of edges are tried before patterns with a density.
+    """
+
+    densities: Mapping[str, float]
+    num_edges: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for pattern, density in self.densities.items():
+            check_density(density, f"density[{pattern!r}]")
+
+    def shares(self, layers: Sequence[Shape]) -> Shares:
+        taken: list[str] = []
+        for pattern in [*self.num_edges, *self.densities]:
+            if not any(matches(layer.name, layer.module, pattern) for layer in layers):
+                raise ValueError(
+                    f"the budget pattern {pattern!r} fits no wired parameter; there are {listing(s.name for s in layers)}"
+                )
+            earlier = list(taken)
+            taken.append(pattern)
+            if all(any(matches(x.name, x.module, p) for p in earlier) for x in layers if matches(x.name, x.module, pattern)):
+                raise ValueError(
+                    f"the budget pattern {pattern!r} never counts: patterns before it ({listing(earlier)}) take every "
+                    "parameter that it fits; put it before them"
+                )
+        result: Shares = []
+        for i, layer in enumerate(layers):
+            edges = next((k for p, k in self.num_edges.items() if matches(layer.name, layer.module, p)), None)
+            density = next((d for p, d in self.densities.items() if matches(layer.name, layer.module, p)), None)
+            if edges is not None:
+                result.append(([i], check_num_edges(edges, layer.candidates, layer.name)))
+            elif density is not None:
+                result.append(([i], num_edges(density, layer.candidates)))
+            else:
+                raise ValueError(
+                    f"no budget pattern fits the wired parameter {layer.name!r}; add a pattern for it (or '*' as the last "
+                    "one), or leave it dense with exclude"
+                )
+        return result
+
+
+@dataclass(frozen=True)
+class Global(Budget):
+    """One budget over all layers: the largest magnitudes of the whole model are active.
+
+    A layer may end with no active edge at all.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def shares(self, layers: Sequence[Shape]) -> Shares:
+        return [(list(range(len(layers))), num_edges(self.density, sum(layer.candidates for layer in layers)))]
+
+
+@dataclass(frozen=True)
+class ErdosRenyiKernel(Budget):
+    """Densities proportional to (sum of the dimensions) / (product of the dimensions), capped at 1, at one mean density.
+
+    Source: Evci et al., "Rigging the Lottery", 2020, section 3 (1), after Mocanu et al., 2018. The total over all layers
+    is exactly ``num_edges(density, all candidates)``; fractions of an edge go to the largest remainders.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def shares(self, layers: Sequence[Shape]) -> Shares:
+        total = num_edges(self.density, sum(layer.candidates for layer in layers))
+        if total < len(layers):
+            raise ValueError(
+                f"ErdosRenyiKernel({self.density}): {total} edges cannot give each of {len(layers)} layers one; "
+                "raise the density or exclude layers"
+            )
+        raw = [layer.candidates * sum(layer.shape) / math.prod(layer.shape) for layer in layers]
+        capped: set[int] = set()
+        while True:
+            rest = total - sum(layers[i].candidates for i in capped)
+            scale = rest / (sum(r for i, r in enumerate(raw) if i not in capped) or 1.0)
+            over = {i for i, layer in enumerate(layers) if i not in capped and raw[i] * scale >= layer.candidates}
+            if not over:
+                break
+            capped |= over
+        wanted = [float(layer.candidates) if i in capped else raw[i] * scale for i, layer in enumerate(layers)]
+        edges = [max(1, math.floor(w)) for w in wanted]
+        by_remainder = sorted(range(len(layers)), key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
+        while (missing := total - sum(edges)) != 0:
+            movable = [i for i in by_remainder if (edges[i] < layers[i].candidates if missing > 0 else edges[i] > 1)]
+            for i in movable[: abs(missing)]:
+                edges[i] += 1 if missing > 0 else -1
+        return [([i], k) for i, k in enumerate(edges)]
+
+
+def matches(name: str, module: str, pattern: str) -> bool:
+    """Whether a shell-style pattern fits a parameter's name or the name of the module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(module, pattern)

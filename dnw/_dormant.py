@@ -1,0 +1,68 @@
+"""What the optimizer does to dormant edges, beside giving them their gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dnw._rules import Layer
+
+MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+"""Under which names optimizers keep their momentum."""
+
+
+@dataclass(frozen=True)
+class Dormant:
+    """What weight decay and momentum do to dormant edges. The default is the paper's: the same as to active ones.
+
+    The gradient of dormant edges is the rule's business; this is about what an optimizer adds of its own accord.
+
+    Attributes:
+        weight_decay: whether dormant weights decay. If not, the base optimizer sees 0 in their place, so nothing that it
+            derives from a weight's size acts on them; their update is added to the latent weight.
+        momentum: "update" keeps it going; "hold" leaves it as it was while an edge is dormant; "zero" clears it, so that an
+            edge begins without one when it becomes active. Momentum is ``momentum_buffer`` (SGD, RMSprop, Muon) or
+            ``exp_avg`` (Adam and its kin); second moments always go on.
+    """
+
+    weight_decay: bool = True
+    momentum: Literal["update", "hold", "zero"] = "update"
+
+    def __post_init__(self) -> None:
+        if self.momentum not in ("update", "hold", "zero"):
+            raise ValueError(f"Dormant: momentum={self.momentum!r}; allowed are 'update', 'hold' and 'zero'")
+
+    def shown(self, layer: Layer) -> Tensor:
+        """What the base optimizer gets to see of the latent weights."""
+        return layer.latent if self.weight_decay else layer.latent.masked_fill(_dormant(layer), 0)
+
+    def updated(self, layer: Layer, stepped: Tensor) -> Tensor:
+        """The new latent weights, from what the base optimizer made of those it saw."""
+        return stepped if self.weight_decay else stepped + torch.where(_dormant(layer), layer.latent, 0)
+
+    def kept(self, layer: Layer) -> dict[str, Tensor]:
+        """The momentum to come back to, before a step."""
+        return {key: value.clone() for key, value in _momentum(layer).items()} if self.momentum == "hold" else {}
+
+    def apply(self, layer: Layer, active: Tensor, kept: dict[str, Tensor]) -> None:
+        """Changes the momentum in place after a step and its selection, whose active edges were ``active`` before it."""
+        if self.momentum == "update":
+            return
+        for key, value in _momentum(layer).items():
+            if self.momentum == "zero":
+                value.masked_fill_(_dormant(layer), 0)
+            else:
+                value.copy_(torch.where(active, value, kept[key] if key in kept else torch.zeros_like(value)))
+
+
+def _dormant(layer: Layer) -> Tensor:
+    assert layer.active is not None
+    return ~layer.active
+
+
+def _momentum(layer: Layer) -> dict[str, Tensor]:
+    found = {key: layer.state.get(key) for key in MOMENTUM_KEYS}
+    return {k: v for k, v in found.items() if isinstance(v, Tensor) and v.shape == layer.latent.shape}
