@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,10 @@ class Dormant:
     def updated(self, layer: Layer, stepped: Tensor) -> Tensor:
         """The new latent weights, from what the base optimizer made of those it saw."""
         return stepped if self.weight_decay else stepped + torch.where(_dormant(layer), layer.latent, 0)
+
+    def has_effect(self, layers: Iterable[Layer]) -> bool:
+        """Whether the optimizer keeps a momentum for any of the layers that have stepped."""
+        return self.momentum == "update" or any(_momentum(layer) for layer in layers)
 
     def kept(self, layer: Layer) -> dict[str, Tensor]:
         """The momentum to come back to, before a step."""

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dnw._parameters import LeftOut
@@ -52,7 +51,7 @@ class Edges:
         """A ``scipy.sparse.csr_array`` ``[targets, sources]``; active edges of weight 0 are kept as explicit zeros."""
         from scipy.sparse import coo_array
 
-        weight = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
+        weight = self.weight.float() if self.weight.element_size() < 4 else self.weight
         return coo_array((weight.numpy(), (self.target.numpy(), self.source.numpy())), shape=self.shape).tocsr()
 
     def to_networkx(self) -> Any:

@@ -429,6 +429,12 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in stepped:
             layer.latent.copy_(self.dormant.updated(layer, layer.held))
             layer.see_state(self._state.get(layer.parameter, {}))
+        if self._step == 0 and stepped and not self.dormant.has_effect(stepped):
+            warnings.warn(
+                f"{self.dormant!r}: momentum={self.dormant.momentum!r} has no effect, because {type(optimizer).__name__} keeps "
+                "no momentum",
+                stacklevel=2,
+            )
         self._step += 1
         for layer in self._layers:
             layer.remember()
@@ -555,8 +561,8 @@ class Wiring(Mapping[str, WiredParameter]):
                 **state_dict["state"].get(ids[layer.name], {}),
                 **self._entry(layer),
             }
-        if all(STATE_KEYS[0] in entry and len(entry) == len(STATE_KEYS) for entry in state_dict["state"].values()):
-            # An optimizer without state of its own. torch.distributed.checkpoint wants an entry of all parameters or of none.
+        if self._state and all(set(entry) == set(STATE_KEYS) for entry in self._state.values()):
+            # It has stepped and made no state. torch.distributed.checkpoint wants entries of all parameters or of none.
             for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
                 for parameter, key in zip(group["params"], packed["params"], strict=True):
                     if parameter.requires_grad:
@@ -573,7 +579,7 @@ class Wiring(Mapping[str, WiredParameter]):
             key = ids.get(layer.name)
             if key is None or not state.get(key):
                 continue
-            entry = dict(state[key])
+            entry = dict(state[key] or {})
             ours = {k: entry.pop(k) for k in STATE_KEYS if k in entry}
             if entry:
                 state[key] = entry

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dnw
+from dnw import _select
 from dnw._budgets import ByName, Shape
 
 
@@ -93,6 +94,56 @@ def test_large_tensors_equal_a_stable_sort(kind, k):
     expected[scores.abs().sort(descending=True, stable=True).indices[:k]] = True
     (mask,) = dnw.top_k([scores], k, [None])
     assert torch.equal(mask, expected)
+
+
+# --- many pools at once, as on accelerators ---
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_histograms_choose_what_ranking_chooses(data):
+    values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1e-40, 2.0, 0.25, 3e38])
+    rankings = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=2))
+        scores = [torch.tensor(data.draw(st.lists(values, min_size=n, max_size=n))) for n in sizes]
+        candidates = [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
+        candidates[0][0] = True
+        k = data.draw(st.integers(1, sum(int(c.sum()) for c in candidates)))
+        rankings.append(_select.Ranking(scores, k, candidates))
+    piece = data.draw(st.sampled_from([1, 7, 1 << 23]))
+    wide = data.draw(st.booleans())
+    if wide:
+        rankings = [_select.Ranking([s.double() for s in r.scores], r.k, r.candidates) for r in rankings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_select, "_PIECE", piece)
+        masks = _select._rank_by_histograms(rankings)
+    for ranking, mask in zip(rankings, masks, strict=True):
+        expected = dnw.top_k(ranking.scores, ranking.k, ranking.candidates)
+        assert torch.equal(mask, torch.cat(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_histograms_on_large_tensors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rankings = [
+        _select.Ranking([torch.randn(n, generator=generator).to(dtype)], k, [None])
+        for n, k in ((300_000, 3_000), (70_000, 69_999), (1, 1), (5_000, 2_500))
+    ]
+    for ranking, mask in zip(rankings, _select._rank_by_histograms(rankings), strict=True):
+        assert int(mask.sum()) == ranking.k
+        assert torch.equal(mask, _select._rank_on_cpu(ranking.bits(), ranking.k))
+
+
+def test_on_an_accelerator_nothing_waits_for_the_device_and_shapes_are_fixed():
+    """Tensors without values stand for a device: whatever asked them for a value or a count would raise."""
+    shapes = [(64, 3, 7, 7), (64, 64, 3, 3), (10, 64)]
+    layers = [dnw.Layer("w", torch.empty(shape, device="meta"), None, 0) for shape in shapes]
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(layers[0].latent.any())
+    masks = dnw.top_k_each([dnw.Pool([layer], 100).ranking([layer.latent]) for layer in layers])
+    assert [tuple(mask.shape) for (mask,) in masks] == shapes
+    assert all(mask.device.type == "meta" and mask.dtype == torch.bool for (mask,) in masks)
 
 
 def layers(*sizes: tuple[tuple[int, ...], int]) -> list[Shape]:

@@ -62,19 +62,6 @@ def same(a: dnw.Wiring, b: dnw.Wiring) -> bool:
 # --- the algorithm ---
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_equals_mask_in_forward_bit_for_bit(optimizer):
-    model, base, wiring = wired("dnw", optimizer)
-    textbook = MaskInForward(small_net(), {name: wiring[name].num_active for name in wiring})
-    theirs = OPTIMIZERS[optimizer](textbook.parameters())
-    for step in range(25):
-        assert train_steps(model, base, range(step, step + 1)) == train_steps(textbook, theirs, range(step, step + 1))
-    for name in wiring:
-        assert torch.equal(wiring[name].latent, textbook.net.get_parameter(name))
-        assert torch.equal(wiring[name].active, textbook.mask(name))
-    assert wiring.step == 25
-
-
 def test_literal_step():
     layer = nn.Linear(3, 1, bias=False)
     with torch.no_grad():
@@ -1052,7 +1039,7 @@ def test_a_wired_state_loaded_before_wiring_is_refused():
 
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
 @pytest.mark.parametrize("rule", ["dnw", "random", "dropping"])
 def test_distributed_checkpoint_state_dicts(rule, optimizer, at, flatten):
     from torch.distributed.checkpoint import state_dict as dcp
@@ -1072,3 +1059,124 @@ def test_distributed_checkpoint_state_dicts(rule, optimizer, at, flatten):
     train_steps(model, base, range(at, at + 3))
     train_steps(other, other_base, range(at, at + 3))
     assert same(wiring, other_wiring)
+
+
+def test_state_that_only_the_wiring_has_does_not_pass_for_the_optimizers_own():
+    """torch.distributed.checkpoint takes any state for an initialised optimizer, Adam any state for one that has stepped."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model, base, wiring = wired("dnw", "adamw")
+    before = copy.deepcopy(base.state_dict())
+    other, other_base, other_wiring = wired("dnw", "adamw", seed=1)
+    other_base.load_state_dict(before)
+    assert not other_base.state
+    assert same(wiring, other_wiring)
+    state = dcp.get_optimizer_state_dict(other, other_base)
+    assert "exp_avg" in state["state"]["0.weight"]
+    assert other_wiring.step == 0
+    copy.deepcopy(other_base)
+
+
+# --- averages, and weights to evaluate with ---
+
+
+def averages(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        "ema": torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.6)),
+        "swa": torch.optim.swa_utils.AveragedModel(model, use_buffers=True),
+    }
+
+
+@pytest.mark.parametrize("budget", [0.2, dnw.Global(0.2)], ids=["uniform", "global"])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_an_average_is_projected_to_its_k_largest(kind, budget):
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    wiring = dnw.wire(model, base, budget)
+    average = averages(model)[kind]
+    for step in range(12):
+        train_steps(model, base, range(step, step + 1))
+        average.update_parameters(model)
+    present = {n: (p.weight, p.latent, p.active) for n, p in wiring.items()}
+    dense = {n: average.module.get_parameter(n).detach().clone() for n in wiring}
+    assert sum(int((d != 0).sum()) for d in dense.values()) > wiring.num_active
+    wiring.project(average)
+    kept = {n: average.module.get_parameter(n) != 0 for n in wiring}
+    assert sum(int(k.sum()) for k in kept.values()) == wiring.num_active
+    largest = dnw.top_k(list(dense.values()), wiring.num_active, [None] * 3)
+    for i, (n, p) in enumerate(wiring.items()):
+        assert torch.equal(average.module.get_parameter(n), dense[n] * kept[n])
+        if budget == 0.2:
+            assert torch.equal(kept[n], dnw.top_k([dense[n]], wiring[n].num_active, [None])[0])
+        else:
+            assert torch.equal(kept[n], largest[i])
+        assert all(torch.equal(a, b) for a, b in zip(present[n], (p.weight, p.latent, p.active), strict=True))
+    torch.optim.swa_utils.update_bn([batch(0)[0]], average)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_average_of_every_rule(rule):
+    model, base, wiring = wired(rule)
+    average = averages(model)["ema"]
+    for step in range(4):
+        train_steps(model, base, range(step, step + 1))
+        average.update_parameters(model)
+    wiring.project(average)
+    for n, parameter in wiring.items():
+        found = average.module.get_parameter(n) != 0
+        assert int(found.sum()) <= parameter.num_active
+        if wiring.rule.fixed:
+            assert not found[~parameter.active].any()
+
+
+def test_averages_that_do_not_fit():
+    model, _, wiring = wired()
+    with pytest.raises(ValueError, match="this is the wired model itself"):
+        wiring.project(model)
+    with pytest.raises(ValueError, match="Linear has no parameter '0.weight'"):
+        wiring.project(nn.Linear(2, 2))
+    other = small_net()
+    other[0] = nn.Conv2d(3, 9, 3)
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(9, 3, 3, 3\) in the average and \(8, 3, 3, 3\)"):
+        wiring.project(other)
+
+
+def test_evaluating_unsettled_is_refused_where_it_matters():
+    model, base, wiring = wired("dropping")
+    train_steps(model, base, range(2))
+    images = batch(0)[0]
+    model.eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"evaluate inside `with wiring.settled\(\):`"):
+        model(images)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="wiring.settled"):
+        model(images)
+    with torch.no_grad(), wiring.settled():
+        settled = model(images)
+        with wiring.settled():
+            assert torch.equal(model(images), settled)
+        assert torch.equal(model(images), settled)
+    model(images).sum().backward()  # frozen norms while training, say
+    model.train()
+    with torch.no_grad():
+        model(images)  # norm statistics, say
+    model.eval()
+    with wiring.settled(), torch.no_grad():
+        settled = model(images)
+        copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for other in (copied, pickled):  # copies are not wired, and were made of settled weights
+            assert torch.equal(other.eval()(images), settled)
+    wiring.remove()
+    with torch.no_grad():
+        model.eval()(images)
+
+
+@pytest.mark.parametrize("rule", ["dnw", "random", "frozen", "complete"])
+def test_nothing_is_left_in_the_model_where_it_does_not_matter(rule):
+    model, base, _ = wired(rule)
+    train_steps(model, base, range(1))
+    assert not any(m._forward_pre_hooks or m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert set(model.state_dict()) == set(small_net().state_dict())
+    assert set(vars(model[5])) == set(vars(nn.Linear(1, 1)))
+    with torch.no_grad():
+        model.eval()(batch(0)[0])
