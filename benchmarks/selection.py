@@ -104,6 +104,12 @@ def main() -> None:
         print(f"{name}: {extra / whole:+.2%} of a dense training step")
     extra_bytes = wirings["wired step"].num_candidates * (4 + 1 + 1)
     print(f"memory beside the dense step's: {extra_bytes / 2**20:.0f} MiB of latent weights and masks")
+    if arguments.device == "cuda":
+        for name in ("dense step", "wired step"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            steps[name]()
+            print(f"{name}: {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB at its peak, given back afterwards")
 
 
 if __name__ == "__main__":

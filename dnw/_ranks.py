@@ -38,8 +38,8 @@ def check_ranks(layers: Iterable[WiredLayer], budgets: dict[str, int]) -> None:
         raise RuntimeError(
             f"the processes hold different latent weights or edges for {listing(differing)}; they would drift apart for ever. "
             "Wire after the model is wrapped, which makes its weights equal (DistributedDataParallel, fabric.setup, "
-            "accelerator.prepare), with the same arguments on every process; where each process trains a network of its "
-            "own, wire with check_ranks=False"
+            "accelerator.prepare), with the same arguments on every process, or call wiring.synchronize() once it is; where "
+            "each process trains a network of its own, wire with check_ranks=False"
         )
 
 

@@ -298,6 +298,33 @@ class Wiring(Mapping[str, WiredParameter]):
         for target, copy in targets:
             target.copy_(self.rule.settle(copy))
 
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Gives every process the latent weights and edges of rank 0, as DistributedDataParallel does with parameters.
+
+        For training scripts in which the optimizer is made, and wired, before the model is wrapped: call it on every
+        process once the model is. Sharded parameters are left alone.
+
+        Raises:
+            RuntimeError: there is no process group.
+        """
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError("synchronize: there is no process group; without one there is nothing to make equal")
+        self._undo_open_step()
+        for layer in self._layers:
+            if layer.shard is None:
+                layer.follow()
+                assert layer.active is not None
+                bits = layer.active.to(torch.uint8)
+                numbers = torch.tensor([layer.seed, layer.step, self._step], device=layer.latent.device)
+                for tensor in (layer.latent, bits, numbers):
+                    torch.distributed.broadcast(tensor, src=0)
+                layer.activate(bits.bool())
+                layer.seed, layer.step, self._step = numbers.tolist()
+                layer.remember()
+                layer.write(self.rule.project(layer))
+                self._enter_state(layer)
+
     @contextmanager
     def settled(self) -> Iterator[None]:
         """The weights that the rule evaluates with, inside the ``with``; the same as in training for most rules."""

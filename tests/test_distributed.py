@@ -94,6 +94,33 @@ def test_wiring_before_ddp_wraps_is_refused_on_every_rank():
     assert on_processes(2, _wired_before_ddp, False) == ["", ""]
 
 
+def _synchronized(rank: int, rule: dnw.Rule, seed: int) -> dict:
+    model = net(seed=rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wiring = dnw.wire(model, optimizer, density=0.3, rule=rule, seed=seed + rank)
+    wrapped = DistributedDataParallel(model)
+    wiring.synchronize()
+    first = state_of(wiring)
+    steps(wrapped, optimizer, range(20), rank)
+    return {**first, **{f"after {n}": x for n, x in state_of(wiring).items()}}
+
+
+@pytest.mark.parametrize("rule", [dnw.DNW(), dnw.RandomGraph(), Dropping()], ids=["dnw", "random", "dropping"])
+def test_a_wiring_made_before_ddp_wraps_can_be_synchronized(rule):
+    first, second = on_processes(2, _synchronized, rule, 3)
+    assert_equal(first, second)
+    model = net(seed=0)
+    alone = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.3, rule=rule, seed=3)
+    assert_equal(state_of(alone), {n: first[n] for n in alone})  # rank 0's, exactly
+
+
+def test_synchronize_needs_a_group():
+    model = net(0)
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.3)
+    with pytest.raises(RuntimeError, match="there is no process group"):
+        wiring.synchronize()
+
+
 def _zero(rank: int, folder: str) -> list[dict]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
