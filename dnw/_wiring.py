@@ -615,11 +615,27 @@ class Wiring(Mapping[str, WiredParameter]):
             if ours:
                 check_entry(layer, ours, self._pool_of[id(layer)])
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
+        self._drop_unwired(state, state_dict)
         self._incoming = incoming
         for layer in self._layers:
             if layer.latent.dtype != layer.parameter_dtype:  # the base class casts its state to the parameter's dtype
                 layer.lend(layer.latent)
         return {**state_dict, "state": state}
+
+    def _drop_unwired(self, state: dict[Any, Any], state_dict: dict[str, Any]) -> None:
+        """Takes the latent weights of parameters that no wiring holds out of an incoming state, with a warning."""
+        dropped = []
+        for group, packed in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=False):
+            for parameter, key in zip(group["params"], packed["params"], strict=False):
+                if parameter not in WIRED and state.get(key) and STATE_KEYS[0] in state[key]:
+                    state[key] = {k: v for k, v in state[key].items() if k not in STATE_KEYS}
+                    dropped.append(f"{tuple(parameter.shape)}")
+        if dropped:
+            warnings.warn(
+                f"the loaded optimizer state holds latent weights for {len(dropped)} parameters that are not wired here (of "
+                f"shape {', '.join(dropped[:4])}); they are dropped, and the parameters train on dense",
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def _take(self, layer: WiredLayer, entry: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import on_processes
 from torch import nn
 
 import dnw
@@ -96,3 +97,86 @@ def test_the_recipe():
     names = {"cifar10": cifar10, "Config": Config}
     exec(blocks("docs/extending.md")[2], names)
     assert names["cifar10_random"]().rule == "random"
+
+
+# --- docs/loops.md ---
+
+PLAIN, TRAINING, DDP, ACCELERATE, LIGHTNING, TRANSFORMERS, TIMM, FSDP2 = blocks("docs/loops.md")
+
+
+@pytest.mark.parametrize("block", [PLAIN, TIMM], ids=["plain", "timm"])
+def test_the_two_lines(block):
+    names = fresh(named_net())
+    exec(block, names)
+    step(names, torch.randn(2, 4, 6, 6))
+    assert names["wiring"].step == 1
+
+
+def test_the_loop_in_plain_pytorch(tmp_path):
+    batches = [(torch.randn(4, 4, 6, 6), torch.randint(4, (4,))) for _ in range(3)]
+    names = {"torch": torch, "dnw": dnw, "resnet": named_net, "device": "cpu", "batches": batches, "path": tmp_path / "x.pt"}
+    exec(TRAINING, names)
+    assert names["wiring"].step == 3
+    weight = names["average"].module.get_parameter("fc.weight")
+    assert int((weight != 0).sum()) == names["wiring"]["fc.weight"].num_active
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    names["model"].load_state_dict(saved["model"])
+    names["optimizer"].load_state_dict(saved["optimizer"])
+
+
+def test_lightning():
+    lightning = pytest.importorskip("lightning")
+    names = {"torch": torch, "dnw": dnw, "lightning": lightning}
+    exec(LIGHTNING, names)
+    module = names["Classifier"]()
+    module.add_module("net", named_net())
+    assert isinstance(module.configure_optimizers(), torch.optim.AdamW)
+    assert "net.fc.weight" in module.wiring
+
+
+def test_transformers():
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments(report_to="none", use_cpu=True)
+    names = {**fresh(named_net()), "transformers": transformers, "arguments": arguments, "train": [1]}
+    exec(TRANSFORMERS, names)
+    assert names["trainer"].optimizer is names["optimizer"]
+    assert len(names["wiring"]) == 3
+
+
+def _wraps(rank: int, block: str) -> int:
+    torch.manual_seed(rank)
+    names = fresh(named_net())
+    if block == ACCELERATE:
+        from accelerate import Accelerator
+
+        names["accelerator"] = Accelerator(cpu=True)
+    exec(block, names)
+    step(names, torch.randn(2, 4, 6, 6))
+    return names["wiring"].step
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("block", [DDP, ACCELERATE], ids=["ddp", "accelerate"])
+def test_wrapped_models(block):
+    pytest.importorskip("accelerate")
+    assert on_processes(2, _wraps, block) == [1, 1]
+
+
+def _shards(rank: int) -> int:
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    names = {"torch": torch, "dnw": dnw, "fully_shard": fully_shard, "model": model, "device": "cpu"}
+    names["initialize"] = lambda m: [nn.init.normal_(p) for p in m.parameters()]
+    exec(FSDP2, names)
+    step(names, torch.randn(2, 4))
+    return names["wiring"].num_active
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+def test_fsdp2():
+    assert on_processes(2, _shards) == [3, 3]

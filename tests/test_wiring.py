@@ -889,6 +889,20 @@ def test_a_plain_optimizer_state_leaves_dormant_latents_alone():
     assert torch.equal(wiring["5.weight"].latent, dense)
 
 
+def test_latent_weights_of_parameters_that_are_not_wired_are_dropped_with_a_warning():
+    model, base, _ = wired()
+    train_steps(model, base, range(2))
+    state = copy.deepcopy(base.state_dict())
+    other = small_net()
+    other_base = OPTIMIZERS["momentum"](other.parameters())
+    wiring = dnw.wire(other, other_base, density=0.2, exclude="7")
+    with pytest.warns(UserWarning, match=r"for 1 parameters that are not wired here \(of shape \(4, 16\)\); they are dropped"):
+        other_base.load_state_dict(state)
+    assert set(other_base.state[other[7].weight]) == {"momentum_buffer"}
+    assert wiring.step == 2
+    train_steps(other, other_base, range(2, 4))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
