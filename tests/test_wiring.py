@@ -641,6 +641,7 @@ def test_summary_says_everything():
 @pytest.mark.slow
 def test_compiled_model_fullgraph():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model, base, wiring = wired()
     eager, eager_base, eager_wiring = wired()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
