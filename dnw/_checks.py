@@ -32,6 +32,17 @@ def check_num_edges(value: object, candidates: int, name: str) -> int:
     return number
 
 
+def check_seed(value: object) -> int:
+    """Returns a seed as an int; raises ``ValueError`` unless it is a whole number that fits in 64 bits."""
+    try:
+        seed = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        seed = -1
+    if isinstance(value, bool) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed={value!r}: allowed is a whole number from 0 to 2**63 - 1")
+    return seed
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns '; did you mean ...?' for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

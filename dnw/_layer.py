@@ -30,6 +30,8 @@ class WiredLayer(Layer):
 
     parameter: nn.Parameter
     module: nn.Module
+    is_graph: bool
+    """Whether the parameter holds the edges of a graph module."""
     previous: Tensor
     """The active edges before the last step."""
     version: int
@@ -47,7 +49,7 @@ class WiredLayer(Layer):
         if shard is not None and candidates is not None:
             candidates = shard.cut(candidates)
         super().__init__(found.name, held.to(dtype or held.dtype, copy=True), candidates, seed, shard=shard)
-        self.parameter, self.module = found.parameter, found.module
+        self.parameter, self.module, self.is_graph = found.parameter, found.module, found.is_graph
         self.parameter_dtype = held.dtype
         self.version, self.exchanged, self.num_active = -1, False, 0
         self._given_grad: Tensor | None = None
@@ -80,6 +82,21 @@ class WiredLayer(Layer):
         """How many entries of a mask are true, over all processes that hold a part of the parameter."""
         count = mask.count_nonzero()
         return int(count if self.shard is None else self.shard.sum(count))
+
+    def count(self) -> int:
+        """How many edges are active, of the whole parameter, without messages."""
+        if self.shard is not None:
+            return self.num_active
+        assert self.active is not None
+        return int(self.active.count_nonzero())
+
+    def local_grad(self) -> Tensor:
+        """The part of the gradient that belongs to the part of the parameter held here."""
+        grad: Any = self.parameter.grad
+        parameter: Any = self.parameter
+        if self.shard is not None and tuple(grad.placements) != tuple(parameter.placements):
+            grad = grad.redistribute(placements=parameter.placements)  # partial sums of replicated parameters, say
+        return local(grad)
 
     def see_state(self, state: Mapping[str, Any]) -> None:
         """Shows the rule what the optimizer keeps for the parameter."""
@@ -148,22 +165,28 @@ class WiredLayer(Layer):
                 f"was wired and is {held.dtype} of shape {tuple(held.shape)} now; convert the model before wiring it"
             )
 
-    def take_over_writes(self, projected: Tensor) -> bool:
+    def is_written(self) -> bool:
+        """Whether somebody else has written to the parameter since it was last projected."""
+        return self._present_version() != self.version
+
+    def take_over_writes(self, projected: Tensor) -> tuple[bool, bool]:
         """Takes over values that somebody else wrote to the parameter since it was last projected.
 
         Entries that differ are taken over one by one. Where dormant entries have got weights and active ones have become
-        zero, another sparse weight was put in place of this one: then its zeros count too. Returns whether to select anew.
+        zero, another sparse weight was put in place of this one: then its zeros count too.
+
+        Returns:
+            Whether anything differs, so that edges are to be selected anew; whether another sparse weight was put in place.
         """
-        held, version = self.held, self._present_version()
-        if version == self.version:
-            return False
-        self.version = version
+        held = self.held.detach()
+        self.version = self._present_version()
         assert self.active is not None
         written = held != projected.to(held.dtype)
         grown, pruned = written & ~self.active, written & self.active & (held == 0)
         seen = torch.stack([written.any(), grown.any(), pruned.any()]).to(torch.int64)
         any_written, any_grown, any_pruned = (seen if self.shard is None else self.shard.sum(seen)).tolist()
+        replaced = bool(any_grown and any_pruned)
         if any_written:
             values = held.to(self.latent.dtype)
-            self.latent.copy_(values if any_grown and any_pruned else torch.where(written, values, self.latent))
-        return bool(any_written)
+            self.latent.copy_(values if replaced else torch.where(written, values, self.latent))
+        return bool(any_written), replaced

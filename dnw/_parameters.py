@@ -38,6 +38,7 @@ class Wirable:
     module: nn.Module
     parameter: nn.Parameter
     candidates: Tensor | None
+    is_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,20 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
-    """A parameter by its plain name, in a model that may be wrapped in any way that prefixes names.
+def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters by their plain names, in a copy of a model that may be wrapped in any way that prefixes all names alike.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: some are missing.
     """
+    model = unwrap_model(model)
     found = {_INNER_WRAPPERS.sub("", n).strip("."): p for n, p in model.named_parameters(remove_duplicate=False)}
-    if name in found:
-        return found[name]
-    ending = [p for n, p in found.items() if n.endswith("." + name)]
-    if len(ending) != 1:
-        raise ValueError(f"{type(model).__name__} has no parameter {name!r}{did_you_mean(name, found)}")
-    return ending[0]
+    prefixes = ["", *(n[: -len(names[0])] for n in found if n.endswith("." + names[0]))]
+    for prefix in prefixes:
+        if all(prefix + name in found for name in names):
+            return [found[prefix + name] for name in names]
+    missing = next((name for name in names if name not in found), names[0])
+    raise ValueError(f"{type(model).__name__} has no parameter {missing!r}{did_you_mean(missing, found)}")
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
@@ -214,7 +216,8 @@ def find_parameters(
     for place in places:
         reason = _reason(place, include, exclude, has_graphs)
         if reason is None:
-            wirable.append(Wirable(place.name, place.module_name, place.modules[0][2], place.parameter, _candidates(place)))
+            module, is_graph = place.modules[0][2], place.kind == _GRAPH_EDGES
+            wirable.append(Wirable(place.name, place.module_name, module, place.parameter, _candidates(place), is_graph))
         else:
             left.append(LeftOut(place.name, tuple(place.parameter.shape), reason))
     if not wirable:

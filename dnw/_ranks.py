@@ -1,7 +1,7 @@
 """Whether the processes of a group hold the same wiring.
 
-Contract: one small message per process, once. Parameters are compared by name, so processes that hold other layers
-(pipeline stages) or other shards are not compared with each other.
+Contract: one small message per process, once. Parameters are compared by name, and shards only with their replicas.
+Processes that hold other layers under the same names (pipeline stages) or none at all are told to turn the check off.
 """
 
 from __future__ import annotations

@@ -197,7 +197,8 @@ class Frozen(Fixed):
         for pool in pools:
             (layer,) = pool.layers
             mask = layer.cut(self.edges[layer.name]).to(layer.latent.device)
-            if layer.candidates is not None and bool((mask & ~layer.candidates).any()):
+            outside = (mask & ~layer.candidates).count_nonzero() if layer.candidates is not None else mask.new_zeros(())
+            if int(outside if layer.shard is None else layer.shard.sum(outside)):
                 raise ValueError(f"Frozen edges for {layer.name!r} include entries that are not candidate edges")
             masks.append([mask])
         return masks

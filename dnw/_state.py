@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dnw._layer import WiredLayer
-from dnw._rules import Pool
+from dnw._rules import Frozen, Pool, Rule
+from dnw._shards import Shard
 
 FORMAT = 1
 """Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
@@ -26,7 +27,7 @@ needed to continue bit for bit.
 """
 
 
-def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
+def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool, rule: Rule) -> None:
     """Raises ``ValueError`` unless an incoming entry is whole, plain and made for this layer and its budget."""
     what = f"the loaded optimizer state, {layer.name!r}"
     numbers = entry.get("wiring")
@@ -45,7 +46,7 @@ def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
         if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != layer.shape:
             given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
             raise ValueError(f"{what}: expected {key!r} as {dtype} of shape {layer.shape}, got {given}")
-    check_finite(f"{layer.name} (loaded)", layer.part(entry["latent"]))
+    check_finite(f"{layer.name} (loaded)", layer.part(entry["latent"]), layer.shard)
     active = layer.part(entry["active"]).to(layer.latent.device)
     saved = int(numbers[4]) if len(pool.layers) > 1 else layer.total(active)
     if not saved == int(numbers[4]) == pool.k:
@@ -53,11 +54,14 @@ def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool) -> None:
             f"{what}: it has {saved:,} active edges, this wiring keeps {pool.k:,}; wire with the budget of the saved "
             "run, or assign its latent weights by name to start from them"
         )
-    if layer.candidates is not None and bool((active & ~layer.candidates).any()):
+    if layer.candidates is not None and layer.total(active & ~layer.candidates):
         raise ValueError(f"{what}: some of its active edges are no candidate edges of this model")
+    if isinstance(rule, Frozen) and layer.total(active != layer.cut(rule.edges[layer.name]).to(active.device)):
+        raise ValueError(f"{what}: its edges are not those that Frozen was given")
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raises ``ValueError`` unless every weight is finite."""
-    if not bool(torch.isfinite(value).all()):
+def check_finite(name: str, value: Tensor, shard: Shard | None = None) -> None:
+    """Raises ``ValueError`` unless every weight is finite; on all processes that hold a part of it, or on none."""
+    bad = (~torch.isfinite(value)).count_nonzero()
+    if int(bad if shard is None else shard.sum(bad)):
         raise ValueError(f"{name!r} has weights that are not finite; magnitudes cannot be ranked with NaN or infinity")

@@ -13,12 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dnw._budgets import Budget, ByName, Shape, Uniform
-from dnw._checks import did_you_mean, listing
+from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._layer import WiredLayer
 from dnw._parameters import Selector, Wirable, find_parameters
 from dnw._rules import DNW, Frozen, Pool, Rule
-from dnw._shards import local
+from dnw._shards import local, shard_of
 from dnw._state import check_finite
 from dnw._wiring import WIRED, Wiring
 
@@ -78,6 +78,7 @@ def wire(
         raise ValueError(f"latent_dtype={latent_dtype!r}: expected a dtype such as torch.float32")
     if dormant is not None and not isinstance(dormant, Dormant):
         raise ValueError(f"dormant: expected dnw.Dormant(...), got {dormant!r}")
+    seed = check_seed(seed)
     shapes = [_shape(f) for f in found]
     if isinstance(rule, Frozen) and (unknown := sorted(set(rule.edges) - {s.name for s in shapes})):
         raise ValueError(
@@ -139,7 +140,7 @@ def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
             )
         if not f.parameter.is_floating_point():
             raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
-        check_finite(f.name, local(f.parameter).detach())
+        check_finite(f.name, local(f.parameter).detach(), shard_of(f.parameter))
     missing = [f.name for f in found if id(f.parameter) not in held]
     if missing:
         raise ValueError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from dnw._dormant import Dormant
 from dnw._edges import Edges, Summary, SummaryRow
 from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer
-from dnw._parameters import LeftOut, Wirable, parameter_named
+from dnw._parameters import LeftOut, Wirable, parameters_named
 from dnw._ranks import check_ranks, gathered, local_optimizer
 from dnw._rules import Layer, Pool, Rule
 from dnw._shards import local
@@ -93,7 +93,7 @@ class WiredParameter:
         if tuple(value.shape) != layer.shape:
             raise ValueError(f"latent weights of {self.name!r}: expected shape {layer.shape}, got {tuple(value.shape)}")
         part = layer.part(value.detach())
-        check_finite(self.name, part)
+        check_finite(self.name, part, layer.shard)
         layer.latent.copy_(part)
         self._wiring._select([layer])
 
@@ -114,10 +114,9 @@ class WiredParameter:
     @property
     def num_active(self) -> int:
         """How many edges are active."""
-        self._wiring._look()
-        layer = self._layer
-        assert layer.active is not None
-        return int(layer.active.count_nonzero()) if layer.shard is None else layer.num_active
+        if self._layer.shard is None:
+            self._wiring._look()
+        return self._layer.count()
 
     @property
     def density(self) -> float:
@@ -132,7 +131,7 @@ class WiredParameter:
         weight, active = self.weight, self.active
         if self._layer.shard is not None:
             weight, active = weight.full_tensor(), active.full_tensor()  # type: ignore[attr-defined]
-        to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.candidates is not None else None
+        to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.is_graph else None
         if to_nodes is None:
             return Edges.from_matrix(self.name, weight.flatten(1), active.flatten(1))
         return Edges.from_matrix(self.name, to_nodes(weight), to_nodes(active), is_graph=True)
@@ -165,7 +164,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._step = 0
         self._open = False
         self._nested = 0
-        self._written: list[WiredLayer] = []
+        self._finishing: list[tuple[WiredLayer, Tensor]] = []
         self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._ranks_to_check = check_ranks
@@ -193,7 +192,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._catch_up()
         pools = {id(pool): pool for pool in self._pool_of.values()}.values()
         members = [([self._layers.index(x) for x in pool.layers], pool.k) for pool in pools]  # type: ignore[arg-type]
-        found = [Wirable(x.name, "", x.module, x.parameter, x.candidates) for x in self._layers]
+        found = [Wirable(x.name, "", x.module, x.parameter, x.candidates, x.is_graph) for x in self._layers]
         entries = [self._entry(layer) for layer in self._layers]
         return _copied, (self._optimizer, self.rule, found, entries, members, self._left, self.dormant, self._ranks_to_check)
 
@@ -208,7 +207,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 f"the optimizer was given a wired state for {layer.name!r} before it was wired, and has rounded it; wire "
                 "first, then load the state"
             )
-        check_entry(layer, ours, self._pool_of[id(layer)])
+        check_entry(layer, ours, self._pool_of[id(layer)], self.rule)
         self._take(layer, ours)
 
     @property
@@ -217,6 +216,9 @@ class Wiring(Mapping[str, WiredParameter]):
         return local_optimizer(self._optimizer).state
 
     # --- what a user asks ---
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __getitem__(self, name: str) -> WiredParameter:
         for layer in self._layers:
@@ -241,7 +243,7 @@ class Wiring(Mapping[str, WiredParameter]):
     @property
     def num_active(self) -> int:
         """Active edges over all wired parameters."""
-        return sum(p.num_active for p in self.values())
+        return self.summary().active
 
     @property
     def num_candidates(self) -> int:
@@ -250,7 +252,9 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def summary(self) -> Summary:
         """A table per layer: candidates, active, density; what was left out and why; the totals."""
-        rows = [SummaryRow(p.name, p._layer.shape, p.num_candidates, p.num_active) for p in self.values()]
+        if not any(x.shard is not None for x in self._layers):  # of sharded layers the number is known without messages
+            self._look()
+        rows = [SummaryRow(x.name, x.shape, x.num_candidates, x.count()) for x in self._layers]
         return Summary(tuple(rows), tuple(self._left))
 
     def to_json(self) -> str:
@@ -277,8 +281,7 @@ class Wiring(Mapping[str, WiredParameter]):
             return
         copies: dict[int, Layer] = {}
         targets: list[tuple[Tensor, Layer]] = []
-        for layer in self._layers:
-            parameter = parameter_named(averaged, layer.name)
+        for layer, parameter in zip(self._layers, parameters_named(averaged, list(self)), strict=True):
             if parameter is layer.parameter:
                 raise ValueError("this is the wired model itself, not an average of it; leave the argument out")
             if parameter.shape != layer.parameter.shape:
@@ -299,6 +302,19 @@ class Wiring(Mapping[str, WiredParameter]):
             target.copy_(self.rule.settle(copy))
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Starts from what the model holds now: its weights, zeros included, become the latent weights.
+
+        For a sparse network that was loaded into a wired model. What a write meant cannot always be told from the values (a
+        network with the same edges looks like a rescaled one), so without this the latent weights of dormant edges may stay.
+        """
+        self._undo_open_step()
+        for layer in self._layers:
+            layer.follow()
+            layer.latent.copy_(layer.held)
+        self._select(self._layers)
+
+    @torch.no_grad()
     def synchronize(self) -> None:
         """Gives every process the latent weights and edges of rank 0, as DistributedDataParallel does with parameters.
 
@@ -310,7 +326,7 @@ class Wiring(Mapping[str, WiredParameter]):
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             raise RuntimeError("synchronize: there is no process group; without one there is nothing to make equal")
-        self._undo_open_step()
+        self._catch_up()
         for layer in self._layers:
             if layer.shard is None:
                 layer.follow()
@@ -322,26 +338,30 @@ class Wiring(Mapping[str, WiredParameter]):
                 layer.activate(bits.bool())
                 layer.seed, layer.step, self._step = numbers.tolist()
                 layer.remember()
-                layer.write(self.rule.project(layer))
+                layer.write(self._effective(layer))
                 self._enter_state(layer)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """The weights that the rule evaluates with, inside the ``with``; the same as in training for most rules."""
+        """The weights that the rule evaluates with, inside the ``with``; the same as in training for most rules.
+
+        ``optimizer.step()`` is refused inside.
+        """
         self._catch_up()
         before = self.is_settled
         try:
             self.is_settled = True
-            self._write_all(self.rule.settle)
+            self._write_all()
             yield
+            self._catch_up()
         finally:
             self.is_settled = before
-            self._write_all(self.rule.settle if before else self.rule.project)
+            self._write_all()
 
     @torch.no_grad()
-    def _write_all(self, values: Callable[[Layer], Tensor]) -> None:
+    def _write_all(self) -> None:
         for layer in self._layers:
-            layer.write(values(layer))
+            layer.write(self._effective(layer))
 
     def remove(self, keep: Literal["sparse", "latent"] = "sparse") -> None:
         """Takes the wiring off again: the optimizer goes on as a plain one, on dense parameters.
@@ -389,6 +409,8 @@ class Wiring(Mapping[str, WiredParameter]):
         if self._open and steps_on_the_stack(optimizer) > 1:  # a subclass's step has called that of its base class
             self._nested += 1
             return args, kwargs
+        if self.is_settled:
+            raise RuntimeError("optimizer.step() inside `with wiring.settled():`; train outside it")
         self._roll_back()
         args, kwargs = evaluate_closure(args, kwargs)
         self._check_held()
@@ -396,15 +418,14 @@ class Wiring(Mapping[str, WiredParameter]):
             check_ranks(self._layers, {x.name: self._pool_of[id(x)].k for x in self._layers})
             self._ranks_to_check = False
         stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
-        selected = {id(layer) for pool in self._pools_of(stepping) for layer in pool.layers}
-        self._written = [layer for layer in self._layers if id(layer) in selected and self._take_over_writes(layer)]
+        competing = [layer for pool in self._pools_of(stepping) for layer in pool.layers]
+        if written := [x for x in competing if isinstance(x, WiredLayer) and self._take_over_writes(x)]:
+            self._select(written)
         scale = getattr(optimizer, "grad_scale", None)
         self._open = True
         self._kept = {}
         for layer in stepping:
-            given = layer.parameter.grad
-            assert given is not None
-            given = local(given)
+            given = layer.local_grad()
             layer.see_state(self._state.get(layer.parameter, {}))
             layer.grad = given if scale is None else given / scale
             grad = self.rule.gradient(layer)
@@ -441,20 +462,17 @@ class Wiring(Mapping[str, WiredParameter]):
             return
         if not self._open:
             return
-        self._open = False
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             self._roll_back()  # a fused optimizer skipped this step
             return
+        stepped = [layer for layer in self._layers if layer.exchanged]
         if self._is_template_step():
-            made = [layer for layer in self._layers if layer.exchanged]
             self._roll_back()
-            for layer in made:
+            for layer in stepped:
                 self._enter_state(layer, even_alone=True)
             return
-        stepped = [layer for layer in self._layers if layer.exchanged]
         for layer in stepped:
-            layer.latent.copy_(self.dormant.updated(layer, layer.held))
             layer.see_state(self._state.get(layer.parameter, {}))
         if self._step == 0 and stepped and not self.dormant.has_effect(stepped):
             warnings.warn(
@@ -462,37 +480,51 @@ class Wiring(Mapping[str, WiredParameter]):
                 "no momentum",
                 stacklevel=2,
             )
-        self._step += 1
+        self._finishing = [(layer, self.dormant.updated(layer, layer.held)) for layer in stepped]
+        self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Takes over what the base optimizer made. If it is interrupted, whatever comes next does it again."""
+        stepped = [layer for layer, _ in self._finishing]
+        for layer, latent in self._finishing:
+            layer.latent.copy_(latent)
+        self._finishing = [(layer, layer.latent) for layer in stepped]  # the parameters are written from here on
         for layer in self._layers:
             layer.remember()
-        written = [layer for layer in self._written if not layer.exchanged]
-        self._select([*stepped, *written], step=self._step)
+        self._select(stepped, step=self._step + 1)
         for layer in stepped:
             self._close(layer)
+        self._step += 1
+        for layer in stepped:
+            self._enter_state(layer, even_alone=True)
+        self._open, self._finishing = False, []
 
     def _is_template_step(self) -> bool:
         """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0 for lr in rates):
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        if any(lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0 for lr in rates):
             return False
-        with_grad = [x for x in self._layers if x.parameter.grad is not None]
-        return not any(x.total(local(x.parameter.grad)) for x in with_grad)  # type: ignore[arg-type]
+        return not any(x.total(x.local_grad()) for x in self._layers if x.parameter.grad is not None)
 
     def _close(self, layer: WiredLayer) -> None:
         """Ends a layer's part in a step."""
         if self.dormant.momentum != "update":
             assert layer.active is not None
             self.dormant.apply(layer, *self._kept.pop(layer.name, (layer.active, {})))
-        self._enter_state(layer, even_alone=True)
 
     @torch.no_grad()
     def _roll_back(self) -> None:
-        """Undoes an unfinished step: parameters get their effective weights back, latents were never touched."""
+        """Undoes an unfinished step: parameters get their effective weights back, latents were never touched.
+
+        A step that the base optimizer has finished is finished here, too.
+        """
+        if self._finishing:
+            self._finish_step()
         self._open, self._nested, self._kept = False, 0, {}
         for layer in self._layers:
             if layer.exchanged:
                 layer.take_back()
-                layer.write(self.rule.project(layer))
+                layer.write(self._effective(layer))
                 self._enter_state(layer)
 
     @torch.no_grad()
@@ -513,20 +545,38 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in projected:
             if layer.exchanged:
                 layer.take_back()
-            layer.write(self.rule.project(layer))
+            layer.write(self._effective(layer))
 
     def _count(self, pool: Pool) -> None:
         """Notes how many edges each sharded layer of a pool has, so that asking needs no messages."""
-        for layer in pool.layers:
-            assert isinstance(layer, WiredLayer)
-            if layer.shard is not None:
-                assert layer.active is not None
-                layer.num_active = pool.k if len(pool.layers) == 1 else layer.total(layer.active)
+        layers = [x for x in pool.layers if isinstance(x, WiredLayer) and x.shard is not None]
+        if len(layers) < 2:
+            counts = [pool.k] * len(layers)
+        else:
+            assert layers[0].shard is not None
+            local_counts = torch.stack([x.active.count_nonzero() for x in layers if x.active is not None])
+            counts = layers[0].shard.sum(local_counts).tolist()
+        for layer, count in zip(layers, counts, strict=True):
+            layer.num_active = count
 
+    @torch.no_grad()
     def _take_over_writes(self, layer: WiredLayer) -> bool:
         """Takes over what somebody else wrote to a parameter; returns whether to select anew."""
         layer.follow()
-        return layer.take_over_writes(self.rule.project(layer))
+        if not layer.is_written():
+            return False
+        written, replaced = layer.take_over_writes(self._effective(layer))
+        if replaced and self._step:
+            warnings.warn(
+                f"another sparse weight was put in place of {layer.name!r}: its dormant edges start from 0 again. To look at "
+                "other weights for a while, such as an average, put them into a copy of the model",
+                stacklevel=2,
+            )
+        return written
+
+    def _effective(self, layer: Layer) -> Tensor:
+        """What the model holds: the weights to train with, or inside ``settled()`` those to evaluate with."""
+        return self.rule.settle(layer) if self.is_settled else self.rule.project(layer)
 
     def _look(self) -> None:
         """Before a question: catches up, or, in the middle of a step, leaves everything as it was before that step."""
@@ -613,7 +663,7 @@ class Wiring(Mapping[str, WiredParameter]):
             else:
                 del state[key]
             if ours:
-                check_entry(layer, ours, self._pool_of[id(layer)])
+                check_entry(layer, ours, self._pool_of[id(layer)], self.rule)
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
         self._drop_unwired(state, state_dict)
         self._incoming = incoming
@@ -671,7 +721,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 continue
             self._take(layer, entry)
         for layer in self._layers:
-            layer.write(self.rule.project(layer))
+            layer.write(self._effective(layer))
             self._enter_state(layer)
         for pool in self._pools_of(self._layers):
             self._count(pool)

@@ -114,6 +114,23 @@ def test_a_wiring_made_before_ddp_wraps_can_be_synchronized(rule):
     assert_equal(state_of(alone), {n: first[n] for n in alone})  # rank 0's, exactly
 
 
+def _loaded_then_synchronized(rank: int) -> dict:
+    model = net(seed=rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, optimizer, density=0.3)
+    model.load_state_dict(net(seed=7).state_dict())
+    DistributedDataParallel(model)
+    wiring.synchronize()
+    return state_of(wiring)
+
+
+def test_synchronize_keeps_what_was_loaded_before():
+    model = net(seed=7)
+    alone = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.3)
+    for found in on_processes(2, _loaded_then_synchronized):
+        assert_equal(found, state_of(alone))
+
+
 def test_synchronize_needs_a_group():
     model = net(0)
     wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.3)
@@ -423,3 +440,73 @@ def _mixed_budget(rank: int) -> str:
 
 def test_what_sharded_parameters_cannot_do_is_said():
     assert all("share one budget but are spread over different processes" in m for m in on_processes(2, _mixed_budget))
+
+
+class Shrinking(dnw.DNW):
+    """Projects by a number that all processes have to add up."""
+
+    def project(self, layer: dnw.Layer) -> Tensor:
+        total = layer.latent.abs().sum()
+        return super().project(layer) / (total if layer.shard is None else layer.shard.sum(total))
+
+
+def _asked_on_one(rank: int) -> int:
+    model = _sharded(net(0))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    wiring = dnw.wire(model, optimizer, density=0.3, rule=Shrinking())
+    steps(model, optimizer, range(2), rank)
+    if rank == 0:
+        assert wiring["0.weight"].active.to_local().any()
+        assert wiring["0.weight"].density == pytest.approx(0.3, abs=0.02)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    if rank == 0:  # what was written is taken over later, by all together
+        assert "total" in str(wiring.summary())
+        assert wiring.num_active == wiring["0.weight"].num_active + wiring["2.weight"].num_active + 5
+    wiring.project()
+    return wiring.num_active
+
+
+def test_one_process_alone_may_ask_a_sharded_wiring():
+    first, second = on_processes(2, _asked_on_one)
+    assert first == second
+
+
+def _replicated(rank: int) -> tuple[dict, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    plain = nn.Linear(6, 4, bias=False)
+    model = nn.Linear(6, 4, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(plain.weight.detach().clone(), mesh, [Replicate()]))
+    x = torch.randn(8, 6)
+    results = []
+    for net_, data in ((plain, x), (model, distribute_tensor(x, mesh, [Shard(0)]))):
+        optimizer = torch.optim.SGD(net_.parameters(), lr=0.1)
+        wiring = dnw.wire(net_, optimizer, density=0.5, rule=dnw.RandomGraph())
+        net_(data).square().sum().backward()
+        optimizer.step()
+        results.append(whole(wiring["weight"].latent))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    return state_of(wiring)
+
+
+def test_gradients_that_are_partial_sums():
+    assert_equal(*on_processes(2, _replicated))
+
+
+def _not_finite(rank: int) -> str:
+    model = _sharded(net(0))
+    with torch.no_grad():
+        if rank == 0:
+            model[0].weight.to_local()[0, 0] = torch.nan
+    with pytest.raises(ValueError) as raised:
+        dnw.wire(model, OPTIMIZERS["sgd"](model.parameters()), density=0.3)
+    return str(raised.value)
+
+
+def test_what_one_process_cannot_rank_all_refuse():
+    assert all("'0.weight' has weights that are not finite" in m for m in on_processes(2, _not_finite))

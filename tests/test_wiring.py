@@ -1195,3 +1195,217 @@ def test_nothing_is_left_in_the_model_where_it_does_not_matter(rule):
     assert set(vars(model[5])) == set(vars(nn.Linear(1, 1)))
     with torch.no_grad():
         model.eval()(batch(0)[0])
+
+
+# --- found in a second review ---
+
+
+def is_selected(wiring: dnw.Wiring) -> bool:
+    return all(
+        torch.equal(p.active, dnw.top_k([p.latent], p.num_active, [None])[0]) and torch.equal(p.weight, p.latent * p.active)
+        for p in wiring.values()
+    )
+
+
+def test_latent_weights_never_join_an_autograd_graph():
+    model, base, wiring = wired()
+    model.load_state_dict(small_net(3).state_dict())
+    copy.deepcopy(base.state_dict())
+    with torch.no_grad():
+        model[5].weight.clamp_(-0.1, 0.1)
+    assert not wiring["5.weight"].latent.requires_grad
+    model[7].weight.data = model[7].weight.data.clone()
+    wiring["0.weight"].latent = nn.Parameter(torch.randn(8, 3, 3, 3))
+    for parameter in wiring.values():
+        assert not parameter.latent.requires_grad
+        parameter.latent.numpy()
+    copy.deepcopy((model, base, wiring))
+
+
+@pytest.mark.parametrize("then", ["raise", "skip", "template"])
+def test_a_write_is_selected_also_when_the_next_step_does_not_count(then):
+    model, base, wiring = wired("dnw", "adamw_fused")
+    model.load_state_dict(small_net(3).state_dict())
+    if then == "template":
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        dcp.get_optimizer_state_dict(model, base)
+    else:
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        if then == "skip":
+            base.found_inf = torch.tensor(1.0)
+            base.step()
+        else:
+            hook = base.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(ZeroDivisionError()))
+            with pytest.raises(ZeroDivisionError):
+                base.step()
+            hook.remove()
+    assert wiring.step == 0
+    assert is_selected(wiring)
+    assert torch.equal(wiring["5.weight"].latent, small_net(3)[5].weight)
+
+
+def test_putting_other_weights_into_a_trained_model_for_a_while_warns():
+    model, base, wiring = wired()
+    other = trained(0.0)
+    train_steps(model, base, range(3))
+    model.load_state_dict(other)
+    with pytest.warns(UserWarning, match="its dormant edges start from 0 again.*put them into a copy of the model"):
+        wiring.project()
+
+
+@pytest.mark.parametrize("edges", ["the same", "some of them"])
+def test_restart_takes_what_the_model_holds_zeros_included(edges):
+    model, base, wiring = wired()
+    with torch.no_grad():
+        for name, parameter in wiring.items():
+            weight = model.get_parameter(name)
+            weight.mul_(0.01)
+            if edges != "the same":
+                weight.view(-1)[parameter.active.flatten().nonzero()[0]] = 0
+    held = copy.deepcopy(model.state_dict())
+    wiring.restart()
+    for name, parameter in wiring.items():
+        assert torch.equal(model.get_parameter(name), held[name])
+        assert torch.equal(parameter.latent, held[name])
+    train_steps(model, base, range(1))
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("budget", [0.2, dnw.Global(0.2)], ids=["uniform", "global"])
+def test_an_interrupt_while_a_step_is_taken_over_finishes_it_later(call, budget, monkeypatch):
+    from dnw._layer import WiredLayer
+
+    def make():
+        model = small_net()
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, base, dnw.wire(model, base, budget)
+
+    model, base, wiring = make()
+    twin, twin_base, twin_wiring = make()
+    train_steps(twin, twin_base, range(3))
+    train_steps(model, base, range(2))
+    calls, activate = [], WiredLayer.activate
+
+    def interrupted(self, mask):
+        calls.append(self)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        activate(self, mask)
+
+    monkeypatch.setattr(WiredLayer, "activate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_steps(model, base, range(2, 3))
+    assert wiring.num_active == twin_wiring.num_active
+    assert same(wiring, twin_wiring)
+    assert wiring.step == 3
+    assert train_steps(model, base, range(3, 5)) == train_steps(twin, twin_base, range(3, 5))
+
+
+def test_an_average_of_a_model_whose_names_end_alike():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6)))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.5)
+
+    class Ema(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = copy.deepcopy(model)
+
+    for average in (torch.optim.swa_utils.AveragedModel(model), Ema(), copy.deepcopy(model)):
+        with torch.no_grad():
+            for p in average.parameters():
+                p.normal_()
+        wiring.project(average)
+        assert [int((p != 0).sum()) for p in average.parameters() if p.ndim == 2] == [18, 18]
+
+
+@pytest.mark.parametrize("seed", [None, 1 << 64, -1, "a", 1.5, True])
+def test_bad_seeds(seed):
+    model = small_net()
+    with pytest.raises(ValueError, match=r"seed=.*: allowed is a whole number from 0 to 2\*\*63 - 1"):
+        dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.1, seed=seed)
+
+
+def test_an_optimizer_without_a_learning_rate():
+    class Signs(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad.sign(), alpha=0.01)
+
+    model = small_net()
+    base = Signs(model.parameters())
+    wiring = dnw.wire(model, base, density=0.2)
+    train_steps(model, base, range(3))
+    assert wiring.step == 3
+
+
+def test_what_happens_inside_settled():
+    model, base, wiring = wired("dropping")
+    train_steps(model, base, range(2))
+    before = wiring["5.weight"].latent
+    place = tuple(wiring["5.weight"].active.nonzero()[0].tolist())
+    with wiring.settled():
+        with torch.no_grad():
+            model[5].weight[place] = 7.0
+        assert int((wiring["5.weight"].latent != before).sum()) == 1
+        assert model[5].weight[place] == 7.0
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        with pytest.raises(RuntimeError, match=r"optimizer.step\(\) inside `with wiring.settled\(\)"):
+            base.step()
+        with torch.no_grad():
+            model[5].weight[place] = 8.0  # taken over at the end
+        wiring.project()
+        assert torch.equal(model[5].weight, wiring["5.weight"].latent * wiring["5.weight"].active)
+    assert wiring["5.weight"].latent[place] == 8.0
+    train_steps(model, base, range(2, 3))
+
+
+def test_wirings_are_themselves():
+    _, _, wiring = wired()
+    _, _, other = wired()
+    assert wiring == wiring
+    assert wiring != other
+    assert len({wiring, other}) == 2
+
+
+def test_a_graph_with_every_entry_a_candidate_is_still_a_graph():
+    graph = dnw.graphs.StaticGraph((4,), 4)
+    wiring = dnw.wire(graph, torch.optim.SGD(graph.parameters(), lr=0.1), density=0.5)
+    assert wiring["weight"].num_candidates == 16
+    edges = wiring["weight"].edges()
+    assert (edges.is_graph, edges.shape) == (True, (8, 8))
+
+
+def test_frozen_edges_are_not_exchanged_for_others_when_loading():
+    model, base, _ = wired("random")
+    k = {n: int((model.get_parameter(n) != 0).sum()) for n in ("0.weight", "5.weight", "7.weight")}
+    edges = {n: (torch.arange(model.get_parameter(n).numel()) < k[n]).view_as(model.get_parameter(n)) for n in k}
+    other = small_net()
+    other_base = OPTIMIZERS["momentum"](other.parameters())
+    dnw.wire(other, other_base, rule=dnw.Frozen(edges))
+    with pytest.raises(ValueError, match="its edges are not those that Frozen was given"):
+        other_base.load_state_dict(base.state_dict())
+
+
+def test_asking_does_not_project():
+    projected = []
+
+    class Counting(dnw.DNW):
+        def project(self, layer):
+            projected.append(layer.name)
+            return super().project(layer)
+
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.2, rule=Counting())
+    projected.clear()
+    assert wiring.num_active == 158
+    str(wiring.summary())
+    assert projected == []
+    train_steps(model, base, range(1))
+    assert sorted(projected) == ["0.weight", "5.weight", "7.weight"]
