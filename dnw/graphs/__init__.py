@@ -1,7 +1,18 @@
 """Neural graphs on channels: nodes are channels, edges are weights between them (Wortsman et al., 2019, section 2)."""
 
+from dnw.graphs._dynamic import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, DynamicGraph
 from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
+from dnw.graphs._sequence import SequenceGraph
 from dnw.graphs._static import StaticGraph
 
-__all__ = ["Levels", "Node", "StaticGraph"]
+__all__ = [
+    "INSTANCE_NORM",
+    "ContinuousTimeGraph",
+    "DiscreteTimeGraph",
+    "DynamicGraph",
+    "Levels",
+    "Node",
+    "SequenceGraph",
+    "StaticGraph",
+]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dnw._checks import listing
 from dnw._files import read_tensors
-from dnw.graphs import StaticGraph
+from dnw.graphs import DynamicGraph, StaticGraph
 from dnw.models._classifier import GraphClassifier
+from dnw.models._mobilenet import GraphChain
 
 
 class _Recorded:
@@ -68,14 +69,14 @@ def original_num_edges(prune_rate: float, entries: int) -> int:
     return entries - int(prune_rate * entries)
 
 
-def load_original(model: GraphClassifier, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the original's weights into one of our classifiers, which must not be wired yet.
+def load_original(model: GraphClassifier | GraphChain, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the original's weights into one of our networks, which must not be wired yet.
 
     The edges go in dense, as the original's latent weights; wire the model afterwards. Nothing is changed where a name
     or a shape does not fit.
 
     Args:
-        model: a classifier of the same architecture, such as :func:`tiny_cifar10`.
+        model: a network of the same architecture, such as :func:`tiny_cifar10` or :class:`GraphChain`.
         weights: tensors by the original's names.
 
     Returns:
@@ -84,7 +85,8 @@ def load_original(model: GraphClassifier, weights: Mapping[str, Tensor]) -> dict
     Raises:
         ValueError: a missing or unknown name, or a wrong shape; the first one is named.
     """
-    ours = _from_original(model.graph, {k: v for k, v in weights.items() if k not in _CONSTANTS})
+    theirs = {k: v for k, v in weights.items() if k not in _CONSTANTS}
+    ours = _chain(model, theirs) if isinstance(model, GraphChain) else _tiny(model.graph, theirs)
     edges = {name.removesuffix("mask") + "weight": ours.pop(name).bool() for name in list(ours) if name.endswith(".mask")}
     own = model.state_dict()
     for name, tensor in own.items():
@@ -102,23 +104,70 @@ def load_original(model: GraphClassifier, weights: Mapping[str, Tensor]) -> dict
     return edges
 
 
-def _from_original(graph: StaticGraph, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the original's tensors: its one convolution over all nodes is split by level, its edges become a matrix."""
+def _tiny(graph: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for the tensors of a tiny classifier.
+
+    In a static graph the one convolution over all nodes is split by level, and each level has a norm of its own; a
+    continuous one lies deeper in the original; edges become a matrix.
+    """
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        room, _, rest = name.partition(".")
+        room, _, rest = name.removeprefix("odesolve.odefunc.").partition(".")
         if room == "downsample":
             ours[f"stem.{rest}"] = tensor
         elif room == "fc":
             ours[f"classifier.{rest}"] = tensor
-        elif room == "graph" and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+        elif room == "graph" and _is_matrix(tensor):
             ours[f"graph.{rest}"] = tensor[:, :, 0, 0]
-        elif room == "norm":
+        elif isinstance(graph, DynamicGraph) and room in ("norm", "conv"):
+            ours[f"graph.{room}.{rest}"] = tensor
+        elif isinstance(graph, StaticGraph) and room == "norm":
             index, _, field = rest.partition(".")
             ours[f"graph.nodes.{index}.norm.{field}"] = tensor
-        elif name == "conv.weight" and tensor.shape[0] == graph.levels.num_sources:
+        elif isinstance(graph, StaticGraph) and name == "conv.weight" and tensor.shape[0] == graph.levels.num_sources:
             for level, part in enumerate(tensor.split(graph.levels.sizes)):
                 ours[f"graph.nodes.{level}.conv.weight"] = part
         else:
-            raise ValueError(f"the checkpoint holds {name!r} of shape {tuple(tensor.shape)}, which has no place in the model")
+            raise _no_place(name, tensor)
     return ours
+
+
+def _chain(model: GraphChain, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for the tensors of a chain of graphs; in the original the inputs' convolution stands apart."""
+    ours: dict[str, Tensor] = {}
+    rooms = {"conv1": "conv", "bn": "norm", "linear": "classifier"}
+    for name, tensor in weights.items():
+        room, _, rest = name.partition(".")
+        if name.startswith("linear.graph.") and _is_matrix(tensor):
+            ours["classifier." + name.removeprefix("linear.graph.")] = tensor[:, :, 0, 0]
+            continue
+        if room in rooms:
+            ours[f"{rooms[room]}.{rest}"] = tensor
+            continue
+        index, _, inner = rest.partition(".")
+        if room != "layers" or not index.isdecimal() or int(index) >= len(model.graphs):
+            raise _no_place(name, tensor)
+        graph = model.graphs[int(index)]
+        assert isinstance(graph, StaticGraph)
+        part, _, field = inner.partition(".")
+        if part == "graph" and _is_matrix(tensor):
+            ours[f"graphs.{index}.{field}"] = tensor[:, :, 0, 0]
+        elif inner == "downsample.0.weight":
+            ours[f"graphs.{index}.nodes.0.conv.weight"] = tensor
+        elif part == "norm":
+            level, _, field = field.partition(".")
+            ours[f"graphs.{index}.nodes.{level}.norm.{field}"] = tensor
+        elif inner == "conv.weight" and tensor.shape[0] == graph.levels.num_inner:
+            for number, weight in enumerate(tensor.split(graph.levels.sizes[1:]), start=1):
+                ours[f"graphs.{index}.nodes.{number}.conv.weight"] = weight
+        else:
+            raise _no_place(name, tensor)
+    return ours
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+
+
+def _no_place(name: str, tensor: Tensor) -> ValueError:
+    return ValueError(f"the checkpoint holds {name!r} of shape {tuple(tensor.shape)}, which has no place in the model")
