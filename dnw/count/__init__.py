@@ -1,5 +1,7 @@
-"""Counting what a wiring really uses."""
+"""Live nodes, parameters and multiply-adds of graphs and of any other model."""
 
-from dnw.count._live import live_nodes, num_live_nodes
+from dnw.count._count import Count, CountRow, count
+from dnw.count._live import Graph, live_by_graph, live_nodes, num_live_nodes
+from dnw.count._published import published_count
 
-__all__ = ["live_nodes", "num_live_nodes"]
+__all__ = ["Count", "CountRow", "Graph", "count", "live_by_graph", "live_nodes", "num_live_nodes", "published_count"]

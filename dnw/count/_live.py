@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 
 from dnw._wiring import Wiring
-from dnw.graphs import StaticGraph
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """What counting needs to know of a graph module: inputs are the first nodes, outputs the last."""
+
+    weight: nn.Parameter
+    num_nodes: int
+    num_inputs: int
+    num_outputs: int
+
+    def node_matrix(self, weight: Tensor) -> Tensor:
+        """A weight or mask as a matrix ``[nodes, nodes]``, targets by sources."""
+        ...
 
 
 def live_nodes(adjacency: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -32,14 +48,70 @@ def _reach(adjacency: Tensor, start: Tensor) -> Tensor:
     return reached
 
 
+def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The live nodes of every graph of a model.
+
+    Graphs that follow one another in one ``nn.Sequential`` form a chain: the outputs of one are the inputs of the next, and
+    a path leads through all of them.
+
+    Args:
+        model: any module.
+        active: the active edges of its graphs, by the graph's name or that of its weight. A graph that is not among them
+            has all its candidate edges.
+
+    Returns:
+        For each graph, by its name, a boolean mask ``[nodes]``.
+    """
+    graphs: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Graph)}
+    result: dict[str, Tensor] = {}
+    for chain in _chains(model, graphs):
+        members: list[Graph] = [graphs[name] for name in chain]
+        matrices = [_adjacency(name, graphs[name], active) for name in chain]
+        forwards, backwards = [], []
+        arriving: Tensor | None = None
+        for graph, matrix in zip(members, matrices, strict=True):
+            start = torch.zeros(graph.num_nodes, dtype=torch.bool, device=matrix.device)
+            start[: graph.num_inputs] = True if arriving is None else arriving
+            forwards.append(_reach(matrix, start))
+            arriving = forwards[-1][-graph.num_outputs :]
+        wanted: Tensor | None = None
+        for graph, matrix in zip(reversed(members), reversed(matrices), strict=True):
+            start = torch.zeros(graph.num_nodes, dtype=torch.bool, device=matrix.device)
+            start[-graph.num_outputs :] = True if wanted is None else wanted
+            backwards.append(_reach(matrix.T, start))
+            wanted = backwards[-1][: graph.num_inputs]
+        for name, forward, backward in zip(chain, forwards, reversed(backwards), strict=True):
+            result[name] = forward & backward
+    return result
+
+
+def _chains(model: nn.Module, graphs: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of the graphs, those that follow one another together."""
+    chains: list[list[str]] = []
+    for name in graphs:
+        parent, _, last = name.rpartition(".")
+        holder = model.get_submodule(parent) if parent else model
+        before = f"{parent}.{int(last) - 1}".strip(".") if last.isdecimal() and isinstance(holder, nn.Sequential) else None
+        if chains and before is not None and chains[-1][-1] == before:
+            chains[-1].append(name)
+        else:
+            chains.append([name])
+    return chains
+
+
+def _adjacency(name: str, graph: Graph, active: Mapping[str, Tensor]) -> Tensor:
+    mask = active.get(name, active.get(f"{name}.weight" if name else "weight"))
+    if mask is None:
+        mask = torch.ones(graph.weight.shape, dtype=torch.bool)
+    return graph.node_matrix(mask.bool())
+
+
 def num_live_nodes(model: nn.Module, wiring: Wiring) -> tuple[int, int]:
     """Live nodes and all nodes over the wired graphs of a model; (0, 0) where it has none."""
-    live = total = 0
-    weights = {id(wiring[name]._layer.parameter): name for name in wiring}
-    for module in model.modules():
-        if isinstance(module, StaticGraph) and id(module.weight) in weights:
-            levels, active = module.levels, wiring[weights[id(module.weight)]].active
-            node = torch.arange(levels.num_nodes, device=active.device)
-            mask = live_nodes(levels.node_matrix(active), node < levels.num_inputs, node >= levels.num_sources)
-            live, total = live + int(mask.count_nonzero()), total + levels.num_nodes
-    return live, total
+    active = {name: wiring[name].active for name in wiring}
+    names = {f"{name}.weight" if name else "weight": name for name, m in model.named_modules() if isinstance(m, Graph)}
+    if not any(name in names for name in active):
+        return 0, 0
+    live = live_by_graph(model, active)
+    wired = [live[graph] for parameter, graph in names.items() if parameter in active]
+    return sum(int(mask.count_nonzero()) for mask in wired), sum(mask.numel() for mask in wired)

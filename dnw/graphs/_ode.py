@@ -21,7 +21,14 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 class Solver(Protocol):
-    """Solves an initial value problem."""
+    """Solves an initial value problem.
+
+    Attributes:
+        num_evaluations: of the rate in one solution, or 0 where that depends on the problem.
+    """
+
+    @property
+    def num_evaluations(self) -> int: ...
 
     def solve(self, rate: Rate, state: Tensor, duration: float, parameters: tuple[nn.Parameter, ...]) -> Tensor:
         """The state after ``duration``; ``parameters`` are those that the rate depends on."""
@@ -55,6 +62,10 @@ class _EqualSteps:
     name: str
     steps: int
 
+    @property
+    def num_evaluations(self) -> int:
+        return self.steps * {"euler": 1, "midpoint": 2, "rk4": 4}[self.name]
+
     def solve(self, rate: Rate, state: Tensor, duration: float, parameters: tuple[nn.Parameter, ...]) -> Tensor:
         h = duration / self.steps
         for i in range(self.steps):
@@ -82,6 +93,10 @@ class _Torchdiffeq:
     rtol: float
     atol: float
     adjoint: bool
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.steps * {"euler": 1, "midpoint": 2, "rk4": 4}[self.name] if self.name in EQUAL_STEPS else 0
 
     def solve(self, rate: Rate, state: Tensor, duration: float, parameters: tuple[nn.Parameter, ...]) -> Tensor:
         try:

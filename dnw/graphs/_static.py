@@ -59,6 +59,21 @@ class StaticGraph(nn.Module):
         bound = 1 / math.sqrt(self.levels.num_sources)
         nn.init.uniform_(self.weight, -bound, bound)
 
+    @property
+    def num_nodes(self) -> int:
+        """All nodes: inputs, inner nodes, outputs."""
+        return self.levels.num_nodes
+
+    @property
+    def num_inputs(self) -> int:
+        """The first nodes."""
+        return self.levels.num_inputs
+
+    @property
+    def num_outputs(self) -> int:
+        """The last nodes."""
+        return self.levels.num_outputs
+
     def edge_candidates(self) -> dict[str, Tensor]:
         mask = torch.ones(self.levels.shape, dtype=torch.bool) if self.rank_all_entries else self.levels.candidates()
         return {"weight": mask}
