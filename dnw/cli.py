@@ -68,10 +68,30 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-dir", type=Path, help="where the data lies (default: where it lay)")
     evaluate.set_defaults(run=_eval)
 
+    results = commands.add_parser("results", help="a Markdown table of runs", description=_results.__doc__)
+    results.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run directories")
+    results.set_defaults(run=_results)
+
     recipes = commands.add_parser("recipes", help="list the recipes", description=_recipes.__doc__)
     recipes.set_defaults(run=_recipes)
 
-    for command in (train, resume, evaluate, recipes):
+    counting = commands.add_parser("count", help="count parameters and multiply-adds", description=_count.__doc__)
+    counting.add_argument(
+        "target", metavar="RECIPE|RUN", help="name of a recipe, path of a stored config.json, or run directory"
+    )
+    counting.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
+    counting.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the recipe's)")
+    counting.set_defaults(run=_count)
+
+    importing = commands.add_parser("import", help="take over a checkpoint of the authors' code", description=_import.__doc__)
+    importing.add_argument("file", type=Path, help="epoch_N.pt, best.pt or init.pt of the authors' code")
+    importing.add_argument("recipe", help="the recipe of the same network (dnw recipes)")
+    importing.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
+    importing.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data lies (default: data)")
+    importing.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
+    importing.set_defaults(run=_import)
+
+    for command in (train, resume, evaluate, results, recipes, counting, importing):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -110,6 +130,46 @@ def _eval(parsed: argparse.Namespace) -> None:
             f"{score.run}  {score.rule}  seed {score.seed}  {score.checkpoint} (epoch {score.epoch})  "
             f"top-1 {score.top1:.2%}  top-5 {score.top5:.2%}"
         )
+
+
+def _count(parsed: argparse.Namespace) -> None:
+    """Count parameters and multiply-adds, per layer and in total: dense, nominal (active edges) and live.
+
+    A recipe is counted as it starts, a run with the edges of its last checkpoint.
+    """
+    from dnw.train import count_config, count_run
+
+    size = _input_size(parsed.input) if parsed.input else None
+    if Path(parsed.target).is_dir():
+        if parsed.overrides:
+            raise ValueError(f"{parsed.overrides[0]!r}: a run is counted as it is; settings can be changed of a recipe")
+        _say(str(count_run(Path(parsed.target), size)))
+    else:
+        _say(str(count_config(_resolve(parsed.target, parsed.overrides), size)))
+
+
+def _input_size(text: str) -> tuple[int, int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"--input {text}: expected colours, height and width, such as 3x224x224")
+    colours, height, width = map(int, parts)
+    return colours, height, width
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    """Take over a checkpoint of the authors' code as a run directory, which dnw eval and dnw count read."""
+    _quiet()
+    from dnw.train import import_original
+
+    path = import_original(parsed.file, _resolve(parsed.recipe, parsed.overrides), data_dir=parsed.data_dir, out=parsed.out)
+    _say(f"run: {path}   (dnw eval {path} tests it)")
+
+
+def _results(parsed: argparse.Namespace) -> None:
+    """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row."""
+    from dnw.train import results_table
+
+    _say(results_table(parsed.paths))
 
 
 def _recipes(parsed: argparse.Namespace) -> None:

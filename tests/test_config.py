@@ -37,12 +37,15 @@ def test_overrides():
         ("epochs=many", r"epochs: .*valid integer.*\(given: 'many'\)"),
         ("optim.lr=-1", r"optim.lr: .*greater than 0 \(given: -1\)"),
         ("optim.lr=nan", r"optim.lr: .*\(given: 'nan'\)|finite"),
-        ("rule=dwn", r"rule: .*'dnw', 'random' or 'complete' \(given: 'dwn'\)"),
+        ("rule=dwn", r"rule: .*'dnw', 'random', 'random_original' or 'complete' \(given: 'dwn'\)"),
         ("seeds=0,0", "one or more different whole numbers"),
         ("seeds=-1", "one or more different whole numbers"),
         ("density=2", r"density: .*less than or equal to 1"),
         ("density=0.5", "num_edges or density, one of the two"),
         ("baseline=dnw", "baseline=dnw: is the rule of the run itself"),
+        ("width=0.5", "width=0.5: model=tiny_digits has no width"),
+        ("rule=random_original", "rule random_original is for model=tiny_cifar10 with rank_all_entries=true"),
+        ("solver=rk5", "solver: .*'dopri5'"),
         ("optim.milestones=0.75,0.5", "increasing shares of the run"),
         ("recipe=../x", "recipe: "),
     ],
@@ -50,6 +53,17 @@ def test_overrides():
 def test_bad_overrides(item, message):
     with pytest.raises(ValueError, match=message):
         override(digits(), [item])
+
+
+def test_the_budget_of_a_chain():
+    config = RECIPES["cifar10_mobilenet_dnw_x225"]()
+    assert override(config, ["width=0.3"]).width == 0.3
+    with pytest.raises(ValueError, match="give width, num_edges or density, one of the three"):
+        override(config, ["width=null"])
+    with pytest.raises(ValueError, match="give width, num_edges or density, one of the three"):
+        override(config, ["num_edges=5"])
+    with pytest.raises(ValueError, match=r"width=1.5: the budget of a chain of graphs is that of a width from 0 to 1"):
+        override(config, ["width=1.5"])
 
 
 def test_bad_files():

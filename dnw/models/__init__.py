@@ -10,7 +10,13 @@ from dnw.models._classifier import (
     tiny_mnist,
 )
 from dnw.models._mobilenet import STAGES, GraphChain, Stage, mobilenet_v1
-from dnw.models._original import OriginalCheckpoint, load_original, original_num_edges, read_original
+from dnw.models._original import (
+    OriginalCheckpoint,
+    load_original,
+    original_num_edges,
+    original_random_graph,
+    read_original,
+)
 
 __all__ = [
     "STAGES",
@@ -22,6 +28,7 @@ __all__ = [
     "load_original",
     "mobilenet_v1",
     "original_num_edges",
+    "original_random_graph",
     "read_original",
     "tiny_cifar10",
     "tiny_cifar10_continuous",

@@ -17,8 +17,12 @@ _PUBLIC = {
     "RunDirectory": "dnw.train._run",
     "TrainingStoppedError": "dnw.train._run",
     "EpochMetrics": "dnw.train._run",
+    "count_config": "dnw.train._import",
+    "count_run": "dnw.train._import",
+    "import_original": "dnw.train._import",
     "evaluate": "dnw.train._loop",
     "resume": "dnw.train._loop",
+    "results_table": "dnw.train._results",
     "train": "dnw.train._loop",
 }
 
@@ -30,9 +34,13 @@ if TYPE_CHECKING:
     from dnw.train._config import OptimConfig as OptimConfig
     from dnw.train._config import config_from_json as config_from_json
     from dnw.train._config import override as override
+    from dnw.train._import import count_config as count_config
+    from dnw.train._import import count_run as count_run
+    from dnw.train._import import import_original as import_original
     from dnw.train._loop import evaluate as evaluate
     from dnw.train._loop import resume as resume
     from dnw.train._loop import train as train
+    from dnw.train._results import results_table as results_table
     from dnw.train._run import EpochMetrics as EpochMetrics
     from dnw.train._run import RunDirectory as RunDirectory
     from dnw.train._run import TrainingStoppedError as TrainingStoppedError

@@ -8,17 +8,45 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dnw._rules import RULES, Rule
+from dnw._parameters import unwrap_model
+from dnw._rules import RULES, Complete, Frozen
 from dnw._wire import wire
+from dnw._wiring import Wiring
 from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, load
-from dnw.models import tiny_cifar10, tiny_digits, tiny_mnist
+from dnw.models import (
+    GraphChain,
+    mobilenet_v1,
+    original_random_graph,
+    tiny_cifar10,
+    tiny_cifar10_continuous,
+    tiny_cifar10_discrete,
+    tiny_digits,
+    tiny_mnist,
+)
 from dnw.train._config import Config
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "tiny_digits": tiny_digits,
-    "tiny_mnist": tiny_mnist,
-    "tiny_cifar10": tiny_cifar10,
+MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
+    "tiny_digits": lambda c, classes: tiny_digits(classes),
+    "tiny_mnist": lambda c, classes: tiny_mnist(classes),
+    "tiny_cifar10": lambda c, classes: tiny_cifar10(classes, rank_all_entries=c.rank_all_entries),
+    "tiny_cifar10_discrete": lambda c, classes: tiny_cifar10_discrete(classes),
+    "tiny_cifar10_continuous": lambda c, classes: tiny_cifar10_continuous(
+        classes, solver=c.solver, adjoint=c.adjoint, rectify_in_place=c.rectify_in_place
+    ),
+    "mobilenet_v1_graphs": lambda c, classes: GraphChain(
+        classes, image_stride=_image_stride(c), rank_all_entries=c.rank_all_entries
+    ),
+    "mobilenet_v1_graphs_small": lambda c, classes: GraphChain(
+        classes, image_stride=_image_stride(c), learned_classifier=True, rank_all_entries=c.rank_all_entries
+    ),
+    "mobilenet_v1": lambda c, classes: mobilenet_v1(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
 }
+
+
+def _image_stride(config: Config) -> int:
+    """Of the first convolution of a MobileNet: small images are not halved there."""
+    return 1 if config.data.image_size <= 64 else 2
+
 
 ImageData = tuple
 """Training and test images as :func:`dnw.data.load` returns them."""
@@ -64,7 +92,7 @@ def make_batches(config: Config, data: ImageData, device: torch.device, rank: in
 def make_model(config: Config, num_classes: int) -> nn.Module:
     """The network, freshly initialised by the config's seed."""
     torch.manual_seed(config.seeds[0])
-    return MODELS[config.model](num_classes)
+    return MODELS[config.model](config, num_classes)
 
 
 def check_fit(config: Config, data: ImageData) -> None:
@@ -81,12 +109,21 @@ def check_fit(config: Config, data: ImageData) -> None:
     except RuntimeError as error:
         shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(f"model={config.model} does not take images of {shape} ({str(error).splitlines()[0]})") from None
-    rule, budget = make_rule(config)
-    wire(model, torch.optim.SGD(model.parameters(), lr=1.0), rule=rule, **budget)  # type: ignore[arg-type]
+    wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
 
 
-def make_rule(config: Config) -> tuple[Rule, dict[str, float | int | None]]:
-    """The rule, and the budget as arguments of :func:`dnw.wire`."""
+def wire_model(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Wiring:
+    """Wires a model, wrapped or not, by the rule and with the budget of a config."""
+    inner, seed = unwrap_model(model), config.seeds[0]
+    if config.rule == "complete":
+        return wire(model, optimizer, rule=Complete(), seed=seed)
+    if config.rule == "random_original":
+        assert config.num_edges is not None
+        edges = {"graph.weight": original_random_graph(config.num_edges, seed)}
+        return wire(model, optimizer, rule=Frozen(edges), seed=seed)
     rule = RULES[config.rule]()
-    fixes_its_own = config.rule == "complete"
-    return rule, {} if fixes_its_own else {"density": config.density, "num_edges": config.num_edges}
+    if isinstance(inner, GraphChain) and config.width is not None:
+        budget = inner.num_edges(config.width)
+        density: dict[str, float] = {"classifier.weight": config.width} if inner.classifier.bias is None else {}
+        return wire(model, optimizer, density, num_edges=budget, include=[*budget, *density], rule=rule, seed=seed)
+    return wire(model, optimizer, config.density, num_edges=config.num_edges, rule=rule, seed=seed)

@@ -14,7 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dnw._checks import did_you_mean
 
-RuleName = Literal["dnw", "random", "complete"]
+RuleName = Literal["dnw", "random", "random_original", "complete"]
+ModelName = Literal[
+    "tiny_digits",
+    "tiny_mnist",
+    "tiny_cifar10",
+    "tiny_cifar10_discrete",
+    "tiny_cifar10_continuous",
+    "mobilenet_v1_graphs",
+    "mobilenet_v1_graphs_small",
+    "mobilenet_v1",
+]
+SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 
 
 class _Frozen(BaseModel):
@@ -74,7 +85,18 @@ class Config(_Frozen):
 
     recipe: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name of the recipe it came from")
     data: DataConfig
-    model: Literal["tiny_digits", "tiny_mnist", "tiny_cifar10"]
+    model: ModelName
+    width: float | None = Field(
+        default=None,
+        gt=0,
+        description="mobilenet_v1: its channels; a chain of graphs: as many edges as MobileNetV1 of that width",
+    )
+    solver: SolverName = Field(default="dopri5", description="of a graph in continuous time")
+    adjoint: bool = Field(default=False, description="gradients of a graph in continuous time by the adjoint equation")
+    rectify_in_place: bool = Field(default=False, description="ReLU on the solver's own states, as in the authors' code")
+    rank_all_entries: bool = Field(
+        default=False, description="entries that a graph never reads compete, as in the authors' code"
+    )
     rule: RuleName = Field(default="dnw", description="how active edges are chosen")
     num_edges: int | None = Field(default=None, ge=1, description="active edges of each graph")
     density: float | None = Field(default=None, gt=0, le=1, description="share of the candidate edges that is active")
@@ -103,8 +125,20 @@ class Config(_Frozen):
     @model_validator(mode="after")
     def _budget(self) -> Config:
         rules = {self.rule, self.baseline} - {None, "complete"}
-        if rules and (self.num_edges is None) == (self.density is None):
-            raise ValueError("a budget is needed: give num_edges or density, one of the two")
+        is_chain = self.model.startswith("mobilenet_v1_graphs")
+        budgets = [self.num_edges, self.density, *([self.width] if is_chain else [])]
+        if rules and sum(b is not None for b in budgets) != 1:
+            raise ValueError(
+                "a budget is needed: give width, num_edges or density, one of the three"
+                if is_chain
+                else "a budget is needed: give num_edges or density, one of the two"
+            )
+        if self.width is not None and not self.model.startswith("mobilenet_v1"):
+            raise ValueError(f"width={self.width}: model={self.model} has no width")
+        if is_chain and self.width is not None and self.width > 1:
+            raise ValueError(f"width={self.width}: the budget of a chain of graphs is that of a width from 0 to 1")
+        if "random_original" in rules and not (self.model == "tiny_cifar10" and self.rank_all_entries and self.num_edges):
+            raise ValueError("rule random_original is for model=tiny_cifar10 with rank_all_entries=true and num_edges")
         if self.batch_size < self.processes:
             raise ValueError(f"batch_size={self.batch_size}: {self.processes} processes need at least one image each per step")
         if self.baseline == self.rule:

@@ -39,7 +39,8 @@ class Log:
         self.line(
             f"epoch {m.epoch:>{len(str(epochs))}}/{epochs}  loss {m.train_loss:.3f}  test loss {m.test_loss:.3f}  "
             f"accuracy {m.top1:6.2%}  edges {m.active:,}  entered {m.entered:,}  live nodes {m.live}/{m.nodes}  "
-            f"{m.seconds:.1f} s"
+            + (f"evaluations {m.evaluations:.1f}  " if m.evaluations else "")
+            + f"{m.seconds:.1f} s"
         )
 
     def results(self, runs: Sequence[tuple[str, int, list[EpochMetrics]]]) -> None:

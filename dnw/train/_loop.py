@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from dnw._wire import wire
 from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
 from dnw.data import Batches
-from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, make_rule
+from dnw.graphs import ContinuousTimeGraph
+from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, wire_model
 from dnw.train._config import Config
 from dnw.train._log import Log
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
@@ -99,7 +99,7 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
         for checkpoint in (member.best, member.last):
             if not checkpoint.exists():
                 raise ValueError(f"{member.path}: no {checkpoint.name} yet; dnw resume {path} trains on")
-            state = _State(one, fabric, data)
+            state = _State(one, fabric, len(data[0].classes))
             content = state.load(checkpoint)
             top1, top5, _ = _test(fabric, state, make_batches(one, data, fabric.device, 0, 1))
             scores.append(Scores(member.path, one.rule, one.seeds[0], checkpoint.stem, content["epoch"], top1, top5))
@@ -109,21 +109,14 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
 class _State:
     """A model with its optimizer and its wiring, as a run trains them."""
 
-    def __init__(self, config: Config, fabric: Fabric, data: ImageData) -> None:
-        self.model = make_model(config, num_classes=len(data[0].classes))
+    def __init__(self, config: Config, fabric: Fabric, num_classes: int) -> None:
+        self.model = make_model(config, num_classes)
         optim = config.optim
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
         self.wrapped_model, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
-        rule, budget = make_rule(config)
-        self.wiring: Wiring = wire(
-            self.wrapped_model,
-            self.wrapped_optimizer,
-            rule=rule,
-            seed=config.seeds[0],
-            **budget,  # type: ignore[arg-type]
-        )
+        self.wiring = wire_model(config, self.wrapped_model, self.wrapped_optimizer)
 
     def save(self, path: Path, epoch: int, step: int) -> None:
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -181,7 +174,7 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
 
 
 def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log) -> None:
-    state = _State(config, fabric, data)
+    state = _State(config, fabric, len(data[0].classes))
     model, optimizer, wiring = state.wrapped_model, state.wrapped_optimizer, state.wiring
     (seed,) = config.seeds
     done = step = 0
@@ -203,6 +196,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         edges_before = {name: wiring[name].active for name in wiring}
         sums = torch.zeros(3, device=fabric.device)  # of losses, of right answers, of images
         lr = config.optim.lr
+        solves_before = _solves(state.model)
         model.train()
         with log.progress(batches.num_batches, epoch, config.epochs) as advance:
             for i, (images, labels) in enumerate(batches.train(epoch)):
@@ -241,6 +235,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
             entered=entered,
             live=live,
             nodes=nodes,
+            evaluations=_evaluations_per_pass(solves_before, _solves(state.model)),
             seconds=round(time.perf_counter() - started, 3),
         )
         is_best = all(top1 > m.top1 for m in metrics)
@@ -252,6 +247,17 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
             run.write_metrics(metrics)
             state.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
         log.epoch(epoch_metrics, config.epochs)
+
+
+def _solves(model: nn.Module) -> tuple[int, int]:
+    """How often the equations of a model's graphs in continuous time were solved and evaluated so far."""
+    graphs = [m for m in model.modules() if isinstance(m, ContinuousTimeGraph)]
+    return sum(g.num_solves for g in graphs), sum(g.num_evaluations for g in graphs)
+
+
+def _evaluations_per_pass(before: tuple[int, int], after: tuple[int, int]) -> float:
+    solves = after[0] - before[0]
+    return round((after[1] - before[1]) / solves, 2) if solves else 0.0
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ class EpochMetrics:
         active, entered: active edges, and how many of them were not active an epoch ago.
         live, nodes: live nodes and all nodes of the graphs.
         seconds: wall-clock time of the epoch, testing included.
+        evaluations: of the right-hand side of a graph in continuous time, per forward pass; 0 where there is none.
     """
 
     epoch: int
@@ -61,6 +62,7 @@ class EpochMetrics:
     live: int
     nodes: int
     seconds: float
+    evaluations: float = 0.0
 
 
 class RunDirectory:

@@ -1,0 +1,120 @@
+"""A checkpoint of the authors' code as a run directory of ours, and the count of what a run has learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dnw._rules import Frozen
+from dnw._wire import wire
+from dnw.count import Count, count
+from dnw.models import GraphChain, GraphClassifier, load_original, read_original
+from dnw.train._build import make_model, wire_model
+from dnw.train._config import Config
+from dnw.train._run import RunDirectory, read_checkpoint, write_checkpoint
+
+
+def import_original(file: Path, config: Config, *, data_dir: Path, out: Path | None = None) -> Path:
+    """Makes a run directory from a checkpoint of the authors' code, in either of its forms.
+
+    What the authors' code does otherwise than the paper is switched on: all entries of a static graph compete, and a ReLU
+    overwrites the states of the solver in continuous time.
+
+    Args:
+        file: ``epoch_N.pt``, ``best.pt`` or ``init.pt``.
+        config: the recipe of the same network and budget; its rule is that of the checkpoint.
+        data_dir: where the data lies that the run is to be tested on.
+        out: the run directory; by default the first free ``runs/<recipe>-<number>``.
+
+    Returns:
+        The run directory, with the checkpoint as its best and its last one.
+
+    Raises:
+        ValueError: the file is no such checkpoint, or does not fit the network; the first mismatch is named.
+    """
+    changes: dict[str, object] = {"seeds": config.seeds[:1], "baseline": None, "rank_all_entries": True}
+    if config.model == "tiny_cifar10_continuous":
+        changes["rectify_in_place"] = True
+    if config.rule == "random_original":
+        changes["rule"] = "random"
+    config = Config.model_validate({**config.model_dump(), **changes})
+    content = read_original(file)
+    heads = [w for n, w in content.weights.items() if n in ("fc.weight", "linear.weight", "linear.graph.weight")]
+    if len(heads) != 1:
+        raise ValueError(f"{file}: no classifier among its weights, so it is no network of the authors' code")
+    model = make_model(config, heads[0].shape[0])
+    if not isinstance(model, (GraphClassifier, GraphChain)):
+        raise ValueError(f"model={config.model}: the authors' code has no checkpoints of it")
+    try:
+        edges = load_original(model, content.weights)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit recipe {config.recipe}: {error}") from None
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr, momentum=config.optim.momentum)
+    if edges:
+        if config.rule != "random":
+            raise ValueError(f"{file}: it holds a fixed edge set, so choose the recipe of a random graph (rule={config.rule})")
+        wire(model, optimizer, rule=Frozen(edges), include=list(edges))
+        check = make_model(config, heads[0].shape[0])  # the budget of the config must be that of the file
+        wire_model(config, check, other := torch.optim.SGD(check.parameters(), lr=1.0))
+        try:
+            other.load_state_dict(optimizer.state_dict())
+        except ValueError as error:
+            raise ValueError(f"{file} does not fit recipe {config.recipe}: {error}") from None
+    elif config.rule == "dnw":
+        wire_model(config, model, optimizer)
+    else:
+        raise ValueError(
+            f"{file}: it holds no fixed edge set, so choose the recipe of the learned wiring, not rule={config.rule}"
+        )
+    run = RunDirectory.create(config, data_dir, out)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    for path in (run.best, run.last):
+        write_checkpoint(path, {**state, "epoch": content.epoch or 0, "step": 0})
+    return run.path
+
+
+def count_config(config: Config, input_size: tuple[int, int, int] | None = None, num_classes: int | None = None) -> Count:
+    """Counts the network of a config as it starts, with the edges that its rule chooses first.
+
+    Args:
+        config: what to build.
+        input_size: colours, height and width; by default those of the config's data.
+        num_classes: of the classifier; by default 10, or 1000 for image folders.
+    """
+    model, wiring_masks = _fresh(config, num_classes)
+    return count(model, _size(config, input_size), wiring_masks)
+
+
+def count_run(path: Path, input_size: tuple[int, int, int] | None = None) -> Count:
+    """Counts the network of a run with the edges of its last checkpoint.
+
+    Raises:
+        ValueError: this is no run directory, or it has no checkpoint yet.
+    """
+    run = RunDirectory(path)
+    member, config = next(iter(run.members()))
+    if not member.last.exists():
+        raise ValueError(f"{member.path}: no {member.last.name} yet; dnw resume {path} trains on")
+    content = read_checkpoint(member.last)
+    heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
+    model = make_model(config, heads[-1].shape[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=config.optim.momentum)
+    wiring = wire_model(config, model, optimizer)
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        model.load_state_dict(content["model"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{member.last}: does not fit the run's config ({str(error).splitlines()[0]})") from None
+    return count(model, _size(config, input_size), wiring)
+
+
+def _fresh(config: Config, num_classes: int | None) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = make_model(config, num_classes or (1000 if config.data.name == "folder" else 10))
+    wiring = wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    return model, {name: wiring[name].active for name in wiring}
+
+
+def _size(config: Config, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    return given or (len(config.data.mean), config.data.image_size, config.data.image_size)
