@@ -370,7 +370,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
 def test_recipes_and_config_on_the_command_line(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["digits", "mnist", "cifar10"]
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert {"digits", "cifar10_continuous_random", "imagenet_dnw_small_x225"} <= set(RECIPES)
     assert all(len(line.split()) > 5 for line in lines)
     assert main(["train", "cifar10", "rule=random", "--data-dir", "x", "epochs=7", "--print-config", "batch_size=64"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -1,0 +1,152 @@
+"""Checkpoints of the authors' code as runs; counts and tables of runs."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from helpers import reference
+
+from dnw.cli import main
+from dnw.recipes import RECIPES
+from dnw.train import RunDirectory, count_config, count_run, import_original, results_table, train
+from dnw.train._build import make_model, wire_model
+
+
+def stored(name: str, tmp_path, masks: bool = False):
+    """A recorded fixture in the form that the authors' training writes, without its meters."""
+    with np.load(reference(f"{name}.npz"), allow_pickle=False) as archive:
+        state = {k: torch.from_numpy(archive[k]) for k in archive.files if k.startswith("state.")}
+        rest = {k: torch.from_numpy(archive[k]) for k in ("x", "logits_eval")}
+    weights = OrderedDict(
+        ("module." + k.removeprefix("state."), v.float() if v.is_floating_point() else v) for k, v in state.items()
+    )
+    path = tmp_path / "best.pt"
+    torch.save({"model": weights}, path)
+    return path, rest
+
+
+def logits_of(run, x):
+    """What the imported run's network gives, built from its stored config as dnw eval does."""
+    config = run.config()
+    content = torch.load(run.last, weights_only=True)
+    model = make_model(config, x[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wiring = wire_model(config, model, optimizer)
+    optimizer.load_state_dict(content["optimizer"])
+    model.load_state_dict(content["model"])
+    wiring.project()
+    with torch.no_grad():
+        return model.eval()(x[0])
+
+
+IMPORTS = {
+    "static_dnw": ("cifar10", 10),
+    "static_random_graph": ("cifar10_random_original", 10),
+    "discrete_time_dnw": ("cifar10_discrete", 10),
+    "continuous_time_dnw": ("cifar10_continuous", 10),
+    "cifar_mobilenetv1_dnw_x225": ("cifar10_mobilenet_dnw_x225", 10),
+    "imagenet_mobilenetv1_dnw_small_x225": ("imagenet_dnw_small_x225", 1000),
+}
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMPORTS)
+def test_an_imported_run_gives_the_recorded_logits(name, tmp_path):
+    recipe, classes = IMPORTS[name]
+    if "continuous" in name:
+        pytest.importorskip("torchdiffeq")
+    file, recorded = stored(name, tmp_path)
+    run = RunDirectory(import_original(file, RECIPES[recipe](), data_dir=tmp_path, out=tmp_path / "run"))
+    found = logits_of(run, (recorded["x"], classes))
+    assert (found - recorded["logits_eval"]).norm() / recorded["logits_eval"].norm() < 1e-4
+    assert count_run(run.path).active < count_run(run.path).parameters
+
+
+@pytest.mark.data
+def test_import_on_the_command_line(tmp_path, capsys):
+    file = tmp_path / "epoch_9.pt"
+    file.write_bytes(lzma.decompress(reference("static_dnw_epoch_9.pt.xz").read_bytes()))
+    assert main(["import", str(file), "cifar10", "--out", str(tmp_path / "run")]) == 0
+    assert "dnw eval" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == 9
+    assert main(["count", str(tmp_path / "run")]) == 0
+    assert "43,058" in capsys.readouterr().out
+    for recipe, message in (
+        ("cifar10_discrete", "does not fit recipe cifar10_discrete: the checkpoint has nothing for 'graph.norm.weight'"),
+        ("cifar10_random", "it holds no fixed edge set, so choose the recipe of the learned wiring"),
+        ("mnist", "does not fit recipe mnist: the checkpoint"),
+        ("cifar10_mobilenet_x25", "model=mobilenet_v1: the authors' code has no checkpoints of it"),
+    ):
+        assert main(["import", str(file), recipe, "--out", str(tmp_path / "other")]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.data
+def test_an_imported_edge_set_must_have_the_budget_of_the_recipe(tmp_path):
+    file, _ = stored("static_random_graph", tmp_path)
+    config = RECIPES["cifar10_random_original"]().model_copy(update={"num_edges": 31_000})
+    with pytest.raises(ValueError, match="32,000 active edges, this wiring keeps 31,000"):
+        import_original(file, config, data_dir=tmp_path, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="it holds a fixed edge set, so choose the recipe of a random graph"):
+        import_original(file, RECIPES["cifar10"](), data_dir=tmp_path, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["digits"], "graph.weight"),
+        (["cifar10_mobilenet_x25", "--input", "3x32x32"], "total, with norms and biases"),
+        (["digits", "num_edges=50"], "total, with norms and biases"),
+        (["cifar10_continuous"], "graph: 14 evaluations per forward pass"),
+    ],
+)
+def test_counts_on_the_command_line(arguments, expected, capsys):
+    assert main(["count", *arguments]) == 0
+    assert expected in capsys.readouterr().out
+
+
+def test_bad_counts_on_the_command_line(capsys, tmp_path):
+    for arguments, message in (
+        (["digits", "--input", "3x32"], "--input 3x32: expected colours, height and width, such as 3x224x224"),
+        (["digits", "--input", "3x32x32"], "the model does not take an input of 3x32x32"),
+        (["digitz"], "no recipe 'digitz'; did you mean 'digits'"),
+        ([str(tmp_path)], "not a run directory"),
+    ):
+        assert main(["count", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds_and_counts(recipe):
+    found = count_config(RECIPES[recipe]())
+    assert 0 < found.live <= found.nominal <= found.dense
+    assert found.active <= found.parameters
+
+
+def test_the_table_of_results(tmp_path, capsys):
+    config = RECIPES["digits"]().model_copy(update={"epochs": 2, "seeds": (0, 1)})
+    run = train(config, data_dir=tmp_path, out=tmp_path / "run")
+    capsys.readouterr()
+    assert main(["results", str(run)]) == 0
+    table = capsys.readouterr().out
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert [row.split(" | ")[:4] for row in rows] == [["| `digits`", rule, "2", "0, 1"] for rule in ("dnw", "random")]
+    lasts = [RunDirectory(run / f"seed-{s}").metrics()[-1].top1 for s in (0, 1)]
+    assert f"{sum(lasts) / 2:.2%} +- " in rows[0]
+    environment = json.loads((run / "seed-0" / "environment.json").read_text())
+    assert f"- `digits`, dnw: data digits, {environment['machine']}, torch {torch.__version__}" in table
+    assert f"commit `{environment['commit']}`" in table
+    lines = (run / "seed-1" / "metrics.jsonl").read_text().splitlines()
+    (run / "seed-1" / "metrics.jsonl").write_text(lines[0] + "\n")
+    table = results_table([run])
+    assert "| `digits` | dnw | 2 | 0 |" in table
+    assert f"- not finished, left out: {run / 'seed-1'} (1 of 2 epochs)" in table
+    with pytest.raises(ValueError, match="not a run directory"):
+        results_table([tmp_path])
