@@ -67,6 +67,15 @@ def test_the_graph_of_the_readme():
     assert names["graph"](torch.zeros(1, 32, 4, 4)).shape == (1, 100, 4, 4)
 
 
+def test_the_dynamic_graphs_of_the_readme():
+    names: dict = {}
+    exec(blocks("README.md")[4], names)
+    assert names["maps"](torch.zeros(1, 16, 4, 4)).shape == (1, 16, 4, 4)
+    assert names["ode"](torch.zeros(2, 8)).shape == (2, 32)
+    outputs, state = names["recurrent"](torch.zeros(2, 5, 8))
+    assert (outputs.shape, state.shape) == ((2, 5, 32), (2, 100))
+
+
 def test_the_rule_in_twenty_lines():
     names = fresh(nn.Linear(20, 10))
     (layer,) = [names["model"]]
@@ -96,7 +105,7 @@ def test_the_graph_module_of_your_own():
 def test_the_recipe():
     names = {"cifar10": cifar10, "Config": Config}
     exec(blocks("docs/extending.md")[2], names)
-    assert names["cifar10_random"]().rule == "random"
+    assert names["cifar10_sparser"]().num_edges == 16_000
 
 
 # --- docs/loops.md ---

@@ -63,6 +63,17 @@ def test_transformers(tmp_path):
     assert run("transformers_digits.py", "--epochs", 6, "--root", tmp_path, "--resume")[:2] == (steps, accuracy)
 
 
+def test_sequences(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "sequence_digits.py"), "--epochs", "8"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"(\w+), (\w+): +200 edges  live nodes (\d+)/100  steps 160  accuracy (0\.\d+)", done.stdout)
+    assert [line[:2] for line in lines] == [(k, r) for k in ("discrete", "continuous") for r in ("DNW", "RandomGraph")]
+    assert all(0 < int(live) <= 100 for _, _, live, _ in lines)
+    assert all(float(accuracy) > 0.25 for *_, accuracy in lines)
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
 def test_fsdp2(tmp_path):
     whole = run("fsdp2_digits.py", "--epochs", 6, "--checkpoint", tmp_path / "a", processes=2)
