@@ -213,7 +213,7 @@ def _quiet() -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether an error is one that a user can cause and mend."""
-    if isinstance(error, (ValueError, OSError, ImportError)):
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return True
     return type(error).__name__ == "TrainingStoppedError"
 

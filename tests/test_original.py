@@ -130,6 +130,41 @@ def test_every_recipe_builds_and_counts(recipe):
     assert found.active <= found.parameters
 
 
+def test_edges_that_reach_no_output_are_refused_where_they_never_change(tmp_path, capsys):
+    assert main(["train", "digits", "rule=random", "baseline=null", "num_edges=2", "--out", str(tmp_path / "run")]) == 1
+    assert "with its 2 edges nothing can reach an output of the graph" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_of_an_ode_are_reported_per_epoch(tmp_path, capsys, monkeypatch):
+    from dnw.graphs import ContinuousTimeGraph
+    from dnw.models import GraphClassifier, Window
+    from dnw.train import _build
+
+    def small(config, classes):
+        graph = ContinuousTimeGraph(20, 4, 4, solver=config.solver, solver_steps=3)
+        stem, head = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Linear(4, classes)
+        return GraphClassifier(stem, graph, Window(0, 8), head)
+
+    monkeypatch.setitem(_build.MODELS, "tiny_digits", small)
+    config = RECIPES["digits"]().model_copy(update={"epochs": 1, "baseline": None, "num_edges": 60, "solver": "rk4"})
+    run = RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / "run"))
+    assert run.metrics()[0].evaluations == 12
+    assert "evaluations 12.0" in capsys.readouterr().out
+    assert "(12 evaluations)" in results_table([run.path])
+
+
+def test_an_ode_that_cannot_go_on_is_one_line(tmp_path, capsys, monkeypatch):
+    from dnw.train import _loop
+
+    def explode(*_, **__):
+        raise FloatingPointError("the solver dopri5 could not go on")
+
+    monkeypatch.setattr(_loop, "_train_one", explode)
+    assert main(["train", "digits", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.strip() == "dnw: the solver dopri5 could not go on"
+
+
 def test_the_table_of_results(tmp_path, capsys):
     config = RECIPES["digits"]().model_copy(update={"epochs": 2, "seeds": (0, 1)})
     run = train(config, data_dir=tmp_path, out=tmp_path / "run")

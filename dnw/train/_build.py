@@ -12,6 +12,7 @@ from dnw._parameters import unwrap_model
 from dnw._rules import RULES, Complete, Frozen
 from dnw._wire import wire
 from dnw._wiring import Wiring
+from dnw.count import num_live_nodes
 from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, load
 from dnw.models import (
     GraphChain,
@@ -109,7 +110,16 @@ def check_fit(config: Config, data: ImageData) -> None:
     except RuntimeError as error:
         shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(f"model={config.model} does not take images of {shape} ({str(error).splitlines()[0]})") from None
-    wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    for rule in filter(None, (config.rule, config.baseline)):
+        one = config.model_copy(update={"rule": rule, "baseline": None})
+        wiring = wire_model(one, model, torch.optim.SGD(model.parameters(), lr=1.0))
+        live, nodes = num_live_nodes(model, wiring)
+        if wiring.rule.fixed and nodes and not live:
+            raise ValueError(
+                f"rule={rule}, seed {config.seeds[0]}: with its {wiring.num_active:,} edges nothing can reach an output of the "
+                "graph, and they never change; raise the budget or take another seed"
+            )
+        wiring.remove("latent")
 
 
 def wire_model(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Wiring:
