@@ -7,6 +7,7 @@ Contract: nodes are channels of image-shaped maps or plain numbers; inputs come 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +20,7 @@ from dnw.graphs._ode import Solver, solver_named
 INSTANCE_NORM = partial(nn.InstanceNorm2d, affine=True)
 
 
-class DynamicGraph(nn.Module):
+class DynamicGraph(nn.Module, ABC):
     """What graphs in discrete and in continuous time share: nodes, edges and the right-hand side.
 
     The weight is one matrix ``[nodes, nodes]``, targets by sources. Every entry is a candidate edge: cycles and edges from a
@@ -103,9 +104,9 @@ class DynamicGraph(nn.Module):
             return self.norm(F.conv2d(sent, self.weight[:, :, None, None]))
         return self.norm(F.linear(sent, self.weight, self.bias))
 
+    @abstractmethod
     def advance(self, state: Tensor) -> Tensor:
         """The state after the graph's time has passed."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.read(self.advance(self.start(x)))
