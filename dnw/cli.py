@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     counting = commands.add_parser("count", help="count parameters and multiply-adds", description=_count.__doc__)
     counting.add_argument(
-        "target", metavar="RECIPE|RUN", help="name of a recipe, path of a stored config.json, or run directory"
+        "target", metavar="MODEL|RECIPE|RUN", help="name of a network or recipe, path of a config.json, or run directory"
     )
     counting.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     counting.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the recipe's)")
@@ -135,12 +135,15 @@ def _eval(parsed: argparse.Namespace) -> None:
 def _count(parsed: argparse.Namespace) -> None:
     """Count parameters and multiply-adds, per layer and in total: dense, nominal (active edges) and live.
 
-    A recipe is counted as it starts, a run with the edges of its last checkpoint.
+    A network by its name is counted complete, a recipe as it starts, a run with the edges of its last checkpoint.
     """
-    from dnw.train import count_config, count_run
+    from dnw.train import MODEL_NAMES, config_of_model, count_config, count_run, override
 
     size = _input_size(parsed.input) if parsed.input else None
-    if Path(parsed.target).is_dir():
+    if parsed.target in MODEL_NAMES:
+        colours, height, _ = size or (3, 224, 224)
+        _say(str(count_config(override(config_of_model(parsed.target, colours, height), parsed.overrides), size)))
+    elif Path(parsed.target).is_dir():
         if parsed.overrides:
             raise ValueError(f"{parsed.overrides[0]!r}: a run is counted as it is; settings can be changed of a recipe")
         _say(str(count_run(Path(parsed.target), size)))

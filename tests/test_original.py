@@ -104,6 +104,9 @@ def test_an_imported_edge_set_must_have_the_budget_of_the_recipe(tmp_path):
         (["digits"], "graph.weight"),
         (["cifar10_mobilenet_x25", "--input", "3x32x32"], "total, with norms and biases"),
         (["digits", "num_edges=50"], "total, with norms and biases"),
+        (["mobilenet_v1", "width=0.25"], "41,030,272"),
+        (["mobilenet_v1_graphs"], "924,844,032"),
+        (["tiny_cifar10", "--input", "3x32x32"], "16,957,440"),
         (["cifar10_continuous"], "graph: 14 evaluations per forward pass"),
     ],
 )

@@ -12,7 +12,9 @@ _PUBLIC = {
     "Config": "dnw.train._config",
     "DataConfig": "dnw.train._config",
     "OptimConfig": "dnw.train._config",
+    "MODEL_NAMES": "dnw.train._config",
     "config_from_json": "dnw.train._config",
+    "config_of_model": "dnw.train._config",
     "override": "dnw.train._config",
     "RunDirectory": "dnw.train._run",
     "TrainingStoppedError": "dnw.train._run",
@@ -29,10 +31,12 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 if TYPE_CHECKING:
+    from dnw.train._config import MODEL_NAMES as MODEL_NAMES
     from dnw.train._config import Config as Config
     from dnw.train._config import DataConfig as DataConfig
     from dnw.train._config import OptimConfig as OptimConfig
     from dnw.train._config import config_from_json as config_from_json
+    from dnw.train._config import config_of_model as config_of_model
     from dnw.train._config import override as override
     from dnw.train._import import count_config as count_config
     from dnw.train._import import count_run as count_run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,6 +25,7 @@ ModelName = Literal[
     "mobilenet_v1_graphs_small",
     "mobilenet_v1",
 ]
+MODEL_NAMES: tuple[str, ...] = get_args(ModelName)
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 
 
@@ -147,6 +148,14 @@ class Config(_Frozen):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def config_of_model(model: str, colours: int, size: int) -> Config:
+    """A config around one of the networks alone, complete, for images of some number of colours and side in pixels."""
+    data = DataConfig(name="folder", image_size=size, mean=(0.5,) * colours, std=(0.5,) * colours)
+    return _validate(
+        {"recipe": model, "data": data.model_dump(), "model": model, "rule": "complete", "epochs": 1, "batch_size": 1}, model
+    )
 
 
 def config_from_json(text: str, source: str) -> Config:
