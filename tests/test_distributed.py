@@ -358,6 +358,7 @@ PAPER = dnw.Dormant()
     ids=["sgd", "momentum-global", "adamw-policy", "random", "dropping"],
 )
 def test_fsdp2_training_equals_that_of_one_process(optimizer, rule, budget, dormant):
+    """Each process compares itself with one that trains alone, after every step; a difference on any of them fails here."""
     on_processes(2, _fsdp, optimizer, rule, budget, dormant)
 
 

@@ -19,8 +19,8 @@ _PUBLIC = {
     "RunDirectory": "dnw.train._run",
     "TrainingStoppedError": "dnw.train._run",
     "EpochMetrics": "dnw.train._run",
-    "count_config": "dnw.train._import",
-    "count_run": "dnw.train._import",
+    "count_config": "dnw.train._counts",
+    "count_run": "dnw.train._counts",
     "import_original": "dnw.train._import",
     "evaluate": "dnw.train._loop",
     "resume": "dnw.train._loop",
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from dnw.train._config import config_from_json as config_from_json
     from dnw.train._config import config_of_model as config_of_model
     from dnw.train._config import override as override
-    from dnw.train._import import count_config as count_config
-    from dnw.train._import import count_run as count_run
+    from dnw.train._counts import count_config as count_config
+    from dnw.train._counts import count_run as count_run
     from dnw.train._import import import_original as import_original
     from dnw.train._loop import evaluate as evaluate
     from dnw.train._loop import resume as resume
