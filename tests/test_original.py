@@ -145,12 +145,14 @@ def test_evaluations_of_an_ode_are_reported_per_epoch(tmp_path, capsys, monkeypa
     from dnw.train import _build
 
     def small(config, classes):
-        graph = ContinuousTimeGraph(20, 4, 4, solver=config.solver, solver_steps=3)
+        graph = ContinuousTimeGraph(20, 4, 4, solver=config.solver, solver_steps=config.solver_steps)
         stem, head = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Linear(4, classes)
         return GraphClassifier(stem, graph, Window(0, 8), head)
 
     monkeypatch.setitem(_build.MODELS, "tiny_digits", small)
-    config = RECIPES["digits"]().model_copy(update={"epochs": 1, "baseline": None, "num_edges": 60, "solver": "rk4"})
+    config = RECIPES["digits"]().model_copy(
+        update={"epochs": 1, "baseline": None, "num_edges": 60, "solver": "rk4", "solver_steps": 3}
+    )
     run = RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / "run"))
     assert run.metrics()[0].evaluations == 12
     assert "evaluations 12.0" in capsys.readouterr().out

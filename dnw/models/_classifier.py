@@ -75,16 +75,28 @@ def tiny_cifar10_discrete(num_classes: int = 10) -> GraphClassifier:
 
 
 def tiny_cifar10_continuous(
-    num_classes: int = 10, *, solver: str = "dopri5", adjoint: bool = False, rectify_in_place: bool = False
+    num_classes: int = 10,
+    *,
+    solver: str = "dopri5",
+    solver_steps: int = 8,
+    adjoint: bool = False,
+    rectify_in_place: bool = False,
 ) -> GraphClassifier:
     """The paper's tiny CIFAR-10 classifier in continuous time: 800 nodes, 640,000 candidate edges, an ODE on [0, 1].
 
     Args:
         num_classes: of the linear head.
-        solver, adjoint, rectify_in_place: see :class:`dnw.graphs.ContinuousTimeGraph`.
+        solver, solver_steps, adjoint, rectify_in_place: see :class:`dnw.graphs.ContinuousTimeGraph`.
     """
     graph = ContinuousTimeGraph(
-        800, 32, 100, norm=INSTANCE_NORM, solver=solver, adjoint=adjoint, rectify_in_place=rectify_in_place
+        800,
+        32,
+        100,
+        norm=INSTANCE_NORM,
+        solver=solver,
+        solver_steps=solver_steps,
+        adjoint=adjoint,
+        rectify_in_place=rectify_in_place,
     )
     return GraphClassifier(_quartering_stem(3, 32), graph, Window(2, 4), nn.Linear(100, num_classes))
 

@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "tiny_cifar10": lambda c, classes: tiny_cifar10(classes, rank_all_entries=c.rank_all_entries),
     "tiny_cifar10_discrete": lambda c, classes: tiny_cifar10_discrete(classes),
     "tiny_cifar10_continuous": lambda c, classes: tiny_cifar10_continuous(
-        classes, solver=c.solver, adjoint=c.adjoint, rectify_in_place=c.rectify_in_place
+        classes, solver=c.solver, solver_steps=c.solver_steps, adjoint=c.adjoint, rectify_in_place=c.rectify_in_place
     ),
     "mobilenet_v1_graphs": lambda c, classes: GraphChain(
         classes, image_stride=_image_stride(c), rank_all_entries=c.rank_all_entries

@@ -93,6 +93,7 @@ class Config(_Frozen):
         description="mobilenet_v1: its channels; a chain of graphs: as many edges as MobileNetV1 of that width",
     )
     solver: SolverName = Field(default="dopri5", description="of a graph in continuous time")
+    solver_steps: int = Field(default=8, ge=1, description="of the solvers with equal steps: euler, midpoint and rk4")
     adjoint: bool = Field(default=False, description="gradients of a graph in continuous time by the adjoint equation")
     rectify_in_place: bool = Field(default=False, description="ReLU on the solver's own states, as in the authors' code")
     rank_all_entries: bool = Field(
