@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
     results = commands.add_parser("results", help="a Markdown table of runs", description=_results.__doc__)
     results.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run directories")
+    results.add_argument("--into", type=Path, metavar="PAGE", help="Markdown page to put the table into instead of printing it")
+    results.add_argument(
+        "--table", metavar="NAME", help="where in the page: between its lines <!-- table NAME --> and <!-- end -->"
+    )
     results.set_defaults(run=_results)
 
     recipes = commands.add_parser("recipes", help="list the recipes", description=_recipes.__doc__)
@@ -169,10 +173,18 @@ def _import(parsed: argparse.Namespace) -> None:
 
 
 def _results(parsed: argparse.Namespace) -> None:
-    """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row."""
-    from dnw.train import results_table
+    """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row; or put it in a page."""
+    from dnw.recipes import RECIPES
+    from dnw.train import insert_table, results_table
 
-    _say(results_table(parsed.paths))
+    if (parsed.into is None) != (parsed.table is None):
+        raise ValueError("--into PAGE and --table NAME go together: the page, and the place in it")
+    table = results_table(parsed.paths, RECIPES)
+    if parsed.into is None:
+        _say(table)
+    else:
+        insert_table(parsed.into, parsed.table, table)
+        _say(f"{parsed.into}: table {parsed.table} written")
 
 
 def _recipes(parsed: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from dnw.recipes import RECIPES, digits
-from dnw.train import Config, config_from_json, override
+from dnw.train import Config, changes, config_from_json, override
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -21,6 +21,8 @@ def test_overrides():
     assert config.data.flip is True
     assert config.rule == "random"
     assert config.epochs == 3
+    assert override(digits(), changes(config, digits())) == config
+    assert changes(digits(), digits()) == []
     assert override(digits(), ["seeds=4"]).seeds == (4,)
     assert override(digits(), ["optim.lr=1e-3"]).optim.lr == 1e-3
     assert override(digits(), ["optim.milestones=0.5"]).optim.milestones == (0.5,)

@@ -13,7 +13,7 @@ from helpers import reference
 
 from dnw.cli import main
 from dnw.recipes import RECIPES
-from dnw.train import RunDirectory, count_config, count_run, import_original, results_table, train
+from dnw.train import RunDirectory, count_config, count_run, import_original, override, results_table, train
 from dnw.train._build import make_model, wire_model
 
 
@@ -156,7 +156,7 @@ def test_evaluations_of_an_ode_are_reported_per_epoch(tmp_path, capsys, monkeypa
     run = RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / "run"))
     assert run.metrics()[0].evaluations == 12
     assert "evaluations 12.0" in capsys.readouterr().out
-    assert "(12 evaluations)" in results_table([run.path])
+    assert "(12 evaluations)" in results_table([run.path], RECIPES)
 
 
 def test_an_ode_that_cannot_go_on_is_one_line(tmp_path, capsys, monkeypatch):
@@ -181,12 +181,44 @@ def test_the_table_of_results(tmp_path, capsys):
     lasts = [RunDirectory(run / f"seed-{s}").metrics()[-1].top1 for s in (0, 1)]
     assert f"{sum(lasts) / 2:.2%} +- " in rows[0]
     environment = json.loads((run / "seed-0" / "environment.json").read_text())
-    assert f"- `digits`, dnw: data digits, {environment['machine']}, torch {torch.__version__}" in table
+    assert f"- data digits, {environment['machine']}, torch {torch.__version__}" in table
     assert f"commit `{environment['commit']}`" in table
     lines = (run / "seed-1" / "metrics.jsonl").read_text().splitlines()
     (run / "seed-1" / "metrics.jsonl").write_text(lines[0] + "\n")
-    table = results_table([run])
+    table = results_table([run], RECIPES)
     assert "| `digits` | dnw | 2 | 0 |" in table
     assert f"- not finished, left out: {run / 'seed-1'} (1 of 2 epochs)" in table
     with pytest.raises(ValueError, match="not a run directory"):
-        results_table([tmp_path])
+        results_table([tmp_path], RECIPES)
+
+
+def test_settings_that_differ_from_the_recipe_stand_in_the_table(tmp_path):
+    base = override(RECIPES["digits"](), ["epochs=1", "baseline=null", "batch_size=64"])
+    runs = [
+        train(override(base, [f"optim.lr={lr}", "num_edges=150"]), data_dir=tmp_path, out=tmp_path / str(lr))
+        for lr in (0.1, 0.05)
+    ]
+    table = results_table(runs, RECIPES)
+    assert "| `digits` | dnw | 1 | 0 |" in table
+    assert "| `digits` `optim.lr=0.05` | dnw | 1 | 0 |" in table
+    assert "- changed in all rows: `num_edges=150 batch_size=64`" in table
+
+
+def test_a_table_is_put_into_its_place_in_a_page(tmp_path, capsys):
+    run = train(override(RECIPES["digits"](), ["epochs=1", "baseline=null"]), data_dir=tmp_path, out=tmp_path / "run")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table one -->\nold\n<!-- end -->\nbetween\n<!-- table two -->\nkept\n<!-- end -->\nafter\n")
+    for _ in range(2):
+        assert main(["results", str(run), "--into", str(page), "--table", "one"]) == 0
+        table = results_table([run], RECIPES)
+        assert page.read_text() == (
+            f"before\n<!-- table one -->\n\n{table}\n\n<!-- end -->\nbetween\n<!-- table two -->\nkept\n<!-- end -->\nafter\n"
+        )
+    written = page.read_text()
+    capsys.readouterr()
+    assert main(["results", str(run), "--into", str(page), "--table", "three"]) == 1
+    error = capsys.readouterr().err
+    assert "no place for the table 'three'" in error
+    assert "it has places for 'one', 'two'" in error
+    assert main(["results", str(run), "--into", str(page)]) == 1
+    assert page.read_text() == written

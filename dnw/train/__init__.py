@@ -13,8 +13,10 @@ _PUBLIC = {
     "DataConfig": "dnw.train._config",
     "OptimConfig": "dnw.train._config",
     "MODEL_NAMES": "dnw.train._config",
+    "changes": "dnw.train._config",
     "config_from_json": "dnw.train._config",
     "config_of_model": "dnw.train._config",
+    "insert_table": "dnw.train._results",
     "override": "dnw.train._config",
     "RunDirectory": "dnw.train._run",
     "TrainingStoppedError": "dnw.train._run",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from dnw.train._config import Config as Config
     from dnw.train._config import DataConfig as DataConfig
     from dnw.train._config import OptimConfig as OptimConfig
+    from dnw.train._config import changes as changes
     from dnw.train._config import config_from_json as config_from_json
     from dnw.train._config import config_of_model as config_of_model
     from dnw.train._config import override as override
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from dnw.train._loop import evaluate as evaluate
     from dnw.train._loop import resume as resume
     from dnw.train._loop import train as train
+    from dnw.train._results import insert_table as insert_table
     from dnw.train._results import results_table as results_table
     from dnw.train._run import EpochMetrics as EpochMetrics
     from dnw.train._run import RunDirectory as RunDirectory

@@ -190,12 +190,18 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         place, path = values, key.split(".")
         for part in path[:-1]:
             if not isinstance(place.get(part), dict):
-                raise ValueError(f"{key}: no such setting{did_you_mean(key, _keys(values))}")
+                raise ValueError(f"{key}: no such setting{did_you_mean(key, _flat(values))}")
             place = place[part]
         if path[-1] not in place or isinstance(place[path[-1]], dict):
-            raise ValueError(f"{key}: no such setting{did_you_mean(key, _keys(values))}")
+            raise ValueError(f"{key}: no such setting{did_you_mean(key, _flat(values))}")
         place[path[-1]] = _value(text, place[path[-1]])
     return _validate(values, "override")
+
+
+def changes(config: Config, base: Config) -> list[str]:
+    """What has to be overridden of a base to get a config: the inverse of :func:`override`."""
+    values, present = _flat(config.model_dump(mode="json")), _flat(base.model_dump(mode="json"))
+    return [f"{key}={_text(value)}" for key, value in values.items() if value != present[key]]
 
 
 def _value(text: str, present: Any) -> Any:
@@ -214,12 +220,18 @@ def _scalar(text: str) -> Any:
     return value if isinstance(value, (int, float, bool)) else text
 
 
-def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    return [
-        key
-        for name, value in values.items()
-        for key in (_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name])
-    ]
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _validate(values: Any, source: str) -> Config:

@@ -4,66 +4,107 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dnw.train._config import Config
+from dnw._checks import listing
+from dnw._files import write_whole
+from dnw.train._config import Config, changes
 from dnw.train._run import EpochMetrics, RunDirectory
 
+_SHOWN = ("recipe", "rule", "baseline", "epochs", "seeds", "first_epoch_snapshots")  # in columns of their own, or no matter
 
-def results_table(paths: Sequence[Path]) -> str:
-    """A Markdown table with one row per recipe and rule over all given runs, and what is behind it.
 
-    Runs that stopped early are left out and named. Settings in which rows differ are a column; data, machine and commit of
-    every row are given below the table.
+def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Config]]) -> str:
+    """A Markdown table with one row per recipe, rule and settings over all given runs, and what is behind it.
+
+    Runs that stopped early are left out and named. What was changed of a recipe is given in its row, or below the table if
+    it was changed alike in all rows; so are data, machine and commit.
 
     Args:
         paths: run directories; their seeds and baselines count as runs of their own.
+        recipes: what the runs' settings are compared with, by name.
 
     Raises:
         ValueError: no run directory, a damaged one, or none that is finished.
     """
-    rows: dict[tuple[str, str, int], list[list[EpochMetrics]]] = {}
-    seeds: dict[tuple[str, str, int], list[int]] = {}
-    sources: dict[tuple[str, str, int], set[str]] = {}
+    rows: dict[str, list[tuple[RunDirectory, Config, list[EpochMetrics]]]] = {}
     unfinished = []
     for path in paths:
         for member, config in RunDirectory(path).members():
             metrics = member.metrics()
             if len(metrics) < config.epochs:
                 unfinished.append(f"{member.path} ({len(metrics)} of {config.epochs} epochs)")
-                continue
-            key = (config.recipe, config.rule, config.epochs)
-            rows.setdefault(key, []).append(metrics)
-            seeds.setdefault(key, []).append(config.seeds[0])
-            sources.setdefault(key, set()).add(_source(member, config))
+            else:
+                row = config.model_copy(update={"seeds": (0,)}).to_json()
+                rows.setdefault(row, []).append((member, config, metrics))
     if not rows:
         raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
+    changed = {row: _changed(runs[0][1], recipes) for row, runs in rows.items()}
+    in_all = [change for change in next(iter(changed.values())) if all(change in found for found in changed.values())]
     lines = [
         "| recipe | rule | epochs | seeds | last | best | edges | live nodes | s per epoch |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (recipe, rule, epochs), runs in rows.items():
-        ends = [metrics[-1] for metrics in runs]
+    for row, runs in rows.items():
+        config = runs[0][1]
+        only = " ".join(change for change in changed[row] if change not in in_all)
+        ends = [metrics[-1] for _, _, metrics in runs]
         evaluations = f" ({ends[0].evaluations:g} evaluations)" if ends[0].evaluations else ""
         cells = (
-            f"`{recipe}`",
-            rule,
-            str(epochs),
-            ", ".join(map(str, sorted(seeds[recipe, rule, epochs]))),
+            f"`{config.recipe}`" + (f" `{only}`" if only else ""),
+            config.rule,
+            str(config.epochs),
+            ", ".join(map(str, sorted(one.seeds[0] for _, one, _ in runs))),
             _accuracy([end.top1 for end in ends]),
-            _accuracy([max(m.top1 for m in metrics) for metrics in runs]),
+            _accuracy([max(m.top1 for m in metrics) for _, _, metrics in runs]),
             f"{ends[0].active:,}",
             f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}",
-            f"{statistics.median(m.seconds for metrics in runs for m in metrics):.0f}",
+            f"{statistics.median(m.seconds for _, _, metrics in runs for m in metrics):.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    for source in dict.fromkeys(s for found in sources.values() for s in sorted(found)):
-        lines.append(f"- {source}")
+    if in_all:
+        lines.append(f"- changed in all rows: `{' '.join(in_all)}`")
+    by_source: dict[str, list[str]] = {}
+    for runs in rows.values():
+        for member, config, _ in runs:
+            names = by_source.setdefault(_source(member, config), [])
+            name = f"`{config.recipe}` {config.rule}"
+            if name not in names:
+                names.append(name)
+    for source, names in by_source.items():
+        lines.append(f"- {source}" + (f": {', '.join(names)}" if len(by_source) > 1 else ""))
     if unfinished:
         lines.append(f"- not finished, left out: {', '.join(unfinished)}")
     return "\n".join(lines)
+
+
+def insert_table(page: Path, name: str, table: str) -> None:
+    """Puts a table into a Markdown page, between the lines ``<!-- table NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: the page has no such place; those it has are named.
+        OSError: the page cannot be read or written.
+    """
+    text = page.read_text()
+    opening, closing = f"<!-- table {name} -->", "<!-- end -->"
+    before, found, after = text.partition(opening + "\n")
+    _, end, after = after.partition(closing)
+    if not found or not end:
+        names = [line.split()[2] for line in text.splitlines() if line.startswith("<!-- table ") and len(line.split()) == 4]
+        raise ValueError(
+            f"{page} has no place for the table {name!r}: the line {opening}, and below it the line {closing}; it has places "
+            f"for {listing(names) if names else 'none'}"
+        )
+    write_whole(page, f"{before}{opening}\n\n{table}\n\n{closing}{after}".encode())
+
+
+def _changed(config: Config, recipes: Mapping[str, Callable[[], Config]]) -> list[str]:
+    """What differs from the recipe, as overrides."""
+    if config.recipe not in recipes:
+        return []
+    return [change for change in changes(config, recipes[config.recipe]()) if change.partition("=")[0] not in _SHOWN]
 
 
 def _source(member: RunDirectory, config: Config) -> str:
@@ -72,10 +113,7 @@ def _source(member: RunDirectory, config: Config) -> str:
     except (OSError, ValueError):
         raise ValueError(f"{member.path}: environment.json is missing or damaged") from None
     machine = environment.get("accelerator") or environment.get("machine")
-    return (
-        f"`{config.recipe}`, {config.rule}: data {config.data.name}, {machine}, torch {environment.get('torch')}, commit "
-        f"`{environment.get('commit')}`"
-    )
+    return f"data {config.data.name}, {machine}, torch {environment.get('torch')}, commit `{environment.get('commit')}`"
 
 
 def _accuracy(values: Sequence[float]) -> str:
