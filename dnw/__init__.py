@@ -16,14 +16,31 @@ _PUBLIC = {
     "WiredParameter": "dnw._wiring",
     "Edges": "dnw._edges",
     "Summary": "dnw._edges",
-    "Rule": "dnw._rules",
-    "Layer": "dnw._rules",
-    "Pool": "dnw._rules",
+    "Rule": "dnw._rule",
+    "Layer": "dnw._rule",
+    "Pool": "dnw._rule",
     "DNW": "dnw._rules",
     "RandomGraph": "dnw._rules",
-    "Dormant": "dnw._dormant",
     "Frozen": "dnw._rules",
     "Complete": "dnw._rules",
+    "NoUpdate": "dnw._rules",
+    "TargetedDropout": "dnw._rules",
+    "MagnitudePruning": "dnw._rules",
+    "L1Anneal": "dnw._rules",
+    "PruneAndGrow": "dnw._rules",
+    "SET": "dnw._rules",
+    "RigL": "dnw._rules",
+    "SparseMomentum": "dnw._rules",
+    "SRSTE": "dnw._rules",
+    "ST3": "dnw._rules",
+    "Feather": "dnw._rules",
+    "TopKAST": "dnw._rules",
+    "Dormant": "dnw._dormant",
+    "DensitySchedule": "dnw._schedules",
+    "Pattern": "dnw._patterns",
+    "NOfM": "dnw._patterns",
+    "Blocks": "dnw._patterns",
+    "Channels": "dnw._patterns",
     "RULES": "dnw._rules",
     "Uniform": "dnw._budgets",
     "Global": "dnw._budgets",
@@ -51,14 +68,31 @@ if TYPE_CHECKING:
     from dnw._dormant import Dormant as Dormant
     from dnw._edges import Edges as Edges
     from dnw._edges import Summary as Summary
+    from dnw._patterns import Blocks as Blocks
+    from dnw._patterns import Channels as Channels
+    from dnw._patterns import NOfM as NOfM
+    from dnw._patterns import Pattern as Pattern
+    from dnw._rule import Layer as Layer
+    from dnw._rule import Pool as Pool
+    from dnw._rule import Rule as Rule
     from dnw._rules import DNW as DNW
     from dnw._rules import RULES as RULES
+    from dnw._rules import SET as SET
+    from dnw._rules import SRSTE as SRSTE
+    from dnw._rules import ST3 as ST3
     from dnw._rules import Complete as Complete
+    from dnw._rules import Feather as Feather
     from dnw._rules import Frozen as Frozen
-    from dnw._rules import Layer as Layer
-    from dnw._rules import Pool as Pool
+    from dnw._rules import L1Anneal as L1Anneal
+    from dnw._rules import MagnitudePruning as MagnitudePruning
+    from dnw._rules import NoUpdate as NoUpdate
+    from dnw._rules import PruneAndGrow as PruneAndGrow
     from dnw._rules import RandomGraph as RandomGraph
-    from dnw._rules import Rule as Rule
+    from dnw._rules import RigL as RigL
+    from dnw._rules import SparseMomentum as SparseMomentum
+    from dnw._rules import TargetedDropout as TargetedDropout
+    from dnw._rules import TopKAST as TopKAST
+    from dnw._schedules import DensitySchedule as DensitySchedule
     from dnw._select import top_k as top_k
     from dnw._select import top_k_each as top_k_each
     from dnw._wire import wire as wire

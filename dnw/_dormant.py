@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from dnw._rules import Layer
+if TYPE_CHECKING:
+    from dnw._rule import Layer
 
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """Under which names optimizers keep their momentum."""

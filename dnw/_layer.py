@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dnw._parameters import Wirable
-from dnw._rules import Layer
+from dnw._patterns import Pattern
+from dnw._rule import Layer
 from dnw._shards import local, shard_of
 
 
@@ -26,6 +27,7 @@ class WiredLayer(Layer):
         seed: of random draws.
         dtype: of the latent weights; the parameter's by default. With a wider one the base optimizer steps in it, on
             latent weights of that dtype in place of the parameter's.
+        pattern: which of its edges stand or fall together.
     """
 
     parameter: nn.Parameter
@@ -41,14 +43,14 @@ class WiredLayer(Layer):
     num_active: int
     """Number of active edges, of the whole parameter where it is sharded."""
 
-    def __init__(self, found: Wirable, seed: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, found: Wirable, seed: int, dtype: torch.dtype | None = None, pattern: Pattern | None = None) -> None:
         held = local(found.parameter).detach()
         shard = shard_of(found.parameter)
         candidates = found.candidates
         self._num_candidates = math.prod(found.parameter.shape) if candidates is None else int(candidates.count_nonzero())
         if shard is not None and candidates is not None:
             candidates = shard.cut(candidates)
-        super().__init__(found.name, held.to(dtype or held.dtype, copy=True), candidates, seed, shard=shard)
+        super().__init__(found.name, held.to(dtype or held.dtype, copy=True), candidates, seed, shard=shard, pattern=pattern)
         self.parameter, self.module, self.is_graph = found.parameter, found.module, found.is_graph
         self.parameter_dtype = held.dtype
         self.version, self.exchanged, self.num_active = -1, False, 0
@@ -158,6 +160,7 @@ class WiredLayer(Layer):
             self.latent, self.previous = self.latent.to(held.device), self.previous.to(held.device)
             self.active = None if self.active is None else self.active.to(held.device)
             self.candidates = None if self.candidates is None else self.candidates.to(held.device)
+            self.notes = {key: value.to(held.device) for key, value in self.notes.items()}
             self.shard = shard_of(self.parameter)
         if self.parameter_dtype != held.dtype or self.latent.shape != held.shape:
             raise RuntimeError(

@@ -1,136 +1,47 @@
-"""How the active edges are chosen, and what dormant edges get: one short frozen class a rule.
+"""The rules: every way of finding a wiring, one short frozen class each.
 
-Contract: a rule sees :class:`Layer` objects and never a model or an optimizer; where a parameter is sharded it sees the part
-that this process holds. The wiring calls, around each optimizer
-step, ``gradient`` (before), ``select`` (after, on the updated latent weights) and ``project`` (what the model gets).
-The rules of this file are listed in ``RULES``; the parametrized tests run on every rule of that list.
+Contract: a rule overrides the hooks of :class:`dnw.Rule` and nothing else. The rules of this file are listed in ``RULES``; the
+parametrized tests run on every rule of that list. ``NoUpdate``, ``MagnitudePruning``, ``SET``, ``RigL`` and ``SparseMomentum``
+keep the gradient from dormant edges; all others let them learn, in one way or another.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dnw._budgets import Shape
 from dnw._checks import did_you_mean
-from dnw._select import Ranking, top_k_each
-from dnw._shards import Shard
+from dnw._dormant import MOMENTUM_KEYS, Dormant
+from dnw._patterns import NOfM, Pattern
+from dnw._rule import Layer, Pool, Rule, ranking
+from dnw._select import top_k_each
 
 
-@dataclass(eq=False)
-class Layer:
-    """One wired parameter, as a rule sees it.
-
-    Attributes:
-        name: the parameter's name in its model, without the prefixes of wrappers.
-        latent: the dense weights that selection ranks, of the parameter's shape; a rule may write to them in ``select``
-            (growing an edge from zero, say).
-        candidates: mask of the edges that may exist, of the same shape, or None where every entry may.
-        active: mask of the active edges; None before the first selection.
-        grad: the unscaled gradient of this step; None outside a step, where the parameter got none, and in ``select``
-            unless the rule ``selects_by_gradient``.
-        state: what the optimizer keeps for this parameter (momentum and the like).
-        shard: which part of a sharded parameter all these tensors are; None where they are the whole.
-        step: number of completed optimizer steps when this layer was last projected; 0 before the first.
-        seed: the wiring's seed.
-    """
-
-    name: str
-    latent: Tensor
-    candidates: Tensor | None
-    seed: int
-    active: Tensor | None = None
-    grad: Tensor | None = None
-    state: Mapping[str, Any] = field(default_factory=dict)
-    step: int = 0
-    shard: Shard | None = None
-
-    def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform draws in [0, 1), one per entry: a function of seed, name and step alone.
-
-        Asking twice in a step gives the same draws, so a gradient rule can repeat what the projection drew. They are
-        drawn on the CPU, so that they do not depend on the device or on the rank.
-        """
-        key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-        shape = self.latent.shape if self.shard is None else self.shard.shape
-        return self.cut(torch.rand(shape, generator=generator, dtype=dtype)).to(self.latent.device)
-
-    def cut(self, whole: Tensor) -> Tensor:
-        """Of a tensor of the whole parameter's shape the part that this process holds."""
-        return whole if self.shard is None else self.shard.cut(whole)
-
-    @property
-    def num_candidates(self) -> int:
-        """How many edges may exist."""
-        return self.latent.numel() if self.candidates is None else int(self.candidates.count_nonzero())
+def _only(mask: Tensor | None, values: Tensor | None) -> Tensor:
+    """Values where a mask holds, 0 elsewhere."""
+    assert mask is not None
+    assert values is not None
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
-@dataclass(eq=False)
-class Pool:
-    """Layers that compete for one budget: ``k`` active edges over all of them. Most pools hold one layer."""
-
-    layers: list[Layer]
-    k: int
-
-    def ranking(self, scores: Sequence[Tensor]) -> Ranking:
-        """Scores of the layers, one tensor each, that compete for the budget; what :func:`dnw.top_k_each` takes."""
-        shards = [x.shard for x in self.layers]
-        return Ranking(scores, self.k, [x.candidates for x in self.layers], shards if shards[0] is not None else ())
+def _check(rule: Rule, **allowed: tuple[float, float]) -> None:
+    """Raises ``ValueError`` unless the named settings are numbers between two bounds; whole ones where the lower bound is."""
+    for name, (low, high) in allowed.items():
+        value = getattr(rule, name)
+        kind = int if isinstance(low, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            bound = f"from {low:g} on" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ValueError(f"{type(rule).__name__}: {name}={value!r}: allowed is {what} {bound}")
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How active edges are chosen. Subclass it, override what differs, and add the class to ``RULES``.
-
-    A rule of the common kind overrides :meth:`score` alone. ``fixed`` says that the edges are chosen once, when the
-    model is wired, and never again.
-    """
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the edges stay as first chosen."""
-        return False
-
-    @property
-    def settles(self) -> bool:
-        """Whether ``settle`` differs from ``project``, so that a model is evaluated inside ``wiring.settled()`` only."""
-        return type(self).settle is not Rule.settle
-
-    @property
-    def selects_by_gradient(self) -> bool:
-        """Whether ``select`` or ``score`` reads ``layer.grad``, which is kept for them only then."""
-        return False
-
-    def num_edges(self, shape: Shape) -> int | None:
-        """The number of edges of a layer where the rule itself fixes it; None where the budget decides."""
-        return None
-
-    def score(self, layer: Layer) -> Tensor:
-        """The quantity whose largest magnitudes become active, of the shape of the layer. Default: the latent weights."""
-        return layer.latent
-
-    def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
-        """The active edges of each layer of each pool, as boolean masks; exactly ``pool.k`` are true in each pool."""
-        return top_k_each([pool.ranking([self.score(x) for x in pool.layers]) for pool in pools])
-
-    def gradient(self, layer: Layer) -> Tensor | None:
-        """The gradient that the latent weights get in this step; None leaves it as autograd computed it."""
-        return None
-
-    def project(self, layer: Layer) -> Tensor:
-        """The effective weight that the model trains with. Default: the latent weight on active edges, 0 elsewhere."""
-        assert layer.active is not None
-        return torch.where(layer.active, layer.latent, torch.zeros((), dtype=layer.latent.dtype, device=layer.latent.device))
-
-    def settle(self, layer: Layer) -> Tensor:
-        """The effective weight that the model is evaluated with, where it differs from the one it trains with."""
-        return self.project(layer)
+# --- the paper's rule, and what it is compared with ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,17 +54,120 @@ class DNW(Rule):
 
 
 @dataclass(frozen=True)
-class Fixed(Rule):
+class NoUpdate(Rule):
+    """As DNW, but dormant edges get no gradient: one comes in only where active ones shrink below it.
+
+    Source: Wortsman et al., 2019, section 4.2, "no update rule". Weight decay still acts on all.
+    """
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        return _only(layer.active, layer.grad)
+
+
+@dataclass(frozen=True)
+class TargetedDropout(Rule):
+    """In training each dormant edge is dropped with a probability at every step; in evaluation all of them are.
+
+    Source: Gomez et al., "Learning sparse networks using targeted dropout", 2019, section 3 (unstructured weight dropout);
+    as compared in Wortsman et al., 2019, section 4.2, with rate 0.95. Evaluate inside ``wiring.settled()``.
+
+    Args:
+        rate: probability with which a dormant edge is dropped; a dropped edge gets no gradient in that step.
+    """
+
+    rate: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check(self, rate=(0.0, 1.0))
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        for layer in (x for pool in pools for x in pool.layers):
+            assert layer.active is not None
+            kept = layer.active | (layer.uniform() >= self.rate)
+            layer.notes["kept"] = kept if layer.candidates is None else kept & layer.candidates
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        return _only(layer.notes["kept"], layer.grad)
+
+    def project(self, layer: Layer) -> Tensor:
+        return _only(layer.notes["kept"], layer.latent)
+
+    def settle(self, layer: Layer) -> Tensor:
+        return _only(layer.active, layer.latent)
+
+
+@dataclass(frozen=True)
+class MagnitudePruning(NoUpdate):
+    """The smallest active edges are pruned, for good: with a density schedule gradual magnitude pruning, without one-shot.
+
+    Source: Zhu, Gupta, "To prune, or not to prune", 2017, section 3, with ``schedule=dnw.DensitySchedule(...)``.
+    """
+
+    @property
+    def dormant(self) -> Dormant:
+        return Dormant(momentum="zero")
+
+    def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
+        _clear_dormant(pools)
+        masks = top_k_each([pool.ranking([_active_first(x) for x in pool.layers]) for pool in pools])
+        _clear_others(pools, masks)
+        return masks
+
+
+@dataclass(frozen=True)
+class L1Anneal(MagnitudePruning):
+    """An L1 penalty on the active edges, the smallest of which are pruned on a schedule until k remain.
+
+    Source: Wortsman et al., 2019, section 4.2, "L1 + anneal", of which no settings are published: the penalty and the
+    schedule are ours. Give it ``schedule=dnw.DensitySchedule(...)``.
+
+    Args:
+        penalty: factor of the sum of the active edges' magnitudes in the loss.
+    """
+
+    penalty: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check(self, penalty=(0.0, math.inf))
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        assert layer.grad is not None
+        return _only(layer.active, layer.grad + self.penalty * layer.latent.sign())
+
+
+def _clear_dormant(pools: Sequence[Pool]) -> None:
+    """After a step, sets dormant weights back to 0: whatever the optimizer made of them is not meant."""
+    for layer in (x for pool in pools if pool.stepped for x in pool.layers):
+        if layer.active is not None:
+            layer.latent.masked_fill_(~layer.active, 0)
+
+
+def _clear_others(pools: Sequence[Pool], masks: Sequence[Sequence[Tensor]]) -> None:
+    """Sets the weights of all but the selected edges to 0."""
+    for pool, of_pool in zip(pools, masks, strict=True):
+        for layer, mask in zip(pool.layers, of_pool, strict=True):
+            layer.latent.masked_fill_(~mask, 0)
+
+
+def _active_first(layer: Layer) -> Tensor:
+    """Magnitudes, in which of equal ones (zeros, say) the active edges come first."""
+    size = layer.latent.abs()
+    size = size if size.dtype == torch.float64 else size.float()
+    if layer.active is None:
+        return size
+    return torch.where(layer.active, torch.nextafter(size, torch.full_like(size, math.inf)), size)
+
+
+# --- edges that never change -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fixed(NoUpdate):
     """A rule whose edges never change. Dormant edges get no gradient (weight decay, which they do feel, is harmless)."""
 
     @property
     def fixed(self) -> bool:
         return True
-
-    def gradient(self, layer: Layer) -> Tensor | None:
-        assert layer.grad is not None
-        assert layer.active is not None
-        return torch.where(layer.active, layer.grad, torch.zeros((), dtype=layer.grad.dtype, device=layer.grad.device))
 
 
 @dataclass(frozen=True)
@@ -204,5 +218,342 @@ class Frozen(Fixed):
         return masks
 
 
-RULES: dict[str, type[Rule]] = {"dnw": DNW, "random": RandomGraph, "complete": Complete, "frozen": Frozen}
+# --- prune and grow --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PruneAndGrow(NoUpdate):
+    """Now and then, the smallest active edges are pruned and as many others grown, from weight 0; they start at random.
+
+    What rules of this kind have in common. Unlike in the papers the optimizer also steps where edges are exchanged.
+
+    Args:
+        every: steps between two exchanges.
+        fraction: share of the active edges that is exchanged, from 0 to 1.
+        until: steps after which nothing is exchanged any more. The share falls to 0 by then, as a cosine does; without it,
+            the share stays.
+    """
+
+    every: int = 100
+    fraction: float = 0.3
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, every=(1, math.inf), fraction=(0.0, 1.0))
+        if self.until is not None:
+            _check(self, until=(1, math.inf))
+
+    @property
+    def dormant(self) -> Dormant:
+        return Dormant(momentum="zero")
+
+    def fits(self, pattern: Pattern) -> bool:
+        return not isinstance(pattern, NOfM)
+
+    @abstractmethod
+    def growth(self, layer: Layer) -> Tensor:
+        """The quantity of whose largest magnitudes edges are grown, of the shape of the layer."""
+
+    def fraction_at(self, step: int) -> float:
+        """The share of the active edges that is exchanged after ``step`` steps."""
+        if step % self.every or (self.until is not None and step >= self.until):
+            return 0.0
+        return self.fraction if self.until is None else self.fraction / 2 * (1 + math.cos(math.pi * step / self.until))
+
+    def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
+        """Groups of layers within which edges compete, and of each how many edges stay and how many are grown."""
+        grown = min(int(fraction * pool.k), pool.k - 1) // pool.unit * pool.unit
+        return [(pool.layers, pool.k - grown, grown)]
+
+    def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
+        _clear_dormant(pools)
+        new = [pool for pool in pools if any(x.active is None for x in pool.layers)]
+        due = {id(pool): self.fraction_at(max(x.step for x in pool.layers)) if pool.stepped else 0.0 for pool in pools}
+        found = dict(zip(map(id, new), self._at_random(new), strict=True))
+        changing = [pool for pool in pools if id(pool) not in found and due[id(pool)]]
+        found |= zip(map(id, changing), self._exchange(changing, due), strict=True)
+        rest = [pool for pool in pools if id(pool) not in found]
+        found |= zip(map(id, rest), top_k_each([p.ranking([_active_first(x) for x in p.layers]) for p in rest]), strict=True)
+        masks = [found[id(pool)] for pool in pools]
+        _clear_others(pools, masks)
+        return masks
+
+    def _at_random(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
+        return top_k_each([pool.ranking([1 + x.uniform(torch.float64) for x in pool.layers]) for pool in pools])
+
+    def _exchange(self, pools: Sequence[Pool], fraction: Mapping[int, float]) -> list[list[Tensor]]:
+        groups = [group for pool in pools for group in self.shares(pool, fraction[id(pool)])]
+        staying = _top_k_each([(x, k, [_active_first(y) for y in x], [y.active for y in x]) for x, k, _ in groups])
+        free = [
+            [~mask if y.candidates is None else ~mask & y.candidates for y, mask in zip(x, masks, strict=True)]
+            for (x, _, _), masks in zip(groups, staying, strict=True)
+        ]
+        scores = [[self.growth(y) for y in x] for x, _, _ in groups]
+        growing = _top_k_each([(x, k, s, among) for (x, _, k), s, among in zip(groups, scores, free, strict=True)])
+        chosen = {
+            id(layer): stay | grow
+            for (layers, _, _), stays, grows in zip(groups, staying, growing, strict=True)
+            for layer, stay, grow in zip(layers, stays, grows, strict=True)
+        }
+        return [[chosen[id(layer)] for layer in pool.layers] for pool in pools]
+
+
+def _top_k_each(groups: Sequence[tuple[list[Layer], int, list[Tensor], Sequence[Tensor | None]]]) -> list[list[Tensor]]:
+    """:func:`top_k_each` where k may be 0."""
+    ranked = iter(top_k_each([ranking(layers, scores, k, among) for layers, k, scores, among in groups if k]))
+    return [next(ranked) if k else [torch.zeros_like(x.latent, dtype=torch.bool) for x in layers] for layers, k, _, _ in groups]
+
+
+@dataclass(frozen=True)
+class SET(PruneAndGrow):
+    """Sparse evolutionary training: edges are grown at random.
+
+    Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
+    network science", 2018, algorithm 1; there once an epoch and without decay of the share.
+    """
+
+    def growth(self, layer: Layer) -> Tensor:
+        return 1 + layer.uniform(torch.float64)
+
+
+@dataclass(frozen=True)
+class RigL(PruneAndGrow):
+    """The rigged lottery: edges are grown where the gradient is largest.
+
+    Source: Evci et al., "Rigging the lottery", 2020, section 3 and algorithm 1; there ``until`` is three quarters of training.
+    """
+
+    @property
+    def selects_by_gradient(self) -> bool:
+        return True
+
+    def growth(self, layer: Layer) -> Tensor:
+        return torch.zeros_like(layer.latent) if layer.grad is None else layer.grad
+
+
+@dataclass(frozen=True)
+class SparseMomentum(PruneAndGrow):
+    """Sparse networks from scratch: edges are grown where the momentum is largest, and in the layers where it is.
+
+    Every layer loses the same share of its edges; what is grown is shared out in proportion to the mean magnitude of the
+    momentum of the layers' active edges. Needs an optimizer with momentum, which here sees the gradient of all edges.
+    Source: Dettmers, Zettlemoyer, "Sparse networks from scratch", 2019, section 3 and algorithm 1; there once an epoch.
+    """
+
+    fraction: float = 0.5
+
+    @property
+    def dormant(self) -> Dormant:
+        return Dormant()
+
+    @property
+    def needs_momentum(self) -> bool:
+        return True
+
+    @property
+    def redistributes(self) -> bool:
+        return True
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        return None
+
+    def growth(self, layer: Layer) -> Tensor:
+        momentum = next((layer.state[key] for key in MOMENTUM_KEYS if isinstance(layer.state.get(key), Tensor)), None)
+        return torch.zeros_like(layer.latent) if momentum is None else momentum
+
+    def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
+        unit = pool.unit
+        sums = [torch.stack([_only(x.active, self.growth(x).abs()).sum(), x.active.count_nonzero()]) for x in pool.layers]  # type: ignore[union-attr]
+        sums = [s if x.shard is None else x.shard.sum(s) for s, x in zip(sums, pool.layers, strict=True)]
+        momenta, active = (part.tolist() for part in torch.stack(sums).double().unbind(1))
+        stay = [int(n) - int(fraction * n) // unit * unit for n in active]
+        means = [m / n if n else 0.0 for m, n in zip(momenta, active, strict=True)]
+        room = [(x.num_candidates - n) // unit for x, n in zip(pool.layers, stay, strict=True)]
+        grown = _share_out(max(0, pool.k - sum(stay)) // unit, means, room)
+        return [([x], n, new * unit) for x, n, new in zip(pool.layers, stay, grown, strict=True)]
+
+
+def _share_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to weights, none larger than its room, that add up to a total."""
+    shares = [0] * len(weights)
+    while (left := total - sum(shares)) > 0:
+        open_ = [i for i in range(len(weights)) if shares[i] < room[i]]
+        if not open_:
+            break
+        of_open = sum(weights[i] for i in open_)
+        wanted = {i: left * weights[i] / of_open if of_open else left / len(open_) for i in open_}
+        for i in open_:
+            shares[i] = min(room[i], shares[i] + math.floor(wanted[i]))
+        by_remainder = sorted(open_, key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
+        for i in by_remainder[: max(0, total - sum(shares))]:
+            if shares[i] < room[i] and sum(shares) < total:
+                shares[i] += 1
+    return shares
+
+
+# --- straight-through estimators beside DNW --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SRSTE(Rule):
+    """Sparse-refined straight-through estimator: dormant edges also decay, so that edges swap less often.
+
+    Source: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", 2021, equation 9; there
+    with ``pattern=dnw.NOfM(2, 4)``.
+
+    Args:
+        decay: what is added to a dormant edge's gradient, times its weight.
+    """
+
+    decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        _check(self, decay=(0.0, math.inf))
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        assert layer.grad is not None
+        assert layer.active is not None
+        return torch.where(layer.active, layer.grad, layer.grad + self.decay * layer.latent)
+
+
+@dataclass(frozen=True)
+class Thresholded(Rule):
+    """A rule whose active weights come down to 0 at the threshold, the largest dormant magnitude of their pool."""
+
+    def fits(self, pattern: Pattern) -> bool:
+        return False
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        for pool in pools:
+            largest = []
+            for x in pool.layers:
+                assert x.active is not None
+                dormant = ~x.active if x.candidates is None else ~x.active & x.candidates
+                size = _only(dormant, x.latent.abs())
+                largest.append(size.amax() if size.numel() else size.new_zeros(()))
+            threshold, shard = torch.stack(largest).amax(), pool.layers[0].shard
+            threshold = threshold if shard is None else shard.max(threshold)
+            for x in pool.layers:
+                x.notes["threshold"] = threshold
+
+
+@dataclass(frozen=True)
+class ST3(Thresholded):
+    """Straight-through with soft thresholding: active weights are shrunk by the threshold, and targets scaled up again.
+
+    Source: Vanderschueren, De Vleeschouwer, "Are straight-through gradients and soft-thresholding all you need for sparse
+    training?", 2023, section 3; there with ``density=dnw.Global(...)`` and a cubic ``schedule=dnw.DensitySchedule(...)``.
+
+    Args:
+        rescale: whether the weights of each target are divided by the share of their magnitude that is active (1.01 / (share
+            + 0.01), as the authors have it).
+    """
+
+    rescale: bool = True
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        super().prepare(pools)
+        for layer in (x for pool in pools for x in pool.layers if self.rescale):
+            size = layer.latent.abs() if layer.candidates is None else _only(layer.candidates, layer.latent.abs())
+            rows = torch.stack([_only(layer.active, size).flatten(1).sum(1), size.flatten(1).sum(1)])
+            if layer.shard is not None:
+                whole = rows.new_zeros(2, layer.shard.shape[0])
+                whole[:, layer.shard.places[0]] = rows
+                rows = layer.shard.sum(whole)[:, layer.shard.places[0]]
+            share = (rows[0] / rows[1]).nan_to_num(1.0)
+            layer.notes["scale"] = (1.01 / (share + 0.01)).view(-1, *[1] * (layer.latent.ndim - 1))
+
+    def project(self, layer: Layer) -> Tensor:
+        shrunk = layer.latent.sign() * (layer.latent.abs() - layer.notes["threshold"])
+        return _only(layer.active, shrunk * layer.notes["scale"] if self.rescale else shrunk)
+
+
+@dataclass(frozen=True)
+class Feather(Thresholded):
+    """Straight-through between hard and soft thresholding, with a smaller gradient for dormant edges.
+
+    The effective weight is sign(w) (|w|^p - T^p)^(1/p). Source: Glentis Georgoulakis et al., "Feather: an elegant solution to
+    effective DNN sparsification", 2023, section 3; there with ``density=dnw.Global(...)`` and a cubic schedule that ends at
+    half of training.
+
+    Args:
+        power: p; 1 is soft thresholding, and a large one comes near hard thresholding.
+        dormant_gradient: factor of dormant edges' gradient, from 0 to 1; the authors' is 1 up to 95 % of zeros, 0.5 beyond.
+    """
+
+    power: float = 3.0
+    dormant_gradient: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(self, power=(1.0, math.inf), dormant_gradient=(0.0, 1.0))
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        assert layer.active is not None
+        assert layer.grad is not None
+        return torch.where(layer.active, layer.grad, self.dormant_gradient * layer.grad)
+
+    def project(self, layer: Layer) -> Tensor:
+        # |w| (1 - (T / |w|)^p)^(1/p), in which no power of a small weight vanishes
+        share = (layer.notes["threshold"] / layer.latent.abs()).nan_to_num(1.0).clamp(max=1)
+        return _only(layer.active, layer.latent * (1 - share**self.power) ** (1 / self.power))
+
+
+@dataclass(frozen=True)
+class TopKAST(Rule):
+    """Top-k always sparse training: only the k largest edges are used forward, and only some more get a gradient.
+
+    Source: Jayakumar et al., "Top-KAST: top-k always sparse training", 2020, section 2. Weight decay acts on no dormant edge;
+    the penalty is the paper's exploration regularisation, w^2 / 2 on active edges and 1 / density times that on the others of
+    the backward set.
+
+    Args:
+        backward: number of edges in the backward set, as a multiple of the active ones.
+        penalty: factor of the regularisation.
+    """
+
+    backward: float = 2.0
+    penalty: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check(self, backward=(1.0, math.inf), penalty=(0.0, math.inf))
+
+    @property
+    def dormant(self) -> Dormant:
+        return Dormant(weight_decay=False)
+
+    def fits(self, pattern: Pattern) -> bool:
+        return not isinstance(pattern, NOfM)
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        wanted = [min(pool.num_candidates, int(self.backward * pool.k) // pool.unit * pool.unit) for pool in pools]
+        rankings = [p.ranking([x.latent for x in p.layers], k) for p, k in zip(pools, wanted, strict=True)]
+        for pool, masks in zip(pools, top_k_each(rankings), strict=True):
+            for layer, mask in zip(pool.layers, masks, strict=True):
+                layer.notes["backward"] = mask
+                layer.notes["penalty"] = torch.full_like(layer.latent[:0].sum(), self.penalty * pool.num_candidates / pool.k)
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        assert layer.grad is not None
+        assert layer.active is not None
+        factor = torch.where(layer.active, self.penalty, layer.notes["penalty"])
+        return _only(layer.notes["backward"], layer.grad + factor * layer.latent)
+
+
+RULES: dict[str, type[Rule]] = {
+    "dnw": DNW,
+    "no_update": NoUpdate,
+    "targeted_dropout": TargetedDropout,
+    "magnitude_pruning": MagnitudePruning,
+    "l1_anneal": L1Anneal,
+    "random": RandomGraph,
+    "complete": Complete,
+    "frozen": Frozen,
+    "set": SET,
+    "rigl": RigL,
+    "sparse_momentum": SparseMomentum,
+    "sr_ste": SRSTE,
+    "st3": ST3,
+    "feather": Feather,
+    "top_kast": TopKAST,
+}
 """Every rule, by the name that recipes and the command line use."""

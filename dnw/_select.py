@@ -12,7 +12,7 @@ waits for the device, and between processes only the histograms travel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -32,12 +32,14 @@ class Ranking:
         k: number of active edges over all layers, from 1 to the number of candidates.
         candidates: one boolean mask per layer, of the shape of its scores, or None where every entry is a candidate.
         shards: for each layer the part of it that the scores are, or None where they are the whole.
+        spread: for each layer what makes its edge set of a mask of the shape of its scores, where those are not of edges.
     """
 
     scores: Sequence[Tensor]
     k: int
     candidates: Sequence[Tensor | None]
     shards: Sequence[Shard | None] = ()
+    spread: Sequence[Callable[[Tensor], Tensor]] = ()
 
     @property
     def shard(self) -> Shard | None:
@@ -56,7 +58,8 @@ class Ranking:
     def split(self, mask: Tensor) -> list[Tensor]:
         """A flat mask over all layers as one mask per layer."""
         parts = mask.split([s.numel() for s in self.scores])
-        return [part.view(score.shape) for part, score in zip(parts, self.scores, strict=True)]
+        masks = [part.view(score.shape) for part, score in zip(parts, self.scores, strict=True)]
+        return [spread(mask) for spread, mask in zip(self.spread, masks, strict=True)] if self.spread else masks
 
     def flat_index(self, index: Tensor) -> Tensor:
         """Local flat indices over all layers as flat indices over all whole layers."""

@@ -53,6 +53,12 @@ class Shard:
             torch.distributed.all_reduce(counts, group=group)
         return counts
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of a tensor over all processes that hold a part, entry by entry, in place."""
+        for group in self.groups:
+            torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=group)
+        return values
+
     def flat_index(self, local: Tensor) -> Tensor:
         """The flat indices in the whole parameter of local flat indices, int64."""
         index = torch.zeros_like(local)

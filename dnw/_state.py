@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dnw._layer import WiredLayer
-from dnw._rules import Frozen, Pool, Rule
+from dnw._rule import Pool, Rule
+from dnw._rules import Frozen
+from dnw._schedules import DensitySchedule
 from dnw._shards import Shard
 
 FORMAT = 1
@@ -27,7 +29,7 @@ needed to continue bit for bit.
 """
 
 
-def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool, rule: Rule) -> None:
+def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool, rule: Rule, schedule: DensitySchedule | None) -> None:
     """Raises ``ValueError`` unless an incoming entry is whole, plain and made for this layer and its budget."""
     what = f"the loaded optimizer state, {layer.name!r}"
     numbers = entry.get("wiring")
@@ -49,9 +51,12 @@ def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool, rule: Rule
     check_finite(f"{layer.name} (loaded)", layer.part(entry["latent"]), layer.shard)
     active = layer.part(entry["active"]).to(layer.latent.device)
     saved = int(numbers[4]) if len(pool.layers) > 1 else layer.total(active)
-    if not saved == int(numbers[4]) == pool.k:
+    least = most = pool.budget
+    if schedule is not None:
+        most = schedule.num_edges(0, least // pool.unit, pool.num_candidates // pool.unit) * pool.unit
+    if saved != int(numbers[4]) or not least <= saved <= most:
         raise ValueError(
-            f"{what}: it has {saved:,} active edges, this wiring keeps {pool.k:,}; wire with the budget of the saved "
+            f"{what}: it has {saved:,} active edges, this wiring keeps {least:,}; wire with the budget of the saved "
             "run, or assign its latent weights by name to start from them"
         )
     if layer.candidates is not None and layer.total(active & ~layer.candidates):

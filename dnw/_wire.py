@@ -5,6 +5,7 @@ Contract: everything is checked before anything is changed.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +18,10 @@ from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._layer import WiredLayer
 from dnw._parameters import Selector, Wirable, find_parameters
-from dnw._rules import DNW, Frozen, Pool, Rule
+from dnw._patterns import Pattern
+from dnw._rule import Pool, Rule
+from dnw._rules import DNW, Frozen
+from dnw._schedules import DensitySchedule
 from dnw._shards import local, shard_of
 from dnw._state import check_finite
 from dnw._wiring import WIRED, Wiring
@@ -30,6 +34,8 @@ def wire(
     *,
     num_edges: int | Mapping[str, int] | None = None,
     rule: Rule | None = None,
+    schedule: DensitySchedule | None = None,
+    pattern: Pattern | None = None,
     include: str | type[nn.Module] | Sequence[Selector] | None = None,
     exclude: str | type[nn.Module] | Sequence[Selector] = (),
     seed: int = 0,
@@ -49,11 +55,15 @@ def wire(
             budget such as ``dnw.ErdosRenyiKernel(0.1)`` or ``dnw.Global(0.1)``.
         num_edges: exact number of active edges: for each layer, or by name pattern (beside ``density`` if wanted).
         rule: how active edges are chosen; ``dnw.DNW()`` by default.
+        schedule: how the number of active edges falls to the budget's during training; it is constant by default.
+        pattern: which edges stand or fall together: ``dnw.NOfM(2, 4)``, which needs no budget, ``dnw.Blocks(4, 4)`` or
+            ``dnw.Channels()``.
         include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
             ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
         exclude: name patterns or module types to leave dense.
         seed: of random draws (random graph and the like).
-        dormant: what weight decay and momentum do to dormant edges; by default what they do to active ones, as in the paper.
+        dormant: what weight decay and momentum do to dormant edges; by default what the rule says, in the paper's the same as
+            to active ones.
         latent_dtype: dtype of the latent weights; by default the parameter's. ``torch.float32`` for half-precision
             parameters makes the optimizer step, and keep its state, in float32.
         check_ranks: whether the first step in a process group compares the processes' latent weights, which takes one
@@ -79,16 +89,93 @@ def wire(
     if dormant is not None and not isinstance(dormant, Dormant):
         raise ValueError(f"dormant: expected dnw.Dormant(...), got {dormant!r}")
     seed = check_seed(seed)
+    _check_rule(rule, schedule, pattern, found, optimizer)
     shapes = [_shape(f) for f in found]
     if isinstance(rule, Frozen) and (unknown := sorted(set(rule.edges) - {s.name for s in shapes})):
         raise ValueError(
             f"Frozen has edges for {unknown[0]!r}, which is not wired{did_you_mean(unknown[0], [s.name for s in shapes])}"
         )
-    shares = _shares(rule, density, num_edges, shapes)
-    layers = [WiredLayer(f, seed, latent_dtype) for f in found]
-    pools = [Pool([layers[i] for i in indices], k) for indices, k in shares]
+    shares = _shares(rule, density, num_edges, shapes) if pattern is None else _shares_of(pattern, density, num_edges, shapes)
+    layers = [WiredLayer(f, seed, latent_dtype, pattern) for f in found]
+    pools = [Pool([layers[i] for i in indices], k, budget=k) for indices, k in shares]
     _check_shards(layers, pools)
-    return Wiring(optimizer, rule, layers, pools, left, dormant or Dormant(), check_ranks)
+    if schedule is not None:
+        for pool in pools:
+            pool.k = schedule.num_edges(0, pool.k // pool.unit, pool.num_candidates // pool.unit) * pool.unit
+    return Wiring(optimizer, rule, layers, pools, left, dormant or rule.dormant, schedule, check_ranks)
+
+
+def _check_rule(
+    rule: Rule, schedule: DensitySchedule | None, pattern: Pattern | None, found: Sequence[Wirable], optimizer: Optimizer
+) -> None:
+    """Raises ``ValueError`` where a rule, a schedule, a pattern, the parameters and the optimizer do not go together."""
+    name = type(rule).__name__
+    if schedule is not None and not isinstance(schedule, DensitySchedule):
+        raise ValueError(f"schedule: expected dnw.DensitySchedule(...), got {schedule!r}")
+    if schedule is not None and rule.fixed:
+        raise ValueError(f"{name} never changes its edges, so it cannot follow a schedule; leave the schedule out")
+    if pattern is not None:
+        _check_pattern(rule, schedule, pattern, found)
+    if rule.selects_by_gradient or rule.needs_momentum:
+        without = [f.name for f in found if not f.parameter.requires_grad]
+        if without:
+            raise ValueError(
+                f"{name} chooses edges by gradients, and {listing(without)} get none (requires_grad=False); leave them "
+                "dense with exclude, or take a rule that goes by magnitude"
+            )
+    if rule.needs_momentum:
+        held = {id(f.parameter) for f in found}
+        for group in optimizer.param_groups:
+            if any(id(p) in held for p in group["params"]) and not (group.get("momentum") or group.get("betas", (0,))[0]):
+                raise ValueError(
+                    f"{name} chooses edges by the optimizer's momentum, and this {type(optimizer).__name__} keeps none; give "
+                    "it momentum=0.9, say"
+                )
+
+
+def _check_pattern(rule: Rule, schedule: DensitySchedule | None, pattern: Pattern, found: Sequence[Wirable]) -> None:
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern: expected a pattern such as dnw.NOfM(2, 4), got {pattern!r}")
+    if not rule.fits(pattern):
+        raise ValueError(f"{type(rule).__name__} cannot choose edges of the pattern {pattern!r}; dnw.DNW() can")
+    for f in found:
+        shape = tuple(f.parameter.shape)
+        pattern.check(f.name, shape)
+        if f.candidates is not None and not bool(f.candidates.all()):
+            raise ValueError(
+                f"{f.name!r} has entries that are no candidate edges, and patterns are for parameters all of whose entries "
+                "are; leave it dense with exclude"
+            )
+        if shard_of(f.parameter) is not None:
+            raise ValueError(f"{f.name!r} is sharded, and patterns are for whole parameters; choose single edges instead")
+        if schedule is not None and pattern.num_edges(shape) is not None:
+            raise ValueError(f"{pattern!r} fixes the number of edges, so it cannot follow a schedule; leave one of them out")
+
+
+def _shares_of(
+    pattern: Pattern,
+    density: float | Mapping[str, float] | Budget | None,
+    num_edges: int | Mapping[str, int] | None,
+    shapes: Sequence[Shape],
+) -> list[tuple[list[int], int]]:
+    """The pools of layers and their budgets, in whole units of a pattern."""
+    fixed = [k for k in (pattern.num_edges(s.shape) for s in shapes) if k is not None]
+    if fixed:
+        if density is not None or num_edges is not None:
+            raise ValueError(f"{pattern!r} fixes the number of edges; leave density and num_edges out")
+        return [([i], k) for i, k in enumerate(fixed)]
+    if num_edges is not None:
+        raise ValueError(f"{pattern!r} takes a budget in units of several edges; give density instead of num_edges")
+    units = [pattern.unit(s.shape) for s in shapes]
+    whole = [dataclasses.replace(s, candidates=s.candidates // unit) for s, unit in zip(shapes, units, strict=True)]
+    shares = _budget(density, None).shares(whole)
+    for indices, _ in shares:
+        if len({units[i] for i in indices}) > 1:
+            raise ValueError(
+                f"{pattern!r} has units of different sizes in {listing(shapes[i].name for i in indices)}, so they cannot share "
+                "one budget; give each a density of its own"
+            )
+    return [(indices, k * units[indices[0]]) for indices, k in shares]
 
 
 def _check_shards(layers: Sequence[WiredLayer], pools: Sequence[Pool]) -> None:

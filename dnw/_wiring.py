@@ -31,8 +31,10 @@ from dnw._edges import Edges, Summary, SummaryRow
 from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer
 from dnw._parameters import LeftOut, Wirable, parameters_named
+from dnw._patterns import Pattern
 from dnw._ranks import check_ranks, gathered, local_optimizer
-from dnw._rules import Layer, Pool, Rule
+from dnw._rule import Layer, Pool, Rule
+from dnw._schedules import DensitySchedule
 from dnw._shards import local
 from dnw._state import FORMAT, STATE_KEYS, check_entry, check_finite
 from dnw._step import evaluate_closure, steps_on_the_stack
@@ -152,13 +154,18 @@ class Wiring(Mapping[str, WiredParameter]):
         pools: list[Pool],
         left: list[LeftOut],
         dormant: Dormant,
+        schedule: DensitySchedule | None,
         check_ranks: bool,
     ) -> None:
         self.rule = rule
         self.dormant = dormant
+        self.schedule = schedule
         self.is_settled = False
         self._optimizer = optimizer
         self._layers = layers
+        first = pools
+        if rule.redistributes:
+            pools = [Pool(list(layers), sum(pool.k for pool in pools), budget=sum(pool.budget for pool in pools))]
         self._pool_of = {id(layer): pool for pool in pools for layer in pool.layers}
         self._left = left
         self._step = 0
@@ -172,7 +179,8 @@ class Wiring(Mapping[str, WiredParameter]):
         with torch.no_grad():
             for layer in layers:
                 self._adopt(layer)
-            self._select([layer for layer in layers if layer.active is None])
+            self._choose([pool for pool in first if any(x.active is None for x in pool.layers)])
+            rule.prepare(pools)
             for layer in layers:
                 assert layer.active is not None
                 layer.previous = layer.active.clone()
@@ -191,10 +199,11 @@ class Wiring(Mapping[str, WiredParameter]):
             raise TypeError("a wiring of sharded parameters cannot be copied; save it with torch.distributed.checkpoint")
         self._catch_up()
         pools = {id(pool): pool for pool in self._pool_of.values()}.values()
-        members = [([self._layers.index(x) for x in pool.layers], pool.k) for pool in pools]  # type: ignore[arg-type]
+        members = [([self._layers.index(x) for x in p.layers], p.k, p.budget) for p in pools]  # type: ignore[arg-type]
         found = [Wirable(x.name, "", x.module, x.parameter, x.candidates, x.is_graph) for x in self._layers]
-        entries = [self._entry(layer) for layer in self._layers]
-        return _copied, (self._optimizer, self.rule, found, entries, members, self._left, self.dormant, self._ranks_to_check)
+        entries, patterns = [self._entry(layer) for layer in self._layers], [layer.pattern for layer in self._layers]
+        rest = (self._left, self.dormant, self.schedule, self._ranks_to_check)
+        return _copied, (self._optimizer, self.rule, found, entries, patterns, members, *rest)
 
     def _adopt(self, layer: WiredLayer) -> None:
         """Continues what a copied or unpickled optimizer carries for a parameter."""
@@ -207,7 +216,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 f"the optimizer was given a wired state for {layer.name!r} before it was wired, and has rounded it; wire "
                 "first, then load the state"
             )
-        check_entry(layer, ours, self._pool_of[id(layer)], self.rule)
+        check_entry(layer, ours, self._pool_of[id(layer)], self.rule, self.schedule)
         self._take(layer, ours)
 
     @property
@@ -290,14 +299,24 @@ class Wiring(Mapping[str, WiredParameter]):
                 )
             latent = local(parameter).to(device=layer.latent.device, dtype=layer.latent.dtype, copy=True)
             assert layer.active is not None
-            copy = Layer(layer.name, latent, layer.candidates, layer.seed, layer.active, step=layer.step, shard=layer.shard)
+            copy = Layer(
+                layer.name,
+                latent,
+                layer.candidates,
+                layer.seed,
+                layer.active,
+                step=layer.step,
+                shard=layer.shard,
+                pattern=layer.pattern,
+            )
             copies[id(layer)] = copy
             targets.append((local(parameter), copy))
+        pools = [Pool([copies[id(x)] for x in pool.layers], pool.k) for pool in self._pools_of(self._layers)]
         if not self.rule.fixed:
-            pools = [Pool([copies[id(x)] for x in pool.layers], pool.k) for pool in self._pools_of(self._layers)]
             for pool, masks in zip(pools, self.rule.select(pools), strict=True):
                 for copy, mask in zip(pool.layers, masks, strict=True):
                     copy.active = mask
+        self.rule.prepare(pools)
         for target, copy in targets:
             target.copy_(self.rule.settle(copy))
 
@@ -332,14 +351,17 @@ class Wiring(Mapping[str, WiredParameter]):
                 layer.follow()
                 assert layer.active is not None
                 bits = layer.active.to(torch.uint8)
-                numbers = torch.tensor([layer.seed, layer.step, self._step], device=layer.latent.device)
-                for tensor in (layer.latent, bits, numbers):
+                numbers = [layer.seed, layer.step, self._step, self._pool_of[id(layer)].k]
+                counters = torch.tensor(numbers, device=layer.latent.device)
+                for tensor in (layer.latent, bits, counters):
                     torch.distributed.broadcast(tensor, src=0)
                 layer.activate(bits.bool())
-                layer.seed, layer.step, self._step = numbers.tolist()
+                layer.seed, layer.step, self._step, self._pool_of[id(layer)].k = counters.tolist()
                 layer.remember()
-                layer.write(self._effective(layer))
-                self._enter_state(layer)
+        self._prepare(self._layers)
+        for layer in self._layers:
+            layer.write(self._effective(layer))
+            self._enter_state(layer)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -474,7 +496,7 @@ class Wiring(Mapping[str, WiredParameter]):
             return
         for layer in stepped:
             layer.see_state(self._state.get(layer.parameter, {}))
-        if self._step == 0 and stepped and not self.dormant.has_effect(stepped):
+        if self._step == 0 and stepped and self.dormant != self.rule.dormant and not self.dormant.has_effect(stepped):
             warnings.warn(
                 f"{self.dormant!r}: momentum={self.dormant.momentum!r} has no effect, because {type(optimizer).__name__} keeps "
                 "no momentum",
@@ -531,21 +553,50 @@ class Wiring(Mapping[str, WiredParameter]):
     def _select(self, layers: Sequence[WiredLayer], step: int | None = None) -> None:
         """Selects anew in every pool that holds one of the layers, and projects what changed."""
         pools = self._pools_of(layers)
-        projected, asked = list(layers), {id(layer) for layer in layers}
         for layer in layers if step is not None else []:
             layer.step = step  # type: ignore[assignment]
-        if pools and not (self.rule.fixed and all(x.active is not None for pool in pools for x in pool.layers)):
-            for pool, masks in zip(pools, self.rule.select(pools), strict=True):
-                for member, mask in zip(pool.layers, masks, strict=True):
-                    assert isinstance(member, WiredLayer)
-                    if member.active is not None and id(member) not in asked and not torch.equal(mask, member.active):
-                        projected.append(member)  # it traded edges with a layer of its pool
-                    member.activate(mask)
-                self._count(pool)
+        for pool in pools if step is not None else []:
+            self._schedule_pool(pool, step)  # type: ignore[arg-type]
+        changed = self._choose(pools, stepped=step is not None) if not self.rule.fixed else []
+        changed += self._prepare(layers)
+        projected = {id(layer): layer for layer in [*layers, *changed]}.values()
         for layer in projected:
             if layer.exchanged:
                 layer.take_back()
             layer.write(self._effective(layer))
+
+    def _choose(self, pools: Sequence[Pool], stepped: bool = False) -> list[WiredLayer]:
+        """Gives the layers of some pools the edges that the rule chooses; returns those whose edges changed."""
+        changed = []
+        for pool in pools:
+            pool.stepped = stepped
+        for pool, masks in zip(pools, self.rule.select(pools) if pools else [], strict=True):
+            for layer, mask in zip(pool.layers, masks, strict=True):
+                assert isinstance(layer, WiredLayer)
+                if mask.dtype != torch.bool or mask.shape != layer.latent.shape:
+                    raise TypeError(
+                        f"{type(self.rule).__name__}.select gave edges of {layer.name!r} as {mask.dtype} of shape "
+                        f"{tuple(mask.shape)}; expected a boolean mask of shape {tuple(layer.latent.shape)}"
+                    )
+                if len(pool.layers) > 1 and (layer.active is None or not torch.equal(mask, layer.active)):
+                    changed.append(layer)  # it may have traded edges with a layer of its pool
+                layer.activate(mask)
+            self._count(pool)
+        return changed
+
+    def _prepare(self, layers: Sequence[WiredLayer]) -> list[WiredLayer]:
+        """Lets the rule note what it needs to know of whole pools; returns the layers that this may change."""
+        pools = self._pools_of(layers)
+        if not pools or type(self.rule).prepare is Rule.prepare:
+            return []
+        self.rule.prepare(pools)
+        return [layer for pool in pools for layer in pool.layers if isinstance(layer, WiredLayer)]
+
+    def _schedule_pool(self, pool: Pool, step: int) -> None:
+        """Gives a pool the number of active edges that it has after some steps."""
+        if self.schedule is not None:
+            unit = pool.unit
+            pool.k = self.schedule.num_edges(step, pool.budget // unit, pool.num_candidates // unit) * unit
 
     def _count(self, pool: Pool) -> None:
         """Notes how many edges each sharded layer of a pool has, so that asking needs no messages."""
@@ -663,7 +714,7 @@ class Wiring(Mapping[str, WiredParameter]):
             else:
                 del state[key]
             if ours:
-                check_entry(layer, ours, self._pool_of[id(layer)], self.rule)
+                check_entry(layer, ours, self._pool_of[id(layer)], self.rule, self.schedule)
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
         self._drop_unwired(state, state_dict)
         self._incoming = incoming
@@ -697,7 +748,7 @@ class Wiring(Mapping[str, WiredParameter]):
         else:
             layer.activate(active)
             layer.remember()
-        _, self._step, layer.step, layer.seed, _ = entry["wiring"].tolist()
+        _, self._step, layer.step, layer.seed, self._pool_of[id(layer)].k = entry["wiring"].tolist()
 
     @torch.no_grad()
     def _loaded(self, optimizer: Optimizer) -> None:
@@ -720,6 +771,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 self._take_over_writes(layer)
                 continue
             self._take(layer, entry)
+        self._prepare(self._layers)
         for layer in self._layers:
             layer.write(self._effective(layer))
             self._enter_state(layer)
@@ -733,18 +785,20 @@ def _copied(
     rule: Rule,
     found: list[Wirable],
     entries: list[dict[str, Tensor]],
-    members: list[tuple[list[int], int]],
+    patterns: list[Pattern | None],
+    members: list[tuple[list[int], int, int]],
     left: list[LeftOut],
     dormant: Dormant,
+    schedule: DensitySchedule | None,
     check_ranks: bool,
 ) -> Wiring:
     """Rebuilds a wiring from copied parts."""
-    layers = [WiredLayer(f, 0, entry["latent"].dtype) for f, entry in zip(found, entries, strict=True)]
+    layers = [WiredLayer(f, 0, e["latent"].dtype, p) for f, e, p in zip(found, entries, patterns, strict=True)]
     shown = [bool(optimizer.state.get(layer.parameter)) for layer in layers]
     for layer, entry in zip(layers, entries, strict=True):
         optimizer.state[layer.parameter].update(entry)  # to be adopted
-    pools = [Pool([layers[i] for i in indices], k) for indices, k in members]
-    wiring = Wiring(optimizer, rule, layers, pools, left, dormant, check_ranks)
+    pools = [Pool([layers[i] for i in indices], k, budget=budget) for indices, k, budget in members]
+    wiring = Wiring(optimizer, rule, layers, pools, left, dormant, schedule, check_ranks)
     for layer, beside in zip(layers, shown, strict=True):
         if not beside:
             del optimizer.state[layer.parameter]

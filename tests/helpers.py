@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ def reference(name: str) -> Path:
 
 @dataclass(frozen=True)
 class RuleCase:
-    """A rule for the parametrized suite, with the budget it takes."""
+    """A rule for the parametrized suite, with the other arguments that ``dnw.wire`` gets."""
 
     rule: dnw.Rule
-    budget: dict[str, float]
+    budget: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,34 @@ class Dropping(dnw.Rule):
 
 
 def rule_cases(model: nn.Module) -> dict[str, RuleCase]:
-    """Every listed rule, and one that uses every hook, ready to wire a model of :func:`small_net`."""
+    """Every listed rule, schedules and patterns, and a rule with every hook, ready to wire a model of :func:`small_net`."""
     wirable = [(name, p.shape) for name, p in model.named_parameters() if p.ndim > 1]
     half = {name: torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5 for name, shape in wirable}
-    special = {"frozen": RuleCase(dnw.Frozen(half), {}), "complete": RuleCase(dnw.Complete(), {})}
-    cases = {name: special.get(name) or RuleCase(rule(), {"density": 0.2}) for name, rule in dnw.RULES.items()}
-    return {**cases, "dropping": RuleCase(Dropping(), {"density": 0.2})}
+    fifth, falling = {"density": 0.2}, {"density": 0.2, "schedule": dnw.DensitySchedule(end=5, every=2, initial=0.8)}
+    special = {
+        "frozen": RuleCase(dnw.Frozen(half), {}),
+        "complete": RuleCase(dnw.Complete(), {}),
+        "magnitude_pruning": RuleCase(dnw.MagnitudePruning(), falling),
+        "l1_anneal": RuleCase(dnw.L1Anneal(penalty=0.01), falling),
+        "set": RuleCase(dnw.SET(every=2), fifth),
+        "rigl": RuleCase(dnw.RigL(every=2, until=6), fifth),
+        "sparse_momentum": RuleCase(dnw.SparseMomentum(every=2), fifth),
+        "st3": RuleCase(dnw.ST3(), {"density": dnw.Global(0.2)}),
+    }
+    cases = {name: special.get(name) or RuleCase(rule(), fifth) for name, rule in dnw.RULES.items()}
+    linear = {"exclude": nn.Conv2d}
+    return {
+        **cases,
+        "dropping": RuleCase(Dropping(), fifth),
+        "dnw_falling": RuleCase(dnw.DNW(), falling),
+        "rigl_falling": RuleCase(dnw.RigL(every=2), falling),
+        "sparse_momentum_falling": RuleCase(dnw.SparseMomentum(every=2), falling),
+        "feather_falling": RuleCase(dnw.Feather(), {**falling, "density": dnw.Global(0.1)}),
+        "dnw_2_of_4": RuleCase(dnw.DNW(), {**linear, "pattern": dnw.NOfM(2, 4)}),
+        "sr_ste_1_of_8": RuleCase(dnw.SRSTE(), {**linear, "pattern": dnw.NOfM(1, 8)}),
+        "rigl_blocks": RuleCase(dnw.RigL(every=2), {**linear, **falling, "pattern": dnw.Blocks(2, 4)}),
+        "top_kast_channels": RuleCase(dnw.TopKAST(), {**fifth, "pattern": dnw.Channels()}),
+    }
 
 
 def small_net(seed: int = 0) -> nn.Sequential:

@@ -12,9 +12,9 @@ import dnw
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
     ["_checks", "_files", "_shards"],
-    ["_budgets", "_select"],
-    ["_parameters", "_rules"],
-    ["_edges", "_step", "_dormant", "_guard", "_layer"],
+    ["_budgets", "_schedules", "_patterns", "_select", "_dormant"],
+    ["_parameters", "_rule"],
+    ["_edges", "_step", "_guard", "_layer", "_rules"],
     ["_state", "_ranks"],
     ["_wiring"],
     ["_wire"],
@@ -33,6 +33,9 @@ CORE = {
     "_budgets",
     "_select",
     "_parameters",
+    "_schedules",
+    "_patterns",
+    "_rule",
     "_rules",
     "_dormant",
     "_edges",

@@ -37,8 +37,8 @@ def case(rule: str) -> RuleCase:
 
 def wired(rule: str = "dnw", optimizer: str = "momentum", seed: int = 0):
     model = small_net(seed)
-    base = OPTIMIZERS[optimizer](model.parameters())
     chosen = case(rule)
+    base = OPTIMIZERS["momentum" if chosen.rule.needs_momentum and optimizer == "sgd" else optimizer](model.parameters())
     return model, base, dnw.wire(model, base, rule=chosen.rule, **chosen.budget)
 
 
@@ -89,18 +89,46 @@ def test_literal_step():
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_keeps_exactly_k_edges_and_zeros_elsewhere(rule):
     model, base, wiring = wired(rule)
-    budget = {name: wiring[name].num_active for name in wiring}
-    if rule in ("dnw", "random"):
-        assert budget == {name: dnw.num_edges(0.2, wiring[name].num_candidates) for name in wiring}
-    for step in range(6):
+    given = case(rule).budget
+    density, schedule = given.get("density"), given.get("schedule")
+    pattern = given.get("pattern")
+    soft, moves = isinstance(wiring.rule, (dnw.ST3, dnw.Feather)), isinstance(wiring.rule, dnw.SparseMomentum)
+    fixed = {name: wiring[name].num_active for name in wiring}
+
+    def budget(name: str, step: int) -> int:
+        total = wiring[name].num_candidates if name else wiring.num_candidates
+        if density is None:
+            return fixed[name] if name else sum(fixed.values())
+        unit = 1 if pattern is None else pattern.unit(tuple(wiring[name].latent.shape))
+        total //= unit
+        k = dnw.num_edges(density.density if isinstance(density, dnw.Global) else density, total)
+        if name == "" and not isinstance(density, dnw.Global):
+            k = sum(dnw.num_edges(density, p.num_candidates) for p in wiring.values())
+        return (k if schedule is None else schedule.num_edges(step, k, total)) * unit
+
+    for step in range(1, 8):
         train_steps(model, base, range(step, step + 1))
         for name in wiring:
             active, weight = wiring[name].active, model.get_parameter(name)
-            assert int(active.sum()) == budget[name]
-            assert not weight[~active].any()
-            with wiring.settled():
-                assert torch.equal(weight[active], wiring[name].latent[active])
+            assert int(active.sum()) == wiring[name].num_active
+            if not isinstance(density, dnw.Global) and not moves:
+                assert wiring[name].num_active == budget(name, step)
+            if not wiring.rule.settles:
                 assert not weight[~active].any()
+            with wiring.settled():
+                assert soft or torch.equal(weight[active], wiring[name].latent[active])
+                assert not weight[~active].any()
+        if isinstance(density, dnw.Global) or moves:
+            assert wiring.num_active == budget("", step)
+
+
+def test_every_case_changes_its_edges_and_every_schedule_ends():
+    for rule in RULES:
+        model, base, wiring = wired(rule)
+        before = {name: wiring[name].active for name in wiring}
+        train_steps(model, base, range(8))
+        changed = any(not torch.equal(wiring[name].active, before[name]) for name in wiring)
+        assert changed is not wiring.rule.fixed, rule
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,0 +1,200 @@
+"""What a rule is: how the active edges are chosen, and what dormant edges get.
+
+Contract: a rule sees :class:`Layer` objects and never a model or an optimizer; where a parameter is sharded it sees the part
+that this process holds. The wiring calls, around each optimizer step, ``gradient`` (before), ``select`` and ``prepare``
+(after, on the updated latent weights) and ``project`` (what the model gets).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw._budgets import Shape
+from dnw._dormant import Dormant
+from dnw._patterns import Pattern
+from dnw._select import Ranking, top_k_each
+from dnw._shards import Shard
+
+
+@dataclass(eq=False)
+class Layer:
+    """One wired parameter, as a rule sees it.
+
+    Attributes:
+        name: the parameter's name in its model, without the prefixes of wrappers.
+        latent: the dense weights that selection ranks, of the parameter's shape; a rule may write to them in ``select``
+            (growing an edge from zero, say).
+        candidates: mask of the edges that may exist, of the same shape, or None where every entry may.
+        active: mask of the active edges; None before the first selection.
+        grad: the unscaled gradient of this step; None outside a step, where the parameter got none, and in ``select``
+            unless the rule ``selects_by_gradient``.
+        state: what the optimizer keeps for this parameter (momentum and the like).
+        shard: which part of a sharded parameter all these tensors are; None where they are the whole.
+        pattern: which edges stand or fall together; None where each stands for itself.
+        notes: what the rule noted in ``prepare``. It is made anew where a run is resumed, so it need not be stored.
+        step: number of completed optimizer steps when this layer was last projected; 0 before the first.
+        seed: the wiring's seed.
+    """
+
+    name: str
+    latent: Tensor
+    candidates: Tensor | None
+    seed: int
+    active: Tensor | None = None
+    grad: Tensor | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    shard: Shard | None = None
+    pattern: Pattern | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform draws in [0, 1), one per entry: a function of seed, name and step alone.
+
+        Asking twice in a step gives the same draws, so a gradient rule can repeat what the projection drew. They are
+        drawn on the CPU, so that they do not depend on the device or on the rank.
+        """
+        key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+        shape = self.latent.shape if self.shard is None else self.shard.shape
+        return self.cut(torch.rand(shape, generator=generator, dtype=dtype)).to(self.latent.device)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Of a tensor of the whole parameter's shape the part that this process holds."""
+        return whole if self.shard is None else self.shard.cut(whole)
+
+    @property
+    def num_candidates(self) -> int:
+        """How many edges may exist."""
+        return self.latent.numel() if self.candidates is None else int(self.candidates.count_nonzero())
+
+
+@dataclass(eq=False)
+class Pool:
+    """Layers that compete for one budget. Most pools hold one layer.
+
+    Attributes:
+        layers: that compete.
+        k: active edges over all of them. A density schedule changes it.
+        stepped: whether this selection follows a step of the optimizer. It does not where weights were written by hand.
+        budget: active edges in the end, where a density schedule leads to them.
+    """
+
+    layers: list[Layer]
+    k: int
+    stepped: bool = False
+    budget: int = 0
+
+    @property
+    def num_candidates(self) -> int:
+        """How many edges may exist, over all layers."""
+        return sum(x.num_candidates for x in self.layers)
+
+    @property
+    def unit(self) -> int:
+        """How many edges stand or fall together by the layers' pattern."""
+        first = self.layers[0]
+        return 1 if first.pattern is None else first.pattern.unit(tuple(first.latent.shape))
+
+    def ranking(self, scores: Sequence[Tensor], k: int | None = None, among: Sequence[Tensor | None] = ()) -> Ranking:
+        """Scores of the layers, one tensor each, that compete for the budget; what :func:`dnw.top_k_each` takes.
+
+        Args:
+            scores: of the layers' shapes; the layers' patterns are applied to them.
+            k: how many edges to choose; the pool's number by default.
+            among: masks of the entries to choose from; all candidate edges by default.
+        """
+        return ranking(self.layers, scores, self.k if k is None else k, among or [x.candidates for x in self.layers])
+
+
+def ranking(layers: Sequence[Layer], scores: Sequence[Tensor], k: int, among: Sequence[Tensor | None]) -> Ranking:
+    """Scores of some layers that compete for ``k`` edges, as units of the layers' patterns."""
+    patterns = [x.pattern for x in layers]
+    pattern = patterns[0]
+    if pattern is None:
+        shards = [x.shard for x in layers]
+        return Ranking(scores, k, among, shards if shards[0] is not None else ())
+    shapes = [tuple(x.latent.shape) for x in layers]
+    return Ranking(
+        [pattern.scores(score) for score in scores],
+        k // pattern.unit(shapes[0]),
+        [None if mask is None else pattern.units(mask) for mask in among],
+        spread=[partial(pattern.edges, shape=shape) for shape in shapes],
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How active edges are chosen. Subclass it, override what differs, and add the class to ``RULES``.
+
+    A rule of the common kind overrides :meth:`score` alone.
+    """
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the edges are chosen once, when the model is wired, and never again."""
+        return False
+
+    @property
+    def dormant(self) -> Dormant:
+        """What weight decay and momentum do to dormant edges, unless the user says otherwise."""
+        return Dormant()
+
+    @property
+    def redistributes(self) -> bool:
+        """Whether edges move between layers: then all layers are one pool, and begin with what the budget gives each."""
+        return False
+
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether the rule reads the optimizer's momentum."""
+        return False
+
+    def fits(self, pattern: Pattern) -> bool:
+        """Whether the rule's edges may have a pattern."""
+        return True
+
+    @property
+    def settles(self) -> bool:
+        """Whether ``settle`` differs from ``project``, so that a model is evaluated inside ``wiring.settled()`` only."""
+        return type(self).settle is not Rule.settle
+
+    @property
+    def selects_by_gradient(self) -> bool:
+        """Whether ``select`` or ``score`` reads ``layer.grad``, which is kept for them only then."""
+        return False
+
+    def num_edges(self, shape: Shape) -> int | None:
+        """The number of edges of a layer where the rule itself fixes it; None where the budget decides."""
+        return None
+
+    def score(self, layer: Layer) -> Tensor:
+        """The quantity whose largest magnitudes become active, of the shape of the layer. Default: the latent weights."""
+        return layer.latent
+
+    def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
+        """The active edges of each layer of each pool, as boolean masks; exactly ``pool.k`` are true in each pool."""
+        return top_k_each([pool.ranking([self.score(x) for x in pool.layers]) for pool in pools])
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        """Notes in ``layer.notes`` what ``gradient`` and ``project`` need to know of a whole pool; after every selection."""
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        """The gradient that the latent weights get in this step; None leaves it as autograd computed it."""
+        return None
+
+    def project(self, layer: Layer) -> Tensor:
+        """The effective weight that the model trains with. Default: the latent weight on active edges, 0 elsewhere."""
+        assert layer.active is not None
+        return torch.where(layer.active, layer.latent, torch.zeros((), dtype=layer.latent.dtype, device=layer.latent.device))
+
+    def settle(self, layer: Layer) -> Tensor:
+        """The effective weight that the model is evaluated with, where it differs from the one it trains with."""
+        return self.project(layer)
