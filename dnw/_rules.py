@@ -363,14 +363,19 @@ class SparseMomentum(PruneAndGrow):
 
     def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
         unit = pool.unit
-        sums = [torch.stack([_only(x.active, self.growth(x).abs()).sum(), x.active.count_nonzero()]) for x in pool.layers]  # type: ignore[union-attr]
-        sums = [s if x.shard is None else x.shard.sum(s) for s, x in zip(sums, pool.layers, strict=True)]
+        sums = []
+        for x in pool.layers:
+            assert x.active is not None
+            momentum = _only(x.active, self.growth(x).double().abs()).sum()
+            both = torch.stack([momentum, x.active.count_nonzero()])
+            sums.append(both if x.shard is None else x.shard.sum(both))
         momenta, active = (part.tolist() for part in torch.stack(sums).double().unbind(1))
-        stay = [int(n) - int(fraction * n) // unit * unit for n in active]
+        active = [int(n) // unit for n in active]
+        stay = _share_out((pool.k - int(fraction * pool.k)) // unit, active, active)
         means = [m / n if n else 0.0 for m, n in zip(momenta, active, strict=True)]
-        room = [(x.num_candidates - n) // unit for x, n in zip(pool.layers, stay, strict=True)]
-        grown = _share_out(max(0, pool.k - sum(stay)) // unit, means, room)
-        return [([x], n, new * unit) for x, n, new in zip(pool.layers, stay, grown, strict=True)]
+        room = [x.num_candidates // unit - n for x, n in zip(pool.layers, stay, strict=True)]
+        grown = _share_out(pool.k // unit - sum(stay), means, room)
+        return [([x], n * unit, new * unit) for x, n, new in zip(pool.layers, stay, grown, strict=True)]
 
 
 def _share_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ Contract: a schedule is a pure function of the number of completed steps, so tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -49,4 +50,4 @@ class DensitySchedule:
             return k
         first = max(k, int((Decimal(repr(self.initial)) * candidates).to_integral_value(ROUND_HALF_UP)))
         done = max(0, step - self.begin) // self.every * self.every
-        return k + round((first - k) * (1 - done / (self.end - self.begin)) ** self.power)
+        return k + math.floor((first - k) * (1 - done / (self.end - self.begin)) ** self.power + 0.5)

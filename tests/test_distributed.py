@@ -69,9 +69,32 @@ def _ddp(rank: int, rule: dnw.Rule, budget: dict) -> dict:
     return state_of(wiring)
 
 
-@pytest.mark.parametrize("rule", [dnw.DNW(), dnw.RandomGraph(), Dropping()], ids=["dnw", "random", "dropping"])
-def test_ddp_ranks_seeded_differently_hold_the_same_wiring_after_50_steps(rule):
-    assert_equal(*on_processes(2, _ddp, rule, {"density": 0.3}))
+FALLING = dnw.DensitySchedule(end=20, every=3)
+OF_EVERY_KIND = {
+    "dnw": (dnw.DNW(), {"density": 0.3}),
+    "random": (dnw.RandomGraph(), {"density": 0.3}),
+    "dropping": (Dropping(), {"density": 0.3}),
+    "no_update": (dnw.NoUpdate(), {"density": 0.3}),
+    "targeted_dropout": (dnw.TargetedDropout(), {"density": 0.3}),
+    "l1_anneal": (dnw.L1Anneal(), {"density": 0.3, "schedule": FALLING}),
+    "set": (dnw.SET(every=5), {"density": 0.3}),
+    "rigl": (dnw.RigL(every=5), {"density": 0.3}),
+    "rigl_falling": (dnw.RigL(every=5), {"density": dnw.Global(0.3), "schedule": FALLING}),
+    "sparse_momentum": (dnw.SparseMomentum(every=5), {"density": 0.3}),
+    "sr_ste": (dnw.SRSTE(), {"density": 0.3}),
+    "st3": (dnw.ST3(), {"density": dnw.Global(0.3), "schedule": FALLING}),
+    "feather": (dnw.Feather(power=2), {"density": 0.3}),  # its square roots are exact wherever an entry lies in memory
+    "top_kast": (dnw.TopKAST(), {"density": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", list(OF_EVERY_KIND))
+def test_ddp_ranks_seeded_differently_hold_the_same_wiring_after_50_steps(name):
+    assert_equal(*on_processes(2, _ddp, *OF_EVERY_KIND[name]))
+
+
+def test_ddp_with_a_pattern():
+    assert_equal(*on_processes(2, _ddp, dnw.SRSTE(), {"pattern": dnw.NOfM(1, 2), "include": "0.weight"}))
 
 
 def _wired_before_ddp(rank: int, check: bool) -> str:
@@ -312,7 +335,7 @@ OPTIMIZERS = {
 }
 
 
-def _fsdp(rank: int, optimizer: str, rule: dnw.Rule, budget: dict, dormant: dnw.Dormant) -> None:
+def _fsdp(rank: int, optimizer: str, rule: dnw.Rule, budget: dict, dormant: dnw.Dormant | None) -> None:
     """Two processes, each with the same batch: sums and means over two are exact, so everything stays bit-equal."""
     plain, model = net(0), _sharded(net(0))
     plain_optimizer, sharded_optimizer = OPTIMIZERS[optimizer](plain.parameters()), OPTIMIZERS[optimizer](model.parameters())
@@ -354,8 +377,9 @@ PAPER = dnw.Dormant()
         ("adamw", dnw.DNW(), {"density": 0.3}, dnw.Dormant(weight_decay=False, momentum="zero")),
         ("momentum", dnw.RandomGraph(), {"density": 0.3}, PAPER),
         ("adamw", Dropping(), {"density": 0.3}, dnw.Dormant(momentum="hold")),
+        *[("momentum", rule, budget, None) for rule, budget in list(OF_EVERY_KIND.values())[3:]],
     ],
-    ids=["sgd", "momentum-global", "adamw-policy", "random", "dropping"],
+    ids=["sgd", "momentum-global", "adamw-policy", "random", "dropping", *list(OF_EVERY_KIND)[3:]],
 )
 def test_fsdp2_training_equals_that_of_one_process(optimizer, rule, budget, dormant):
     """Each process compares itself with one that trains alone, after every step; a difference on any of them fails here."""

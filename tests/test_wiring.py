@@ -1165,9 +1165,12 @@ def test_an_average_of_every_rule(rule):
         train_steps(model, base, range(step, step + 1))
         average.update_parameters(model)
     wiring.project(average)
+    kept = {n: average.module.get_parameter(n) != 0 for n in wiring}
+    assert sum(int(found.sum()) for found in kept.values()) <= wiring.num_active
     for n, parameter in wiring.items():
-        found = average.module.get_parameter(n) != 0
-        assert int(found.sum()) <= parameter.num_active
+        found = kept[n]
+        if not wiring.rule.redistributes and not isinstance(case(rule).budget.get("density"), dnw.Global):
+            assert int(found.sum()) <= parameter.num_active
         if wiring.rule.fixed:
             assert not found[~parameter.active].any()
 
