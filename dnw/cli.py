@@ -68,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-dir", type=Path, help="where the data lies (default: where it lay)")
     evaluate.set_defaults(run=_eval)
 
+    sweeping = commands.add_parser("sweep", help="train a recipe at several values of a setting", description=_sweep.__doc__)
+    sweeping.add_argument("recipe", help="name of a recipe (dnw recipes) or path of a stored config.json")
+    sweeping.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all runs")
+    sweeping.add_argument("--over", required=True, metavar="key=a,b,c", help="the setting and its values: density=0.1,0.2,0.3")
+    sweeping.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data lies (default: data)")
+    sweeping.add_argument("--out", type=Path, help="directory of the runs (default: runs/sweep-RECIPE)")
+    sweeping.set_defaults(run=_sweep)
+
     results = commands.add_parser("results", help="a Markdown table of runs", description=_results.__doc__)
     results.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run directories")
     results.add_argument("--into", type=Path, metavar="PAGE", help="Markdown page to put the table into instead of printing it")
@@ -95,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
     importing.set_defaults(run=_import)
 
-    for command in (train, resume, evaluate, results, recipes, counting, importing):
+    for command in (train, resume, evaluate, sweeping, results, recipes, counting, importing):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -170,6 +178,26 @@ def _import(parsed: argparse.Namespace) -> None:
 
     path = import_original(parsed.file, _resolve(parsed.recipe, parsed.overrides), data_dir=parsed.data_dir, out=parsed.out)
     _say(f"run: {path}   (dnw eval {path} tests it)")
+
+
+def _sweep(parsed: argparse.Namespace) -> None:
+    """Train a recipe at several values of a setting, each in a run directory of its own, and plot accuracy against it.
+
+    A sweep that was stopped goes on where it was. The plot is accuracy.svg; it needs the plot extra.
+    """
+    config = _resolve(parsed.recipe, parsed.overrides)
+    key, equals, values = parsed.over.partition("=")
+    if not equals:
+        raise ValueError(f"--over {parsed.over}: expected a setting and its values, such as density=0.1,0.2,0.3")
+    _quiet()
+    from dnw.recipes import RECIPES
+    from dnw.train import plot_sweep, results_table, sweep
+
+    out = parsed.out or Path("runs") / f"sweep-{config.recipe}"
+    paths = sweep(config, key, [v for v in values.split(",") if v], data_dir=parsed.data_dir, out=out)
+    _say(results_table(list(paths.values()), RECIPES))
+    plot_sweep(paths, key, out / "accuracy.svg")
+    _say(f"plot: {out / 'accuracy.svg'}")
 
 
 def _results(parsed: argparse.Namespace) -> None:

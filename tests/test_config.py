@@ -39,7 +39,7 @@ def test_overrides():
         ("epochs=many", r"epochs: .*valid integer.*\(given: 'many'\)"),
         ("optim.lr=-1", r"optim.lr: .*greater than 0 \(given: -1\)"),
         ("optim.lr=nan", r"optim.lr: .*\(given: 'nan'\)|finite"),
-        ("rule=dwn", r"rule: .*'dnw', 'random', 'random_original' or 'complete' \(given: 'dwn'\)"),
+        ("rule=dwn", r"rule: .*'dnw', 'no_update', .* or 'top_kast' \(given: 'dwn'\)"),
         ("seeds=0,0", "one or more different whole numbers"),
         ("seeds=-1", "one or more different whole numbers"),
         ("density=2", r"density: .*less than or equal to 1"),

@@ -17,6 +17,7 @@ from dnw.models._original import (
     original_random_graph,
     read_original,
 )
+from dnw.models._resnet import resnet18_cifar, resnet50
 
 __all__ = [
     "STAGES",
@@ -30,6 +31,8 @@ __all__ = [
     "original_num_edges",
     "original_random_graph",
     "read_original",
+    "resnet18_cifar",
+    "resnet50",
     "tiny_cifar10",
     "tiny_cifar10_continuous",
     "tiny_cifar10_discrete",

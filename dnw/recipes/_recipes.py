@@ -115,6 +115,138 @@ def cifar10_mobilenet_x25() -> Config:
     return _variant(cifar10_mobilenet_dnw_x225(), "cifar10_mobilenet_x25", model="mobilenet_v1", width=0.25, rule="complete")
 
 
+def _chain(rule: str, **changes: object) -> Config:
+    return _variant(cifar10_mobilenet_dnw_x225(), f"cifar10_mobilenet_{rule}_x225", rule=rule, **changes)
+
+
+def cifar10_mobilenet_no_update_x225() -> Config:
+    """The same without the update rule: dormant edges get no gradient (published: 86.7 %)."""
+    return _chain("no_update")
+
+
+def cifar10_mobilenet_l1_anneal_x225() -> Config:
+    """The same by an L1 penalty and pruning over the first half (published: 84.3 %; the settings are ours)."""
+    return _chain("l1_anneal", rule_settings={"penalty": 1e-4}, density_schedule={"end": 0.5, "every": 10})
+
+
+def cifar10_mobilenet_targeted_dropout_x225() -> Config:
+    """The same by targeted dropout, rate 0.95 (published: 89.2 %)."""
+    return _chain("targeted_dropout", rule_settings={"rate": 0.95})
+
+
+def cifar10_mobilenet_complete() -> Config:
+    """The complete graph, all edges used: the first stage of the next two."""
+    return _variant(cifar10_mobilenet_dnw_x225(), "cifar10_mobilenet_complete", rule="complete", width=None)
+
+
+def cifar10_mobilenet_lottery_x225() -> Config:
+    """The one-shot lottery ticket of a run of the complete graph: give ticket.run=RUN (published: 87.9 %)."""
+    return _variant(cifar10_mobilenet_dnw_x225(), "cifar10_mobilenet_lottery_x225", rule="ticket")
+
+
+def cifar10_mobilenet_fine_tune_x225() -> Config:
+    """The largest weights of a run of the complete graph, trained on at a learning rate of 0.01: give ticket.run=RUN."""
+    base = cifar10_mobilenet_dnw_x225()
+    optim = base.optim.model_copy(update={"lr": 0.01}).model_dump()
+    return _variant(base, "cifar10_mobilenet_fine_tune_x225", rule="ticket", ticket={"rewind": False}, optim=optim)
+
+
+# --- the field's rules on the same network, budget and schedule ---
+
+
+def cifar10_mobilenet_magnitude_pruning_x225() -> Config:
+    """The same by gradual magnitude pruning: a cubic schedule over the first three quarters."""
+    return _chain("magnitude_pruning", density_schedule={"end": 0.75, "every": 100})
+
+
+def cifar10_mobilenet_set_x225() -> Config:
+    """The same by sparse evolutionary training (SET)."""
+    return _chain("set", rule_settings={"every": 100, "until": 0.75})
+
+
+def cifar10_mobilenet_rigl_x225() -> Config:
+    """The same by RigL."""
+    return _chain("rigl", rule_settings={"every": 100, "until": 0.75})
+
+
+def cifar10_mobilenet_sparse_momentum_x225() -> Config:
+    """The same by sparse momentum (Sparse networks from scratch), which moves edges between the graphs."""
+    return _chain("sparse_momentum", rule_settings={"every": 391, "until": 1.0})
+
+
+def cifar10_mobilenet_sr_ste_x225() -> Config:
+    """The same by the sparse-refined straight-through estimator (SR-STE)."""
+    return _chain("sr_ste")
+
+
+def cifar10_mobilenet_st3_x225() -> Config:
+    """The same by ST-3, with its cubic schedule over the first half."""
+    return _chain("st3", density_schedule={"end": 0.5})
+
+
+def cifar10_mobilenet_feather_x225() -> Config:
+    """The same by Feather, with its cubic schedule over the first half."""
+    return _chain("feather", density_schedule={"end": 0.5})
+
+
+def cifar10_mobilenet_top_kast_x225() -> Config:
+    """The same by Top-KAST, with a backward set of three times as many edges."""
+    return _chain("top_kast", rule_settings={"backward": 3.0})
+
+
+# --- sparse training of ResNets (section 4.4; torchvision's, extra vision) ---
+
+
+def cifar10_resnet18() -> Config:
+    """ResNet-18 for small images on CIFAR-10, dense."""
+    return Config(
+        recipe="cifar10_resnet18",
+        data=_CIFAR10,
+        model="resnet18_cifar",
+        rule="complete",
+        optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, decay_norms=False, schedule="cosine"),
+        epochs=100,
+        batch_size=128,
+    )
+
+
+def cifar10_resnet18_dnw() -> Config:
+    """The same with 10 % of the weights of every layer; dnw sweep cifar10_resnet18_dnw --over density=0.05,0.1,0.2 for more."""
+    return _variant(cifar10_resnet18(), "cifar10_resnet18_dnw", rule="dnw", density=0.1)
+
+
+def imagenet_resnet50() -> Config:
+    """ResNet-50 on ImageNet, dense (published: 77.5 %)."""
+    return Config(
+        recipe="imagenet_resnet50",
+        data=_IMAGENET,
+        model="resnet50",
+        rule="complete",
+        optim=OptimConfig(
+            lr=0.256,
+            momentum=0.875,
+            weight_decay=2**-15,
+            decay_norms=False,
+            label_smoothing=0.1,
+            schedule="cosine",
+            warmup_epochs=5,
+            per_epoch=True,
+        ),
+        epochs=100,
+        batch_size=256,
+    )
+
+
+def imagenet_resnet50_dnw() -> Config:
+    """ResNet-50 with 10 % of the weights of every layer (published: 74.0 %; 20 %: 76.2 %, 30 %: 76.9 %)."""
+    return _variant(imagenet_resnet50(), "imagenet_resnet50_dnw", rule="dnw", density=0.1)
+
+
+def imagenet_resnet50_dnw_first_dense() -> Config:
+    """The same with a dense first layer (published: 75.0 %; 20 %: 76.6 %, 30 %: 77.1 %)."""
+    return _variant(imagenet_resnet50_dnw(), "imagenet_resnet50_dnw_first_dense", dense=("conv1.weight",))
+
+
 # --- ImageNet (section 4.3, table 3) ---
 
 
@@ -166,6 +298,13 @@ _ALL = (
     *(cifar10, cifar10_random, cifar10_random_original),
     *(cifar10_discrete, cifar10_discrete_random, cifar10_continuous, cifar10_continuous_random),
     *(cifar10_mobilenet_dnw_x225, cifar10_mobilenet_random_x225, cifar10_mobilenet_x25),
+    *(cifar10_mobilenet_no_update_x225, cifar10_mobilenet_l1_anneal_x225, cifar10_mobilenet_targeted_dropout_x225),
+    *(cifar10_mobilenet_complete, cifar10_mobilenet_lottery_x225, cifar10_mobilenet_fine_tune_x225),
+    *(cifar10_mobilenet_magnitude_pruning_x225, cifar10_mobilenet_set_x225, cifar10_mobilenet_rigl_x225),
+    *(cifar10_mobilenet_sparse_momentum_x225, cifar10_mobilenet_sr_ste_x225, cifar10_mobilenet_st3_x225),
+    *(cifar10_mobilenet_feather_x225, cifar10_mobilenet_top_kast_x225),
+    *(cifar10_resnet18, cifar10_resnet18_dnw),
+    *(imagenet_resnet50, imagenet_resnet50_dnw, imagenet_resnet50_dnw_first_dense),
     *(imagenet_dnw_x225, imagenet_dnw_x30, imagenet_dnw_x49, imagenet_dnw_small_x15, imagenet_dnw_small_x225),
     *(imagenet_random_x225, imagenet_random_x49),
 )

@@ -27,6 +27,8 @@ _PUBLIC = {
     "evaluate": "dnw.train._loop",
     "resume": "dnw.train._loop",
     "results_table": "dnw.train._results",
+    "plot_sweep": "dnw.train._sweep",
+    "sweep": "dnw.train._sweep",
     "train": "dnw.train._loop",
 }
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from dnw.train._run import EpochMetrics as EpochMetrics
     from dnw.train._run import RunDirectory as RunDirectory
     from dnw.train._run import TrainingStoppedError as TrainingStoppedError
+    from dnw.train._sweep import plot_sweep as plot_sweep
+    from dnw.train._sweep import sweep as sweep
 
 
 def __getattr__(name: str) -> Any:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dnw._budgets import Global
 from dnw._parameters import unwrap_model
+from dnw._patterns import Blocks, Channels, NOfM, Pattern
+from dnw._rule import Rule
 from dnw._rules import RULES, Complete, Frozen
+from dnw._schedules import DensitySchedule
 from dnw._wire import wire
 from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
@@ -18,13 +24,15 @@ from dnw.models import (
     GraphChain,
     mobilenet_v1,
     original_random_graph,
+    resnet18_cifar,
+    resnet50,
     tiny_cifar10,
     tiny_cifar10_continuous,
     tiny_cifar10_discrete,
     tiny_digits,
     tiny_mnist,
 )
-from dnw.train._config import Config
+from dnw.train._config import RULE_SETTINGS, Config
 
 MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "tiny_digits": lambda c, classes: tiny_digits(classes),
@@ -41,6 +49,8 @@ MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
         classes, image_stride=_image_stride(c), learned_classifier=True, rank_all_entries=c.rank_all_entries
     ),
     "mobilenet_v1": lambda c, classes: mobilenet_v1(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
+    "resnet18_cifar": lambda c, classes: resnet18_cifar(classes),
+    "resnet50": lambda c, classes: resnet50(classes),
 }
 
 
@@ -90,6 +100,11 @@ def make_batches(config: Config, data: ImageData, device: torch.device, rank: in
     )
 
 
+def num_steps(config: Config, batches: Batches) -> int:
+    """Optimizer steps of a whole run."""
+    return config.epochs * batches.num_batches
+
+
 def make_model(config: Config, num_classes: int) -> nn.Module:
     """The network, freshly initialised by the config's seed."""
     torch.manual_seed(config.seeds[0])
@@ -112,7 +127,8 @@ def check_fit(config: Config, data: ImageData) -> None:
         raise ValueError(f"model={config.model} does not take images of {shape} ({str(error).splitlines()[0]})") from None
     for rule in filter(None, (config.rule, config.baseline)):
         one = config.model_copy(update={"rule": rule, "baseline": None})
-        wiring = wire_model(one, model, torch.optim.SGD(model.parameters(), lr=1.0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=config.optim.momentum)
+        wiring = wire_model(one, model, optimizer, num_steps(config, batches))
         live, nodes = num_live_nodes(model, wiring)
         if wiring.rule.fixed and nodes and not live:
             raise ValueError(
@@ -122,18 +138,63 @@ def check_fit(config: Config, data: ImageData) -> None:
         wiring.remove("latent")
 
 
-def wire_model(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Wiring:
-    """Wires a model, wrapped or not, by the rule and with the budget of a config."""
-    inner, seed = unwrap_model(model), config.seeds[0]
+def wire_model(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int | None = None,
+    edges: Mapping[str, Tensor] | None = None,
+) -> Wiring:
+    """Wires a model, wrapped or not, by the rule and with the budget of a config.
+
+    Args:
+        config: of the run.
+        model, optimizer: to wire.
+        steps: of the whole run, of which schedules take their share; without it the budget holds from the start.
+        edges: of rule ticket; without them the largest weights are taken.
+    """
+    seed = config.seeds[0]
+    common: dict[str, Any] = {"seed": seed, "exclude": config.dense}
     if config.rule == "complete":
-        return wire(model, optimizer, rule=Complete(), seed=seed)
+        return wire(model, optimizer, rule=Complete(), **common)
     if config.rule == "random_original":
         assert config.num_edges is not None
         edges = {"graph.weight": original_random_graph(config.num_edges, seed)}
-        return wire(model, optimizer, rule=Frozen(edges), seed=seed)
-    rule = RULES[config.rule]()
+    if edges is not None:
+        return wire(model, optimizer, rule=Frozen(dict(edges)), include=list(edges), seed=seed)
+    common |= {"rule": _rule(config, steps), "pattern": _pattern(config.pattern), "schedule": _schedule(config, steps)}
+    inner = unwrap_model(model)
     if isinstance(inner, GraphChain) and config.width is not None:
         budget = inner.num_edges(config.width)
         density: dict[str, float] = {"classifier.weight": config.width} if inner.classifier.bias is None else {}
-        return wire(model, optimizer, density, num_edges=budget, include=[*budget, *density], rule=rule, seed=seed)
-    return wire(model, optimizer, config.density, num_edges=config.num_edges, rule=rule, seed=seed)
+        return wire(model, optimizer, density, num_edges=budget, include=[*budget, *density], **common)
+    of_all = Global(config.density) if config.shared_budget and config.density is not None else config.density
+    return wire(model, optimizer, of_all, num_edges=config.num_edges, **common)
+
+
+def _rule(config: Config, steps: int | None) -> Rule:
+    name = "dnw" if config.rule == "ticket" else config.rule
+    settings = {
+        k: v for k, v in config.rule_settings.model_dump().items() if v is not None and k in RULE_SETTINGS.get(name, ())
+    }
+    if "until" in settings:
+        settings["until"] = None if steps is None else max(1, round(settings["until"] * steps))
+    return RULES[name](**settings)
+
+
+def _schedule(config: Config, steps: int | None) -> DensitySchedule | None:
+    chosen = config.density_schedule
+    if chosen.end is None or steps is None or RULES[config.rule]().fixed:
+        return None
+    end = max(1, round(chosen.end * steps))
+    begin = min(end - 1, round(chosen.begin * steps))
+    return DensitySchedule(end, begin=begin, every=chosen.every, initial=chosen.initial, power=chosen.power)
+
+
+def _pattern(text: str | None) -> Pattern | None:
+    if text is None:
+        return None
+    if text == "channels":
+        return Channels()
+    first, second = map(int, re.split("[:x]", text))
+    return NOfM(first, second) if ":" in text else Blocks(first, second)

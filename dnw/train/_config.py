@@ -14,7 +14,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dnw._checks import did_you_mean
 
-RuleName = Literal["dnw", "random", "random_original", "complete"]
+RuleName = Literal[
+    "dnw",
+    "no_update",
+    "targeted_dropout",
+    "magnitude_pruning",
+    "l1_anneal",
+    "ticket",
+    "random",
+    "random_original",
+    "complete",
+    "set",
+    "rigl",
+    "sparse_momentum",
+    "sr_ste",
+    "st3",
+    "feather",
+    "top_kast",
+]
+RULE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "targeted_dropout": ("rate",),
+    "l1_anneal": ("penalty",),
+    "set": ("every", "fraction", "until"),
+    "rigl": ("every", "fraction", "until"),
+    "sparse_momentum": ("every", "fraction", "until"),
+    "sr_ste": ("decay",),
+    "st3": ("rescale",),
+    "feather": ("power", "dormant_gradient"),
+    "top_kast": ("backward", "penalty"),
+}
+"""What can be set of each rule; the others have no settings."""
 ModelName = Literal[
     "tiny_digits",
     "tiny_mnist",
@@ -24,6 +53,8 @@ ModelName = Literal[
     "mobilenet_v1_graphs",
     "mobilenet_v1_graphs_small",
     "mobilenet_v1",
+    "resnet18_cifar",
+    "resnet50",
 ]
 MODEL_NAMES: tuple[str, ...] = get_args(ModelName)
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
@@ -58,6 +89,10 @@ class OptimConfig(_Frozen):
     lr: float = Field(default=0.1, gt=0, description="learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
+    decay_norms: bool = Field(default=True, description="weight decay on norms and biases, too")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    warmup_epochs: int = Field(default=0, ge=0, description="epochs at the beginning over which the rate rises")
+    per_epoch: bool = Field(default=False, description="set the rate once an epoch instead of at every step")
     schedule: Literal["constant", "steps", "cosine"] = "steps"
     milestones: tuple[float, ...] = Field(default=(0.5, 0.75), description="shares of the run at which 'steps' lowers the rate")
     factor: float = Field(default=0.1, gt=0, lt=1, description="what 'steps' multiplies the rate with")
@@ -73,12 +108,55 @@ class OptimConfig(_Frozen):
         """The learning rate after ``epoch`` (a fraction counts) of ``epochs`` epochs."""
         import math
 
-        done = epoch / epochs
+        epoch = int(epoch) if self.per_epoch else epoch
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + 1 if self.per_epoch else epoch) / self.warmup_epochs
+        done = (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs)
         if self.schedule == "constant":
             return self.lr
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * done))
         return self.lr * self.factor ** sum(done >= m for m in self.milestones)
+
+
+class RuleConfig(_Frozen):
+    """Settings of the run's rule; what is null is the rule's own default."""
+
+    every: int | None = Field(default=None, ge=1, description="steps between two exchanges of edges")
+    fraction: float | None = Field(default=None, ge=0, le=1, description="share of the edges that is exchanged")
+    until: float | None = Field(default=None, gt=0, le=1, description="share of the run after which none are exchanged")
+    rate: float | None = Field(default=None, ge=0, le=1, description="with which dormant edges are dropped")
+    penalty: float | None = Field(default=None, ge=0, description="factor of the penalty on weights")
+    decay: float | None = Field(default=None, ge=0, description="of dormant edges, beside weight decay")
+    rescale: bool | None = Field(default=None, description="scale shrunk weights up")
+    power: float | None = Field(default=None, ge=1, description="of the threshold")
+    dormant_gradient: float | None = Field(default=None, ge=0, le=1, description="factor of dormant edges' gradient")
+    backward: float | None = Field(default=None, ge=1, description="edges that get a gradient, as a multiple of the active")
+
+
+class DensityConfig(_Frozen):
+    """How the number of active edges falls to the budget over the run; it is constant where ``end`` is null."""
+
+    end: float | None = Field(default=None, gt=0, description="share of the run after which the budget is reached")
+    begin: float = Field(default=0.0, ge=0, description="share of the run after which the number begins to fall")
+    every: int = Field(default=1, ge=1, description="steps between two changes")
+    initial: float = Field(default=1.0, gt=0, le=1, description="density before")
+    power: float = Field(default=3.0, gt=0, description="3 for the cubic schedule, 1 for a linear one")
+
+    @model_validator(mode="after")
+    def _within(self) -> DensityConfig:
+        if self.end is not None and self.end > 1:
+            raise ValueError(f"end={self.end:g}: the schedule ends after training does; give a share of the run from 0 to 1")
+        if self.end is not None and self.begin >= self.end:
+            raise ValueError(f"begin={self.begin:g} is not before end={self.end:g}")
+        return self
+
+
+class TicketConfig(_Frozen):
+    """Where rule ticket takes its edges from: the largest weights at the end of a run of rule complete."""
+
+    run: str | None = Field(default=None, description="run directory of the first stage")
+    rewind: bool = Field(default=True, description="start from that run's first weights (lottery ticket), not its last")
 
 
 class Config(_Frozen):
@@ -100,6 +178,16 @@ class Config(_Frozen):
         default=False, description="entries that a graph never reads compete, as in the authors' code"
     )
     rule: RuleName = Field(default="dnw", description="how active edges are chosen")
+    rule_settings: RuleConfig = RuleConfig()
+    density_schedule: DensityConfig = DensityConfig()
+    pattern: str | None = Field(
+        default=None,
+        pattern=r"^([1-9]\d*:[1-9]\d*|[1-9]\d*x[1-9]\d*|channels)$",
+        description="which edges stand or fall together: 2:4, blocks such as 4x4, or channels",
+    )
+    ticket: TicketConfig = TicketConfig()
+    dense: tuple[str, ...] = Field(default=(), description="name patterns of parameters that stay dense")
+    shared_budget: bool = Field(default=False, description="all layers compete for one budget")
     num_edges: int | None = Field(default=None, ge=1, description="active edges of each graph")
     density: float | None = Field(default=None, gt=0, le=1, description="share of the candidate edges that is active")
     baseline: RuleName | None = Field(default=None, description="a second rule that runs beside, on the same budget")
@@ -127,6 +215,10 @@ class Config(_Frozen):
     @model_validator(mode="after")
     def _budget(self) -> Config:
         rules = {self.rule, self.baseline} - {None, "complete"}
+        if self.pattern is not None and ":" in self.pattern:
+            if self.num_edges is not None or self.density is not None:
+                raise ValueError(f"pattern={self.pattern} fixes the number of edges; leave num_edges and density out")
+            rules = set()
         is_chain = self.model.startswith("mobilenet_v1_graphs")
         budgets = [self.num_edges, self.density, *([self.width] if is_chain else [])]
         if rules and sum(b is not None for b in budgets) != 1:
@@ -139,10 +231,24 @@ class Config(_Frozen):
             raise ValueError(f"width={self.width}: model={self.model} has no width")
         if is_chain and self.width is not None and self.width > 1:
             raise ValueError(f"width={self.width}: the budget of a chain of graphs is that of a width from 0 to 1")
+        for key, value in self.rule_settings.model_dump().items():
+            if value is not None and key not in RULE_SETTINGS.get(self.rule, ()):
+                allowed = ", ".join(RULE_SETTINGS.get(self.rule, ())) or "none"
+                raise ValueError(f"rule_settings.{key}={value}: rule={self.rule} has no such setting; it has {allowed}")
+        if self.density_schedule.end is not None and self.rule in ("random", "random_original", "complete", "ticket"):
+            raise ValueError(f"density_schedule: rule={self.rule} never changes its edges, so it has no schedule")
+        if (self.rule == "ticket") != (self.ticket.run is not None) and self.ticket.run is not None:
+            raise ValueError(f"ticket.run={self.ticket.run}: rule={self.rule} takes no ticket; rule=ticket does")
+        if self.shared_budget and (self.density is None or is_chain):
+            raise ValueError("shared_budget=true: needs density, and no chain of graphs")
+        if self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs}: the run has {self.epochs} epochs; give fewer")
         if "random_original" in rules and not (self.model == "tiny_cifar10" and self.rank_all_entries and self.num_edges):
             raise ValueError("rule random_original is for model=tiny_cifar10 with rank_all_entries=true and num_edges")
         if self.batch_size < self.processes:
             raise ValueError(f"batch_size={self.batch_size}: {self.processes} processes need at least one image each per step")
+        if self.baseline == "ticket":
+            raise ValueError("baseline=ticket: a ticket is drawn from another run; train it by itself")
         if self.baseline == self.rule:
             raise ValueError(f"baseline={self.baseline}: is the rule of the run itself; name another, or null for none")
         return self

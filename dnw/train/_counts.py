@@ -11,6 +11,7 @@ from dnw.count import Count, count
 from dnw.train._build import make_model, wire_model
 from dnw.train._config import Config
 from dnw.train._run import RunDirectory, read_checkpoint
+from dnw.train._ticket import edges_of_ticket
 
 
 def count_config(config: Config, input_size: tuple[int, int, int] | None = None, num_classes: int | None = None) -> Count:
@@ -39,7 +40,8 @@ def count_run(path: Path, input_size: tuple[int, int, int] | None = None) -> Cou
     heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
     model = make_model(config, heads[-1].shape[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=config.optim.momentum)
-    wiring = wire_model(config, model, optimizer)
+    steps = content["step"] * config.epochs // content["epoch"] if content["epoch"] else None
+    wiring = wire_model(config, model, optimizer, steps, edges_of_ticket(member.path))
     try:
         optimizer.load_state_dict(content["optimizer"])
         model.load_state_dict(content["model"])
@@ -50,7 +52,7 @@ def count_run(path: Path, input_size: tuple[int, int, int] | None = None) -> Cou
 
 def _fresh(config: Config, num_classes: int | None) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     model = make_model(config, num_classes or (1000 if config.data.name == "folder" else 10))
-    wiring = wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    wiring = wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0, momentum=config.optim.momentum))
     return model, {name: wiring[name].active for name in wiring}
 
 

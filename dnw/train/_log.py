@@ -47,7 +47,7 @@ class Log:
         """A line per rule: accuracy at the best and at the last epoch, over seeds."""
         for rule in dict.fromkeys(rule for rule, _, _ in runs):
             metrics = [m for r, _, m in runs if r == rule]
-            best = [max(x.top1 for x in m) for m in metrics]
+            best = [max(x.top1 for x in m if x.active == m[-1].active) for m in metrics]
             last = [m[-1].top1 for m in metrics]
             seeds = f"  ({len(metrics)} seeds)" if len(metrics) > 1 else ""
             self.line(f"{rule:>10}: test accuracy {_mean(last)} at the last epoch, {_mean(best)} at the best{seeds}")

@@ -20,10 +20,11 @@ from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
 from dnw.data import Batches
 from dnw.graphs import ContinuousTimeGraph
-from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, wire_model
-from dnw.train._config import Config
+from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, num_steps, wire_model
+from dnw.train._config import Config, OptimConfig
 from dnw.train._log import Log
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
+from dnw.train._ticket import draw_ticket, edges_of_ticket, keep_ticket
 from dnw.view import SnapshotWriter
 
 _STEPS_BETWEEN_CHECKS = 50
@@ -60,6 +61,8 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     """
     data = load_data(config, data_dir)
     check_fit(config, data)
+    if config.rule == "ticket":
+        draw_ticket(config.model_copy(update={"seeds": config.seeds[:1]}), len(data[0].classes))  # before anything is written
     fabric = _launch(config)
     path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
     run = RunDirectory(fabric.broadcast(path))
@@ -99,9 +102,10 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
         for checkpoint in (member.best, member.last):
             if not checkpoint.exists():
                 raise ValueError(f"{member.path}: no {checkpoint.name} yet; dnw resume {path} trains on")
-            state = _State(one, fabric, len(data[0].classes))
+            batches = make_batches(one, data, fabric.device, 0, 1)
+            state = _State(one, fabric, len(data[0].classes), num_steps(one, batches), member)
             content = state.load(checkpoint)
-            top1, top5, _ = _test(fabric, state, make_batches(one, data, fabric.device, 0, 1))
+            top1, top5, _ = _test(fabric, state, batches)
             scores.append(Scores(member.path, one.rule, one.seeds[0], checkpoint.stem, content["epoch"], top1, top5))
     return scores
 
@@ -109,14 +113,13 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
 class _State:
     """A model with its optimizer and its wiring, as a run trains them."""
 
-    def __init__(self, config: Config, fabric: Fabric, num_classes: int) -> None:
+    def __init__(self, config: Config, fabric: Fabric, num_classes: int, steps: int, run: RunDirectory) -> None:
         self.model = make_model(config, num_classes)
+        edges = edges_of_ticket(run.path, self.model)
         optim = config.optim
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
+        self.optimizer = torch.optim.SGD(_groups(self.model, optim), lr=optim.lr, momentum=optim.momentum)
         self.wrapped_model, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
-        self.wiring = wire_model(config, self.wrapped_model, self.wrapped_optimizer)
+        self.wiring = wire_model(config, self.wrapped_model, self.wrapped_optimizer, steps, edges)
 
     def save(self, path: Path, epoch: int, step: int) -> None:
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -130,6 +133,17 @@ class _State:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
         return content
+
+
+def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters in one group, or in two where norms and biases do not decay."""
+    if optim.decay_norms:
+        return [{"params": list(model.parameters()), "weight_decay": optim.weight_decay}]
+    plain = [p for p in model.parameters() if p.ndim > 1]
+    return [
+        {"params": plain, "weight_decay": optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def _launch(config: Config) -> Fabric:
@@ -162,6 +176,8 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
         for member, config in members:
             if fabric.is_global_zero and not (member.path / "config.json").exists():
                 member.start(config, data_dir)
+            if fabric.is_global_zero:
+                keep_ticket(member.path, config, len(data[0].classes))
             fabric.barrier()
             batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
             _train_one(config, fabric, member, batches, data, log)
@@ -174,7 +190,7 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
 
 
 def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log) -> None:
-    state = _State(config, fabric, len(data[0].classes))
+    state = _State(config, fabric, len(data[0].classes), num_steps(config, batches), run)
     model, optimizer, wiring = state.wrapped_model, state.wrapped_optimizer, state.wiring
     (seed,) = config.seeds
     done = step = 0
@@ -186,6 +202,8 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         return
     log.start(config, run.path, wiring.summary(), done)
     writer = SnapshotWriter(run.snapshots, step) if fabric.is_global_zero else None
+    if writer and step == 0 and config.rule == "complete":
+        write_checkpoint(run.first, {"model": state.model.state_dict()})
     if writer and step == 0:
         writer.write(wiring, 0, 0.0)
     early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
@@ -204,7 +222,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 logits = model(images)
-                loss = F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
                 optimizer.zero_grad()
                 fabric.backward(loss)
                 optimizer.step()
@@ -238,7 +256,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
             evaluations=_evaluations_per_pass(solves_before, _solves(state.model)),
             seconds=round(time.perf_counter() - started, 3),
         )
-        is_best = all(top1 > m.top1 for m in metrics)
+        is_best = all(top1 > m.top1 for m in metrics if m.active <= wiring.num_active)  # before a schedule's end none counts
         metrics.append(epoch_metrics)
         if writer:
             writer.write(wiring, step, epoch + 1.0)

@@ -57,7 +57,7 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
             str(config.epochs),
             ", ".join(map(str, sorted(one.seeds[0] for _, one, _ in runs))),
             _accuracy([end.top1 for end in ends]),
-            _accuracy([max(m.top1 for m in metrics) for _, _, metrics in runs]),
+            _accuracy([max(m.top1 for m in metrics if m.active == metrics[-1].active) for _, _, metrics in runs]),
             f"{ends[0].active:,}",
             f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}",
             f"{statistics.median(m.seconds for _, _, metrics in runs for m in metrics):.0f}",

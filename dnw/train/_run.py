@@ -80,6 +80,11 @@ class RunDirectory:
         return self.path / "best.pt"
 
     @property
+    def first(self) -> Path:
+        """The weights that a run of rule complete begins with; a lottery ticket is rewound to them."""
+        return self.path / "first.pt"
+
+    @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
 

@@ -1,0 +1,110 @@
+"""A sweep: one recipe at several values of one setting, as runs side by side, with a plot of accuracy against it.
+
+Contract: each value has a run directory of its own, so a sweep that was stopped goes on where it was, and more values can be
+added later.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dnw._files import write_whole
+from dnw.train._config import Config, override
+from dnw.train._log import Log
+from dnw.train._loop import resume, train
+from dnw.train._run import RunDirectory
+
+
+def sweep(
+    config: Config, key: str, values: Sequence[str], *, data_dir: Path, out: Path, log: Log | None = None
+) -> dict[str, Path]:
+    """Trains a config at every value of one setting; runs that are there already are continued.
+
+    Args:
+        config: what to run.
+        key: the setting, such as ``density`` or ``rule``.
+        values: as they are written on the command line.
+        data_dir: where the data lies.
+        out: directory of the runs, ``<key>-<value>`` each.
+        log: where progress is shown.
+
+    Returns:
+        The run directories by value.
+
+    Raises:
+        ValueError: a value that is not allowed (nothing has been trained then), or a run that is there with other settings.
+    """
+    if len(set(values)) != len(values) or not values:
+        raise ValueError(f"--over {key}={','.join(values)}: give one or more different values")
+    configs = {value: override(config, [f"{key}={value}"]) for value in values}
+    paths = {value: out / f"{key}-{value}" for value in values}
+    for value, path in paths.items():
+        if (path / "config.json").exists() and RunDirectory(path).config() != configs[value]:
+            raise ValueError(f"{path}: a run with other settings is there already; name another directory with --out")
+    for value, path in paths.items():
+        if (path / "config.json").exists():
+            resume(path, data_dir=data_dir, log=log)
+        else:
+            train(configs[value], data_dir=data_dir, out=path, log=log)
+    return paths
+
+
+def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
+    """Plots test accuracy after the last epoch against the setting, with the range over seeds, as SVG, PDF or PNG.
+
+    Values that are numbers lie on a logarithmic axis; others stand side by side.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra ``plot``).
+        ValueError: runs that are not finished.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("matplotlib is not installed; install the plot extra: pip install 'dnw[plot]'")
+    from matplotlib.figure import Figure
+
+    accuracies: dict[str, dict[str, list[float]]] = {}
+    for value, path in paths.items():
+        for member, config in RunDirectory(path).members():
+            metrics = member.metrics()
+            if len(metrics) < config.epochs:
+                raise ValueError(f"{member.path}: not finished; the sweep continues it")
+            curve = "" if key == "rule" else str(config.rule)
+            accuracies.setdefault(curve, {}).setdefault(value, []).append(100 * metrics[-1].top1)
+    numbers = [_number(value) for value in paths]
+    numeric = min(numbers) > 0
+    at = numbers if numeric else list(range(len(numbers)))
+    place = dict(zip(paths, at, strict=True))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for curve, found in accuracies.items():
+        means = [statistics.mean(runs) for runs in found.values()]
+        below = [mean - min(runs) for mean, runs in zip(means, found.values(), strict=True)]
+        above = [max(runs) - mean for mean, runs in zip(means, found.values(), strict=True)]
+        style = "-" if numeric else ""
+        axes.errorbar([place[v] for v in found], means, [below, above], marker="o", linestyle=style, capsize=3, label=curve)
+    if numeric:
+        axes.set_xscale("log")
+    axes.set_xticks(at, list(paths), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("density (share of the weights that is kept)" if key == "density" else key)
+    axes.set_ylabel("test accuracy after the last epoch, %")
+    axes.grid(alpha=0.3)
+    if len(accuracies) > 1:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format=file.suffix.removeprefix(".") or "svg", metadata={"Date": None} if file.suffix == ".svg" else None
+    )
+    write_whole(file, buffer.getvalue())
+
+
+def _number(text: str) -> float:
+    """A value as a number above 0; -1 where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0

@@ -1,0 +1,239 @@
+"""Rules in runs: settings, schedules over a run, tickets of two stages, ResNets, sweeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+import dnw
+from dnw.cli import main
+from dnw.models import resnet18_cifar, resnet50
+from dnw.recipes import RECIPES, digits
+from dnw.train import RunDirectory, count_config, count_run, evaluate, override, plot_sweep, resume, sweep, train
+from dnw.train._build import wire_model
+from dnw.train._config import RULE_SETTINGS, OptimConfig
+from dnw.train._run import read_checkpoint
+
+SHORT = ("epochs=3", "baseline=null", "first_epoch_snapshots=0")
+VARIANTS = {
+    "no_update": (),
+    "targeted_dropout": ("rule_settings.rate=0.8",),
+    "magnitude_pruning": ("density_schedule.end=0.7",),
+    "l1_anneal": ("density_schedule.end=0.7", "rule_settings.penalty=0.001"),
+    "set": ("rule_settings.every=5",),
+    "rigl": ("rule_settings.every=5", "rule_settings.until=0.75"),
+    "sparse_momentum": ("rule_settings.every=10",),
+    "sr_ste": (),
+    "st3": ("density_schedule.end=0.5",),
+    "feather": ("density_schedule.end=0.5", "rule_settings.power=2"),
+    "top_kast": ("rule_settings.backward=3",),
+}
+
+
+def same_tensors(a: object, b: object) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# --- settings ---
+
+
+def test_settings_of_the_config_are_those_of_the_rules():
+    for name, rule in dnw.RULES.items():
+        fields = tuple(f.name for f in dataclasses.fields(rule) if f.name != "edges")
+        assert set(RULE_SETTINGS.get(name, ())) == set(fields), name
+
+
+@pytest.mark.parametrize("rule", list(VARIANTS))
+def test_a_run_of_every_rule_ends_with_its_budget_and_resumes_exactly(rule, tmp_path):
+    config = override(digits(), [*SHORT, f"rule={rule}", *VARIANTS[rule]])
+    whole = train(config, data_dir=tmp_path, out=tmp_path / "whole")
+    metrics = RunDirectory(whole).metrics()
+    assert metrics[-1].active == 100
+    if "density_schedule" in "".join(VARIANTS[rule]):
+        assert metrics[0].active > 100
+    best = RunDirectory(whole).best
+    assert read_checkpoint(best)["epoch"] in [m.epoch for m in metrics if m.active == 100]
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "snapshots")
+    (part / "last.pt").unlink()
+    (part / "metrics.jsonl").unlink()
+    stopped = RunDirectory(part)
+    two = train(override(config, ["epochs=2"]), data_dir=tmp_path, out=tmp_path / "two")  # another schedule: not resumed from
+    assert RunDirectory(two).metrics()[-1].active == 100
+    resume(stopped.path, data_dir=tmp_path)
+    assert same_tensors(read_checkpoint(stopped.last), read_checkpoint(RunDirectory(whole).last))
+    (score, last) = evaluate(whole)
+    assert last.top1 == metrics[-1].top1
+    assert (
+        count_run(whole).active < count_config(override(digits(), ["rule=complete", "num_edges=null", "baseline=null"])).active
+    )
+
+
+@pytest.mark.parametrize("rule", ["rigl", "st3", "targeted_dropout", "sparse_momentum", "l1_anneal"])
+def test_a_run_that_is_killed_between_epochs_resumes_exactly(rule, tmp_path):
+    config = override(digits(), [*SHORT, f"rule={rule}", *VARIANTS[rule]])
+    whole = RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / "whole"))
+    from dnw.train import _loop
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    part, check = RunDirectory(tmp_path / "part"), _loop._check_agreement
+    try:
+        _loop._check_agreement = lambda fabric, wiring, epoch: stop() if epoch == 2 else None
+        with pytest.raises(KeyboardInterrupt):
+            train(config, data_dir=tmp_path, out=part.path)
+    finally:
+        _loop._check_agreement = check
+    assert len(part.metrics()) == 2
+    resume(part.path)
+    assert same_tensors(read_checkpoint(part.last), read_checkpoint(whole.last))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["density_schedule.end=1.5"], "density_schedule: end=1.5: the schedule ends after training does"),
+        (["density_schedule.end=0.5", "density_schedule.begin=0.6"], "begin=0.6 is not before end=0.5"),
+        (["rule=rigl", "rule_settings.rate=0.5"], "rule_settings.rate=0.5: rule=rigl has no such setting; it has every, frac"),
+        (["rule=dnw", "rule_settings.every=5"], "rule=dnw has no such setting; it has none"),
+        (["rule=random", "baseline=null", "density_schedule.end=0.5"], "rule=random never changes its edges"),
+        (["ticket.run=x"], "rule=dnw takes no ticket"),
+        (["baseline=ticket"], "baseline=ticket: a ticket is drawn from another run"),
+        (["pattern=2-4"], "pattern: .*2-4"),
+        (["pattern=2:4"], "pattern=2:4 fixes the number of edges"),
+        (["shared_budget=true"], "shared_budget=true: needs density"),
+        (["optim.warmup_epochs=60"], "optim.warmup_epochs=60: the run has 60 epochs"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        override(digits(), changes)
+
+
+def test_a_pattern_that_does_not_fit_is_one_line(tmp_path, capsys):
+    assert main(["train", "digits", "baseline=null", "pattern=2:4", "num_edges=null", "--out", str(tmp_path / "run")]) == 1
+    assert "entries that are no candidate edges" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rates_of_the_resnet_recipe():
+    optim = RECIPES["imagenet_resnet50"]().optim
+    rates = [optim.lr_at(epoch + 0.5, 100) for epoch in range(100)]
+    assert rates[:5] == pytest.approx([0.256 * (e + 1) / 5 for e in range(5)])
+    assert rates[5] == pytest.approx(0.256)
+    assert rates[52] == pytest.approx(0.256 / 2, rel=0.03)
+    assert rates[99] < 1e-3
+    assert OptimConfig(lr=1, warmup_epochs=2, schedule="constant").lr_at(0.5, 10) == 0.25
+
+
+# --- tickets ---
+
+
+def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path, capsys):
+    first = override(digits(), [*SHORT, "rule=complete", "num_edges=null"])
+    stage_one = RunDirectory(train(first, data_dir=tmp_path, out=tmp_path / "complete"))
+    begun, ended = torch.load(stage_one.first, weights_only=True)["model"], read_checkpoint(stage_one.last)["model"]
+    for rewind, expected in ((True, begun), (False, ended)):
+        config = override(
+            digits(), [*SHORT, "rule=ticket", f"ticket.run={stage_one.path}", f"ticket.rewind={str(rewind).lower()}"]
+        )
+        run = RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / f"ticket-{rewind}"))
+        ticket = torch.load(run.path / "ticket.pt", weights_only=True)
+        (mask,) = ticket["edges"].values()
+        assert same_tensors(ticket["model"], expected)
+        assert [m.active for m in run.metrics()] == [100] * 3
+        assert [m.entered for m in run.metrics()] == [0] * 3
+        weight = ended["graph.weight"].abs()
+        candidates = dnw.models.tiny_digits().graph.edge_candidates()["weight"]
+        assert weight[mask].min() >= weight[candidates & ~mask].max()
+    shutil.rmtree(stage_one.path)  # the second stage does not need the first any more
+    assert evaluate(run.path)[1].top1 == run.metrics()[-1].top1
+    assert count_run(run.path).active > 100
+    capsys.readouterr()
+    assert main(["train", "digits", "rule=ticket", "baseline=null", "--out", str(tmp_path / "none")]) == 1
+    assert "rule=ticket needs the run directory of its first stage" in capsys.readouterr().err
+    config = override(digits(), [*SHORT, "rule=ticket", f"ticket.run={run.path}"])
+    with pytest.raises(ValueError, match="a ticket is drawn from a run of rule=complete, and there is none in it"):
+        train(config, data_dir=tmp_path, out=tmp_path / "none")
+    with pytest.raises(ValueError, match="not a run directory"):
+        train(override(config, ["ticket.run=nowhere"]), data_dir=tmp_path, out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+# --- ResNets ---
+
+
+@pytest.mark.parametrize(("make", "size", "stem"), [(resnet18_cifar, 32, 1_728), (resnet50, 64, 9_408)])
+def test_resnets_with_every_weight_sparse(make, size, stem):
+    torch.manual_seed(0)
+    model = make(10).eval()
+    assert model.fc.bias is None
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, optimizer, density=0.1)
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    assert list(wiring) == [f"{n}.weight" for n in [*convolutions, "fc"]]
+    assert wiring["conv1.weight"].num_candidates == stem
+    assert all(p.num_active == dnw.num_edges(0.1, p.num_candidates) for p in wiring.values())
+    wiring.remove("latent")
+    fan_in = model.layer2[0].conv1.weight[0].numel()
+    assert model.layer2[0].conv1.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+
+
+def test_the_resnet_recipes():
+    assert 25.5e6 < count_config(RECIPES["imagenet_resnet50"]()).parameters < 25.6e6
+    config = RECIPES["imagenet_resnet50_dnw_first_dense"]()
+    model = resnet50()
+    wiring = wire_model(config, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert "conv1.weight" not in wiring
+    assert len(wiring) == 53
+    found = count_config(override(RECIPES["cifar10_resnet18_dnw"](), ["density=0.05", "shared_budget=true"]))
+    assert found.active < 0.06 * found.parameters
+
+
+def test_without_torchvision_the_extra_is_named(monkeypatch, capsys):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["count", "resnet50"]) == 1
+    assert "pip install 'dnw[vision]'" in capsys.readouterr().err
+
+
+# --- sweeps ---
+
+
+def test_sweep_trains_side_by_side_goes_on_and_plots(tmp_path, capsys):
+    arguments = ["sweep", "digits", *SHORT[1:], "epochs=1", "num_edges=null", "density=0.5", "--out", str(tmp_path / "sweep")]
+    assert main([*arguments, "--over", "density=0.01,0.1"]) == 0
+    table = capsys.readouterr().out
+    assert "`density=0.01`" in table
+    first = (tmp_path / "sweep" / "density-0.1" / "last.pt").stat().st_mtime_ns
+    plot = tmp_path / "sweep" / "accuracy.svg"
+    assert plot.read_text().lstrip().startswith("<?xml")
+    assert main([*arguments, "--over", "density=0.01,0.1,0.2"]) == 0
+    assert (tmp_path / "sweep" / "density-0.1" / "last.pt").stat().st_mtime_ns == first  # it was finished
+    assert RunDirectory(tmp_path / "sweep" / "density-0.2").metrics()
+    capsys.readouterr()
+    assert main([*arguments, "batch_size=64", "--over", "density=0.1"]) == 1
+    assert "a run with other settings is there already" in capsys.readouterr().err
+    assert main([*arguments, "--over", "density=0.1,2"]) == 1
+    assert "density" in capsys.readouterr().err
+    assert main([*arguments, "--over", "density"]) == 1
+    assert main([*arguments, "--over", "density=0.1,0.1"]) == 1
+
+
+def test_sweep_over_rules(tmp_path):
+    config = override(digits(), ["epochs=1", "baseline=null"])
+    paths = sweep(config, "rule", ["dnw", "random"], data_dir=tmp_path, out=tmp_path / "rules")
+    plot_sweep(paths, "rule", tmp_path / "rules.png")
+    assert (tmp_path / "rules.png").read_bytes().startswith(b"\x89PNG")
