@@ -1,6 +1,8 @@
 """The code in the documentation runs."""
 
+import dataclasses
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,11 @@ def named_net() -> nn.Module:
     return net
 
 
+def with_stem() -> nn.Module:
+    """The same with a first convolution of three colours."""
+    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 4, 3, padding=1), **dict(named_net().named_children())))
+
+
 def fresh(model: nn.Module) -> dict:
     return {"torch": torch, "dnw": dnw, "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
 
@@ -55,10 +62,31 @@ def test_every_way_to_wire(line):
     if "graph.weight" in line:
         model.add_module("graph", dnw.graphs.StaticGraph((32, 192, 192, 192, 192), 100))
     else:
-        model = named_net()
+        model = with_stem() if "conv1" in line else named_net()
     names = fresh(model)
     exec(f"wiring = {line}", names)
-    assert 0 < names["wiring"].num_active < names["wiring"].num_candidates
+    before = names["wiring"].num_active
+    assert 0 < before <= names["wiring"].num_candidates
+    assert (before == names["wiring"].num_candidates) == ("schedule" in line)
+
+
+RULES_AND_PATTERNS = [*blocks("docs/rules.md")[:2], *(x for x in blocks("docs/rules.md")[2].splitlines() if x)]
+
+
+@pytest.mark.parametrize("block", RULES_AND_PATTERNS)
+def test_rules_schedules_and_patterns(block):
+    names = fresh(with_stem())
+    exec(block if "wiring =" in block else f"wiring = {block}", names)
+    names["model"](torch.randn(2, 3, 6, 6)).square().sum().backward()
+    names["optimizer"].step()
+    assert names["wiring"].step == 1
+
+
+def test_every_rule_stands_in_the_table():
+    table = (ROOT / "docs/rules.md").read_text()
+    for rule in dnw.RULES.values():
+        settings = [f.name for f in dataclasses.fields(rule)]
+        assert f"`{rule.__name__}({'masks' if 'edges' in settings else ', '.join(settings)})`" in table
 
 
 def test_the_graph_of_the_readme():
