@@ -202,10 +202,20 @@ def _environment(data_dir: Path) -> dict[str, Any]:
         "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data_dir": str(data_dir.absolute()),
     }
+
+
+def _processor() -> str:
+    """The name of the processor, or its architecture where it has none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name} ({platform.machine()})" if name else platform.machine()
 
 
 def _commit() -> str | None:
