@@ -49,11 +49,12 @@ _PUBLIC = {
     "top_k": "dnw._select",
     "top_k_each": "dnw._select",
 }
-_ROOMS = ("graphs", "models", "count", "view", "data", "train", "recipes")
+_ROOMS = ("graphs", "models", "count", "compile", "view", "data", "train", "recipes")
 
 __all__ = [*_PUBLIC, *_ROOMS]
 
 if TYPE_CHECKING:
+    from dnw import compile as compile
     from dnw import count as count
     from dnw import data as data
     from dnw import graphs as graphs

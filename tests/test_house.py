@@ -20,6 +20,7 @@ FLOORS = [
     ["_wire"],
     ["graphs"],
     ["models", "count"],
+    ["compile"],
     ["data"],
     ["view"],
     ["train"],
@@ -49,6 +50,7 @@ CORE = {
     "graphs",
     "models",
     "count",
+    "compile",
 }
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FREE = {"__init__", "__main__"}

@@ -1,0 +1,448 @@
+"""What a network computes with which channels: which vary with the image, which are wanted, which are constant.
+
+Contract: pure reading, in double precision, on the CPU. Three passes over a list of steps: forwards for what varies and for
+the values of what does not, backwards for what is wanted, and forwards again to emit the instructions of what is both. A
+channel that does not vary is folded into what reads it, as a map, because a constant node is not the same at the border as
+inside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnw._checks import listing
+from dnw._parameters import unwrap_model
+from dnw.compile._program import (
+    Affine,
+    Constant,
+    Convolution,
+    Edges,
+    Graph,
+    InstanceNorm,
+    Instruction,
+    Linear,
+    Mean,
+    Pick,
+    Program,
+    Rectify,
+    Restore,
+)
+from dnw.graphs import ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
+from dnw.models import GraphChain, GraphClassifier, Window
+
+_SPARSE_BELOW = 0.5
+"""Density below which a 1x1 convolution becomes sums along edges."""
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Channels between two steps.
+
+    Attributes:
+        varies: boolean ``[channels]``: whether a channel depends on the image.
+        value: ``[channels, h, w]`` or ``[channels]``, double: of those that do not; 0 elsewhere.
+    """
+
+    varies: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, varies: Tensor, value: Tensor) -> Channels:
+        mask = varies.view(-1, *[1] * (value.ndim - 1))
+        return cls(varies, value.masked_fill(mask, 0.0))
+
+
+class Step(ABC):
+    """One step of a network, on all channels."""
+
+    source: Channels
+    """What came in, noted by ``forward``."""
+
+    @abstractmethod
+    def forward(self, x: Channels) -> Channels: ...
+
+    def backward(self, wanted: Tensor) -> Tensor:
+        """Which of the channels that come in and vary are wanted, from those wanted of what goes out."""
+        return wanted & self.source.varies
+
+    @abstractmethod
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        """Instructions from the kept channels that come in to those that go out, boolean masks."""
+
+
+class _Norm(Step):
+    """Normalisation in eval mode, channel by channel."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.instance = isinstance(module, nn.InstanceNorm2d)
+        assert isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d))
+        size = module.num_features
+        weight = torch.ones(size) if module.weight is None else module.weight
+        bias = torch.zeros(size) if module.bias is None else module.bias
+        self.scale, self.shift, self.eps = _double(weight), _double(bias), module.eps
+        if module.track_running_stats:
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            self.instance = False
+            self.scale = self.scale / (_double(module.running_var) + module.eps).sqrt()
+            self.shift = self.shift - _double(module.running_mean) * self.scale
+        elif not self.instance:
+            raise ValueError(f"{name}: a batch norm without running statistics depends on the other images; it is not compiled")
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        value = self.normalised(x.value)
+        return Channels.of(x.varies & (self.scale != 0), value)
+
+    def normalised(self, value: Tensor) -> Tensor:
+        shape = (-1, *[1] * (value.ndim - 1))
+        if self.instance:
+            spread = value.var(dim=(1, 2), keepdim=True, unbiased=False)
+            value = (value - value.mean(dim=(1, 2), keepdim=True)) / (spread + self.eps).sqrt()
+        return value * self.scale.view(shape) + self.shift.view(shape)
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        scale, shift = self.scale[given].float(), self.shift[given].float()
+        yield InstanceNorm(scale, shift, self.eps) if self.instance else Affine(scale, shift)
+
+
+class _Relu(Step):
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        return Channels(x.varies, x.value.relu())
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        yield Rectify()
+
+
+class _Depthwise(Step):
+    """A convolution of each channel by itself."""
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        self.weight, self.stride, self.padding = _double(module.weight), _pair(module.stride), _pair(module.padding)
+        self.bias = None if module.bias is None else _double(module.bias)
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        value = F.conv2d(
+            x.value[None], self.weight, self.bias, stride=self.stride, padding=self.padding, groups=len(self.weight)
+        )[0]
+        self.sides = value.shape[1:]
+        return Channels.of(x.varies & self.weight.flatten(1).any(1), value)
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        constant = None
+        if self.bias is not None:
+            constant = Constant.of(self.bias[given].view(-1, 1, 1).expand(-1, *self.sides))
+        yield Convolution(self.weight[given].float(), constant, self.stride, self.padding, int(given.count_nonzero()))
+
+
+class _Mix(Step):
+    """A convolution or a matrix from all channels to all channels; constant channels become part of what is added."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0)
+    ):
+        self.weight = _double(weight)
+        self.bias = None if bias is None else _double(bias)
+        self.stride, self.padding = stride, padding
+        self.reads = self.weight != 0 if weight.ndim == 2 else self.weight.flatten(2).any(2)
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        if self.weight.ndim == 2 and x.value.ndim == 1:
+            self.constant = F.linear(x.value, self.weight, self.bias)
+        else:
+            weight = self.weight[:, :, None, None] if self.weight.ndim == 2 else self.weight
+            self.constant = F.conv2d(x.value[None], weight, self.bias, stride=self.stride, padding=self.padding)[0]
+        return Channels.of(self.reads[:, x.varies].any(1), self.constant)
+
+    def backward(self, wanted: Tensor) -> Tensor:
+        return self.reads[wanted].any(0) & self.source.varies
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        weight, constant = self.weight[given][:, taken], self.constant[given]
+        if constant.ndim == 1:
+            yield Linear(weight.float(), constant.float())
+            return
+        pointwise = weight.ndim == 2 or (weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0))
+        matrix = weight.flatten(1) if pointwise else weight
+        if pointwise and int(matrix.count_nonzero()) < _SPARSE_BELOW * matrix.numel():
+            yield Edges.of(matrix, Constant.of(constant))
+        else:
+            weight = weight[:, :, None, None] if weight.ndim == 2 else weight
+            yield Convolution(weight.float(), Constant.of(constant), self.stride, self.padding, 1)
+
+
+class _Average(Step):
+    """The mean over a square window, or over the whole map."""
+
+    def __init__(self, start: int, stop: int | None) -> None:
+        self.start, self.stop = start, stop
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        self.end = max(x.value.shape[1:]) if self.stop is None else self.stop
+        return Channels(x.varies, x.value[:, self.start : self.end, self.start : self.end].mean(dim=(1, 2)))
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        yield Mean(self.start, self.end)
+
+
+class _Begin(Step):
+    """The first states of a graph in discrete time: the inputs, and 0 for all other nodes."""
+
+    def __init__(self, graph: DiscreteTimeGraph) -> None:
+        self.more = graph.num_nodes - graph.num_inputs
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        varies = torch.cat([x.varies, x.varies.new_zeros(self.more)])
+        return Channels(varies, torch.cat([x.value, x.value.new_zeros(self.more, *x.value.shape[1:])]))
+
+    def backward(self, wanted: Tensor) -> Tensor:
+        return wanted[: len(self.source.varies)] & self.source.varies
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        yield from ()
+
+
+class _Last(Step):
+    """The states of the last nodes."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        return Channels(x.varies[-self.count :], x.value[-self.count :])
+
+    def backward(self, wanted: Tensor) -> Tensor:
+        whole = torch.zeros_like(self.source.varies)
+        whole[-self.count :] = wanted
+        return whole & self.source.varies
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        yield from ()
+
+
+class GraphStep(Step):
+    """A static graph. What its nodes receive and emit is analysed node by node, level by level."""
+
+    def __init__(self, graph: StaticGraph, name: str) -> None:
+        self.name = name
+        self.sizes, self.num_outputs = graph.levels.sizes, graph.levels.num_outputs
+        self.matrix = graph.levels.node_matrix(_double(graph.weight))
+        self.nodes = [list(_steps(node, f"{name}.nodes.{i}")) for i, node in enumerate(graph.nodes)]
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        states = _through(self.nodes[0], x)
+        self.received, start = [x], self.sizes[0]
+        for size, node in zip(self.sizes[1:], self.nodes[1:], strict=True):
+            self.received.append(self._sums(start, start + size, states))
+            new = _through(node, self._of_constants(self.received[-1]))
+            states = Channels(torch.cat([states.varies, new.varies]), torch.cat([states.value, new.value]))
+            start += size
+        self.states = states
+        self.received.append(self._sums(start, start + self.num_outputs, states))
+        return self._of_constants(self.received[-1])
+
+    def _sums(self, start: int, stop: int, states: Channels) -> Channels:
+        """What reaches some nodes from earlier ones. The value is what constant ones send, also where others vary."""
+        weight = self.matrix[start:stop, : len(states.varies)]
+        value = torch.einsum("ts,shw->thw", weight, states.value)
+        return Channels((weight != 0)[:, states.varies].any(1), value)
+
+    @staticmethod
+    def _of_constants(received: Channels) -> Channels:
+        return Channels.of(received.varies, received.value)
+
+    def backward(self, wanted: Tensor) -> Tensor:
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes) + 1)]
+        reads = self.matrix != 0
+        self.kept_outputs = wanted & self.received[-1].varies
+        self.kept: list[Tensor] = []  # nodes, from the last level to the first
+        readers = torch.zeros(reads.shape[0], dtype=torch.bool)
+        readers[starts[-1] :] = self.kept_outputs
+        for level in reversed(range(len(self.sizes))):
+            columns = slice(starts[level], starts[level + 1])
+            kept = reads[readers][:, columns].any(0) & self.states.varies[columns]
+            for step in reversed(self.nodes[level]):
+                kept = step.backward(kept)
+            if level:
+                readers[columns] = kept
+            self.kept.insert(0, kept)
+        return self.kept[0] & self.source.varies
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        kept = [taken, *self.kept[1:]]
+        levels, sources = [], kept[0]
+        start = self.sizes[0]
+        for size, node, mask, received in zip(self.sizes[1:], self.nodes[1:], kept[1:], self.received[1:-1], strict=True):
+            if mask.any():
+                matrix = self.matrix[start : start + size, : len(sources)][mask][:, sources]
+                levels.append((Edges.of(matrix, Constant.of(received.value[mask])), tuple(_emitted(node, mask))))
+            sources = torch.cat([sources, mask])
+            start += size
+        matrix = self.matrix[start:, : len(sources)][given][:, sources]
+        outputs = Edges.of(matrix, Constant.of(self.received[-1].value[given]))
+        yield Graph(tuple(_emitted(self.nodes[0], taken)), tuple(levels), outputs)
+
+    @property
+    def constants(self) -> int:
+        """How many nodes do not depend on the image, although something that does reads them."""
+        varying = torch.cat([*self.kept[1:], self.kept_outputs])
+        readers = torch.cat([torch.zeros(self.sizes[0], dtype=torch.bool), varying])
+        silent = ~self.states.varies & self.states.value.flatten(1).any(1)
+        return int(((self.matrix != 0)[readers][:, : len(silent)].any(0) & silent).count_nonzero())
+
+
+def _through(steps: list[Step], x: Channels) -> Channels:
+    for step in steps:
+        x = step.forward(x)
+    return x
+
+
+def _emitted(steps: list[Step], kept: Tensor) -> Iterator[Instruction]:
+    """The instructions of steps that work channel by channel."""
+    for step in steps:
+        yield from step.emit(kept, kept)
+
+
+# --- from modules to steps ---
+
+
+def _steps(module: nn.Module, name: str) -> Iterator[Step]:
+    """The steps of a module.
+
+    Raises:
+        ValueError: a module that is not compiled, by its name.
+    """
+    if isinstance(module, GraphChain):
+        for child in ("conv", "graphs", "norm", "relu"):
+            yield from _steps(getattr(module, child), f"{name}.{child}")
+        yield _Average(0, None)
+        yield from _steps(module.classifier, f"{name}.classifier")
+    elif isinstance(module, GraphClassifier):
+        for child in ("stem", "graph", "pool", "classifier"):
+            yield from _steps(getattr(module, child), f"{name}.{child}")
+    elif isinstance(module, nn.Sequential):
+        for child, inner in module.named_children():
+            yield from _steps(inner, f"{name}.{child}")
+    elif isinstance(module, StaticGraph):
+        yield GraphStep(module, name.strip("."))
+    elif isinstance(module, DiscreteTimeGraph) and module.maps and module.activation is F.relu:
+        yield from _unrolled(module, name)
+    elif type(module).__name__ == "Node":
+        for child in ("norm", "relu", "conv"):
+            yield from _steps(getattr(module, child), f"{name}.{child}")
+    elif isinstance(module, nn.Conv2d):
+        yield _convolution(module, name)
+    elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+        yield _Norm(module, name.strip("."))
+    elif isinstance(module, nn.ReLU):
+        yield _Relu()
+    elif isinstance(module, nn.Linear):
+        yield _Mix(module.weight, module.bias)
+    elif isinstance(module, Window):
+        yield _Average(module.start, module.stop)
+    elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+        yield _Average(0, None)
+    elif not isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten)):  # those do nothing to single numbers in eval mode
+        raise ValueError(
+            f"{name.strip('.') or 'the model'} is a {type(module).__name__}, which is not compiled; {_what(module)}"
+        )
+
+
+def _what(module: nn.Module) -> str:
+    if isinstance(module, ContinuousTimeGraph):
+        return "a graph in continuous time has as many evaluations as its solver takes; run it with PyTorch"
+    if isinstance(module, DiscreteTimeGraph):
+        return "compiled are graphs in discrete time on maps, with ReLU"
+    kinds = ("StaticGraph", "DiscreteTimeGraph", "Conv2d", "BatchNorm2d", "InstanceNorm2d", "ReLU", "Linear", "Window")
+    return f"compiled are networks in nn.Sequential of {listing(kinds)} and the networks of dnw.models"
+
+
+def _unrolled(graph: DiscreteTimeGraph, name: str) -> Iterator[Step]:
+    yield _Begin(graph)
+    assert isinstance(graph.conv, nn.Conv2d)
+    for _ in range(graph.steps):
+        yield _Relu()
+        yield _Depthwise(graph.conv)
+        yield _Mix(graph.weight, None)
+        yield from _steps(graph.norm, f"{name}.norm")
+    yield _Last(graph.num_outputs)
+
+
+def _convolution(module: nn.Conv2d, name: str) -> Step:
+    same = module.groups == module.in_channels == module.out_channels
+    if module.groups > 1 and not same:
+        raise ValueError(
+            f"{name.strip('.')}: convolutions in {module.groups} groups are not compiled; one or one per channel are"
+        )
+    if _pair(module.dilation) != (1, 1) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ValueError(f"{name.strip('.')}: only convolutions without dilation, padded with a number of zeros, are compiled")
+    if module.groups > 1:
+        return _Depthwise(module)
+    return _Mix(module.weight, module.bias, _pair(module.stride), _pair(module.padding))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _pair(value: int | str | tuple[int, ...]) -> tuple[int, int]:
+    assert not isinstance(value, str)
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+# --- the three passes ---
+
+
+class Analysis:
+    """A network for inputs of one size, analysed.
+
+    Args:
+        model: any network of the kinds that are compiled, in any mode; it is read as in eval mode.
+        input_size: channels, height and width of an input.
+    """
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
+        self.input_size = input_size
+        self.steps = list(_steps(unwrap_model(model), ""))
+        channels = input_size[0]
+        x = Channels(torch.ones(channels, dtype=torch.bool), torch.zeros(input_size, dtype=torch.float64))
+        self.interfaces = [x]
+        for step in self.steps:
+            try:
+                x = step.forward(x)
+            except (RuntimeError, IndexError) as error:
+                size = "x".join(map(str, input_size))
+                raise ValueError(f"the network does not take inputs of {size} ({str(error).splitlines()[0]})") from None
+            self.interfaces.append(x)
+        self.kept = [x.varies]
+        for step in reversed(self.steps):
+            self.kept.insert(0, step.backward(self.kept[0]))
+
+    def program(self) -> Program:
+        """The instructions of what varies and is wanted."""
+        instructions: list[Instruction] = []
+        last = self.interfaces[-1]
+        if bool(last.varies.any()):
+            if not bool(self.kept[0].all()):
+                instructions.append(Pick(self.kept[0].nonzero().flatten()))
+            for step, taken, given in zip(self.steps, self.kept, self.kept[1:], strict=False):
+                instructions += step.emit(taken, given)
+        if not bool(last.varies.all()):
+            instructions.append(Restore(last.varies.nonzero().squeeze(1), last.value.float()))
+        return Program(tuple(instructions), self.input_size)
+
+    def graphs(self) -> list[GraphStep]:
+        return [step for step in self.steps if isinstance(step, GraphStep)]

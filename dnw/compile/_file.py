@@ -1,0 +1,139 @@
+"""Compiled networks on disk.
+
+Contract: nothing in a file is run, and a file that was cut off, edited or written by a newer version is refused with one
+message. A file is: 8 bytes that say what it is, the version, the length of the header, the SHA-256 of all that follows, the
+header (JSON: the tree of instructions), and the arrays it refers to, little-endian, one after the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw._files import write_whole
+from dnw.compile import _program
+from dnw.compile._program import Constant, Instruction, Program
+
+_MAGIC = b"dnw-prog"
+_VERSION = 1
+_FRONT = struct.Struct("<8sIQ32s")
+_TYPES = {"f4": torch.float32, "i8": torch.int64}
+_INSTRUCTIONS: dict[str, Any] = {
+    name: getattr(_program, name)
+    for name in (
+        "Edges",
+        "Affine",
+        "InstanceNorm",
+        "Rectify",
+        "Convolution",
+        "Mean",
+        "Linear",
+        "Graph",
+        "Pick",
+        "Restore",
+        "Constant",
+    )
+}
+
+
+def save_program(program: Program, path: Path) -> int:
+    """Writes a compacted network; returns the number of bytes."""
+    arrays = bytearray()
+    tree = [_plain(instruction, arrays) for instruction in program.instructions]
+    header = json.dumps({"input_size": program.input_size, "instructions": tree}).encode()
+    rest = header + bytes(arrays)
+    content = _FRONT.pack(_MAGIC, _VERSION, len(header), hashlib.sha256(rest).digest()) + rest
+    write_whole(path, content)
+    return len(content)
+
+
+def load_program(path: str | Path) -> Program:
+    """Reads a compacted network.
+
+    Raises:
+        ValueError: no such file of ours, one that is damaged, or one of a newer version.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    if len(content) < _FRONT.size or not content.startswith(_MAGIC):
+        raise ValueError(f"{path}: not a compiled network (dnw compile makes them), or cut off at its beginning")
+    _, version, length, digest = _FRONT.unpack_from(content)
+    if version != _VERSION:
+        raise ValueError(
+            f"{path}: compiled by another version of dnw (format {version}; this one reads {_VERSION}); compile anew"
+        )
+    rest = content[_FRONT.size :]
+    if hashlib.sha256(rest).digest() != digest or length > len(rest):
+        raise ValueError(f"{path}: damaged: cut off or changed since it was written; compile anew")
+    try:
+        header = json.loads(rest[:length])
+        arrays = memoryview(bytearray(rest[length:]))
+        instructions = tuple(_instruction(item, arrays) for item in header["instructions"])
+        channels, height, width = (int(n) for n in header["input_size"])
+        program = Program(instructions, (channels, height, width))
+        program.output_size  # noqa: B018  (walks through all instructions and checks them)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a valid compiled network ({str(error).splitlines()[0] if str(error) else error!r})"
+        ) from None
+    return program
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory, in order."""
+    tensor = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()) if tensor.numel() else b""
+
+
+def _plain(value: Any, arrays: bytearray) -> Any:
+    """A value as JSON; tensors go into the arrays."""
+    if isinstance(value, Tensor):
+        kind = "i8" if value.dtype == torch.int64 else "f4"
+        found = {"array": kind, "shape": list(value.shape), "at": len(arrays)}
+        arrays += raw_bytes(value.to(_TYPES[kind]))
+        return found
+    if isinstance(value, (Instruction, Constant)):
+        fields = {f.name: _plain(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+        return {"instruction": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item, arrays) for item in value]
+    return value
+
+
+def _value(item: Any, arrays: memoryview) -> Any:
+    if isinstance(item, dict):
+        return _tensor(item, arrays) if "array" in item else _instruction(item, arrays)
+    if isinstance(item, list):
+        return tuple(_value(inner, arrays) for inner in item)
+    if item is None or isinstance(item, (int, float)):
+        return item
+    raise ValueError(f"a {type(item).__name__} among the numbers")
+
+
+def _instruction(item: Any, arrays: memoryview) -> Any:
+    name = item["instruction"]
+    if name not in _INSTRUCTIONS:
+        raise ValueError(f"unknown instruction {name!r}")
+    return _INSTRUCTIONS[name](**{k: _value(v, arrays) for k, v in item.items() if k != "instruction"})
+
+
+def _tensor(item: dict[str, Any], arrays: memoryview) -> Tensor:
+    dtype, shape, at = _TYPES[item["array"]], [int(n) for n in item["shape"]], int(item["at"])
+    count = 1
+    for n in shape:
+        count *= n
+    size = count * dtype.itemsize
+    if min(shape, default=0) < 0 or at < 0 or at + size > len(arrays):
+        raise ValueError("an array that lies outside of the file")
+    if not count:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(arrays, dtype=dtype, count=count, offset=at).reshape(shape).clone()

@@ -1,0 +1,194 @@
+"""The plan: what of a trained network stays, and what that saves. It is printed, stored, and then applied.
+
+Contract: making a plan and applying it leave the model as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnw._parameters import unwrap_model
+from dnw.compile._analysis import Analysis, GraphStep
+from dnw.compile._file import raw_bytes
+from dnw.compile._program import Edges, Graph, Instruction, Program
+from dnw.count import count
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One static graph.
+
+    Attributes:
+        name: of the graph in its model.
+        nodes: of each level and of the outputs, how many there are.
+        kept: of these, how many vary with the image and are wanted.
+        constants: nodes that send something that is the same for every image; it is folded into what reads them.
+        edges, kept_edges: edges whose weight is not 0, and those between kept nodes.
+    """
+
+    name: str
+    nodes: tuple[int, ...]
+    kept: tuple[int, ...]
+    constants: int
+    edges: int
+    kept_edges: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compiling a network does. ``print`` it, store it with ``to_json``, apply it with ``apply``.
+
+    Attributes:
+        input_size: channels, height and width of the inputs that it is for.
+        rows: one per static graph.
+        channels: for each interface between two steps, which channels stay.
+        parameters, kept_parameters: numbers of the network (weights that are 0 not counted), and of the compiled one.
+        multiply_adds, kept_multiply_adds: for one input: of the weights that are not 0, and of the compiled network.
+        size, kept_size: bytes of the network's parameters and buffers, and of the compiled one with its indices.
+        digest: of the weights that the plan was made for.
+    """
+
+    input_size: tuple[int, int, int]
+    rows: tuple[PlanRow, ...]
+    channels: tuple[tuple[int, ...], ...]
+    parameters: int
+    kept_parameters: int
+    multiply_adds: int
+    kept_multiply_adds: int
+    size: int
+    kept_size: int
+    digest: str
+
+    def apply(self, model: nn.Module) -> Program:
+        """The compacted network.
+
+        Raises:
+            ValueError: the model is not the one that the plan was made for, or has been trained on since.
+        """
+        if _digest(model) != self.digest:
+            raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
+        return Analysis(model, self.input_size).program()
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: it is no plan, or one of another version.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            version = values.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"a plan of format {version}; this version of dnw reads {FORMAT}")
+            rows = tuple(PlanRow(**{**row, "nodes": tuple(row["nodes"]), "kept": tuple(row["kept"])}) for row in values["rows"])
+            channels, (c, h, w) = tuple(tuple(x) for x in values["channels"]), values["input_size"]
+            return cls(**{**values, "rows": rows, "channels": channels, "input_size": (c, h, w)})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan ({error})") from None
+
+    def __str__(self) -> str:
+        lines = [f"inputs of {'x'.join(map(str, self.input_size))}"]
+        for row in self.rows:
+            levels = "  ".join(f"{kept}/{all_}" for kept, all_ in zip(row.kept, row.nodes, strict=True))
+            lines.append(
+                f"{row.name or 'graph'}: nodes kept by level {levels} (outputs last); {row.constants:,} constants folded"
+            )
+            lines.append(f"{'':>{len(row.name or 'graph')}}  edges {row.edges:,} -> {row.kept_edges:,}")
+        for what, before, after in (
+            ("parameters", self.parameters, self.kept_parameters),
+            ("multiply-adds", self.multiply_adds, self.kept_multiply_adds),
+            ("bytes", self.size, self.kept_size),
+        ):
+            share = f" ({after / before:.1%})" if before else ""
+            lines.append(f"{what}: {before:,} -> {after:,}{share}")
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
+    """Plans the compiled form of a trained network: exactly what it computes in eval mode, without what has no effect.
+
+    Left out are channels that do not depend on the image (their constant effect is folded into what reads them, as maps,
+    because it differs at the border) and channels that nothing wanted reads. Weights that are 0 count as no edges.
+
+    Args:
+        model: a network of static graphs, graphs in discrete time, convolutions, norms and linear layers in
+            ``nn.Sequential``, or one of ``dnw.models``; it is not changed. Where its rule evaluates with other weights than it
+            trains with, plan inside ``wiring.settled()``.
+        input_size: channels, height and width of the inputs to compile for.
+
+    Raises:
+        ValueError: something in it is not compiled, or it does not take such inputs.
+    """
+    channels, height, width = map(int, input_size)
+    analysis = Analysis(model, (channels, height, width))
+    program = analysis.program()
+    steps = analysis.graphs()
+    inside = unwrap_model(model)
+    active = {
+        f"{name}.weight" if name else "weight": m.weight.detach() != 0 for name, m in inside.named_modules() if _has_edges(m)
+    }
+    before = count(inside, (channels, height, width), active)
+    rows = tuple(_row(step) for step in steps)
+    return Plan(
+        input_size=(channels, height, width),
+        rows=rows,
+        channels=tuple(tuple(kept.nonzero().flatten().tolist()) for kept in analysis.kept),
+        parameters=sum(int(p.detach().count_nonzero()) for p in inside.parameters()),
+        kept_parameters=program.num_parameters,
+        multiply_adds=before.nominal,
+        kept_multiply_adds=program.multiply_adds,
+        size=sum(t.numel() * t.element_size() for t in [*inside.parameters(), *inside.buffers()]),
+        kept_size=_size(program),
+        digest=_digest(model),
+    )
+
+
+def _has_edges(module: nn.Module) -> bool:
+    return hasattr(module, "edge_candidates")
+
+
+def _row(step: GraphStep) -> PlanRow:
+    kept = [*(int(x.count_nonzero()) for x in step.kept), int(step.kept_outputs.count_nonzero())]
+    read = torch.cat([torch.zeros(step.sizes[0], dtype=torch.bool), *step.kept[1:], step.kept_outputs])
+    sources = torch.cat(step.kept)
+    edges = step.matrix != 0
+    return PlanRow(
+        name=step.name,
+        nodes=(*step.sizes, step.num_outputs),
+        kept=tuple(kept),
+        constants=step.constants,
+        edges=int(edges.count_nonzero()),
+        kept_edges=int(edges[read][:, : len(sources)][:, sources].count_nonzero()),
+    )
+
+
+def _size(program: Program) -> int:
+    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 a target's place."""
+    total = 4 * program.num_parameters
+    for instruction, _ in program.walk():
+        inner: list[Instruction] = [instruction]
+        if isinstance(instruction, Graph):
+            inner = [*(edges for edges, _ in instruction.levels), instruction.outputs]
+        total += sum(2 * len(e.sources) + 4 * len(e.starts) for e in inner if isinstance(e, Edges))
+    return total
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, value in unwrap_model(model).state_dict().items():
+        found.update(name.encode())
+        found.update(raw_bytes(value))
+    return found.hexdigest()

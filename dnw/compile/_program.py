@@ -1,0 +1,460 @@
+"""A compacted network: instructions on maps, with all their numbers inside.
+
+Contract: plain data that runs on any device with PyTorch alone. What an instruction leaves out (dead and constant channels) has
+been folded into others; a program computes what its network computes in eval mode. Sizes are ``(channels, height, width)`` or
+``(channels,)``, without the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, ...]
+
+
+class Instruction(ABC):
+    """One step of a program."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Runs on ``[batch, *size]``."""
+
+    @abstractmethod
+    def check(self, size: Size) -> Size:
+        """The size of what goes out; raises ``ValueError`` where the instruction's numbers do not fit together or the input."""
+
+    def multiply_adds(self, size: Size) -> int:
+        """Of products, for one input of a size."""
+        return 0
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Maps that are added to sums: one number per channel, and for some channels a map besides.
+
+    Such maps are made by constant nodes. They are the same but for places near the border, so rows and columns that are
+    equal in all of them are stored once.
+
+    Attributes:
+        base: ``[channels]``.
+        channels: int64: those that have a map.
+        core: ``[maps, distinct rows, distinct columns]``, beside the base.
+        rows, columns: int64 ``[h]`` and ``[w]``: which of the core's rows and columns stand where.
+    """
+
+    base: Tensor
+    channels: Tensor
+    core: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, maps: Tensor) -> Constant | None:
+        """From maps ``[channels, h, w]``; None where they are 0."""
+        if not maps.any():
+            return None
+        base = maps[:, maps.shape[1] // 2, maps.shape[2] // 2]
+        beside = maps - base[:, None, None]
+        channels = beside.flatten(1).any(1).nonzero().flatten()
+        beside = beside[channels]
+        rows, columns = _runs(beside.transpose(0, 1)), _runs(beside.permute(2, 0, 1))
+        core = beside[:, rows.unique_consecutive(return_counts=True)[1].cumsum(0) - 1]
+        core = core[:, :, columns.unique_consecutive(return_counts=True)[1].cumsum(0) - 1]
+        return cls(base.float(), channels, core.float(), rows, columns)
+
+    def maps(self) -> Tensor:
+        """``[channels, h, w]``."""
+        whole = self.base[:, None, None].expand(-1, len(self.rows), len(self.columns)).clone()
+        whole[self.channels] += self.core[:, self.rows][:, :, self.columns]
+        return whole
+
+    def added(self, x: Tensor) -> Tensor:
+        """Maps ``[batch, channels, h, w]`` with it added."""
+        x = x + self.base[:, None, None]
+        if len(self.channels):
+            x[:, self.channels] += self.core[:, self.rows][:, :, self.columns]
+        return x
+
+    def check(self, size: Size) -> None:
+        """Raises ``ValueError`` unless it fits maps of a size."""
+        ints = (self.channels, self.rows, self.columns)
+        _require(all(t.ndim == 1 and t.dtype == torch.int64 for t in ints), "constants of another form")
+        _require(self.base.ndim == 1, "constants of another form")
+        _require((len(self.base), len(self.rows), len(self.columns)) == size, f"constants for maps {size}")
+        _require(self.core.ndim == 3 and len(self.core) == len(self.channels), "constants without their maps")
+        limits = (size[0], *self.core.shape[1:])
+        inside = all(not len(t) or 0 <= int(t.min()) <= int(t.max()) < n for t, n in zip(ints, limits, strict=True))
+        _require(inside or not len(self.channels), "constants for other maps")
+
+
+def _runs(lines: Tensor) -> Tensor:
+    """Numbers for lines ``[lines, ...]``, the same for a line that equals the one before it."""
+    new = (lines[1:] != lines[:-1]).flatten(1).any(1)
+    return torch.cat([new.new_zeros(1), new]).long().cumsum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Edges(Instruction):
+    """Sums along edges, from ``num_sources`` maps to as many as there are targets.
+
+    Attributes:
+        starts: int64 ``[targets + 1]``: the edges of target t are those from ``starts[t]`` to ``starts[t + 1]``.
+        sources: int64 ``[edges]``, increasing within each target.
+        weight: ``[edges]``.
+        num_sources: channels that come in.
+        constant: what constant nodes add to the targets.
+    """
+
+    starts: Tensor
+    sources: Tensor
+    weight: Tensor
+    num_sources: int
+    constant: Constant | None
+
+    @classmethod
+    def of(cls, matrix: Tensor, constant: Constant | None) -> Edges:
+        """From a matrix ``[targets, sources]``, whose zeros are no edges."""
+        targets, sources = matrix.nonzero(as_tuple=True)
+        starts = torch.zeros(matrix.shape[0] + 1, dtype=torch.int64)
+        starts[1:] = targets.bincount(minlength=matrix.shape[0]).cumsum(0)
+        return cls(starts, sources, matrix[targets, sources].float(), matrix.shape[1], constant)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.starts) - 1
+
+    def matrix(self) -> Tensor:
+        """The weights as a matrix ``[targets, sources]``."""
+        targets = torch.repeat_interleave(torch.arange(self.num_targets, device=self.starts.device), self.starts.diff())
+        dense = self.weight.new_zeros(self.num_targets, self.num_sources)
+        dense[targets, self.sources] = self.weight
+        return dense
+
+    def __call__(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        _silence_sparse_tensors()
+        shape = (self.num_targets, self.num_sources)
+        sparse = torch.sparse_csr_tensor(self.starts, self.sources, self.weight, shape, check_invariants=False)
+        sums = sparse @ x.transpose(0, 1).reshape(self.num_sources, batch * height * width)
+        sums = sums.view(self.num_targets, batch, height, width).transpose(0, 1)
+        return sums if self.constant is None else self.constant.added(sums)
+
+    def check(self, size: Size) -> Size:
+        starts, sources = self.starts, self.sources
+        _require(len(size) == 3 and size[0] == self.num_sources, f"edges from {self.num_sources} maps, given {size}")
+        _require(starts.ndim == sources.ndim == self.weight.ndim == 1 and len(starts) > 1, "edges in lists of another form")
+        _require(starts.dtype == sources.dtype == torch.int64, "edges of another type")
+        _require(
+            int(starts[0]) == 0 and bool((starts.diff() >= 0).all()) and int(starts[-1]) == len(sources) == len(self.weight),
+            "edges that begin or end in the wrong place",
+        )
+        _require(not len(sources) or 0 <= int(sources.min()) <= int(sources.max()) < self.num_sources, "edges from no node")
+        given = (self.num_targets, *size[1:])
+        if self.constant is not None:
+            self.constant.check(given)
+        return given
+
+    def multiply_adds(self, size: Size) -> int:
+        return len(self.weight) * size[1] * size[2]
+
+
+@cache
+def _silence_sparse_tensors() -> None:
+    """Lets torch say once, unheard, that sparse tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Instruction):
+    """Scale and shift of each channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.ndim - 2))
+        return x * self.scale.view(shape) + self.shift.view(shape)
+
+    def check(self, size: Size) -> Size:
+        _require(tuple(self.scale.shape) == tuple(self.shift.shape) == size[:1], f"a norm of {len(self.scale)}, given {size}")
+        return size
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceNorm(Instruction):
+    """Normalisation of each map of each image by its own mean and variance, then scale and shift."""
+
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=self.scale, bias=self.shift, eps=self.eps)
+
+    def check(self, size: Size) -> Size:
+        _require(tuple(self.scale.shape) == tuple(self.shift.shape) == size[:1], f"a norm of {len(self.scale)}, given {size}")
+        _require(len(size) == 3 and self.eps > 0, f"an instance norm with eps={self.eps} for maps {size}")
+        return size
+
+
+@dataclass(frozen=True, eq=False)
+class Rectify(Instruction):
+    """ReLU."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def check(self, size: Size) -> Size:
+        return size
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution(Instruction):
+    """A convolution, dense or one per channel, and what is added: per channel, per place, or nothing."""
+
+    weight: Tensor
+    constant: Constant | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        sums = F.conv2d(x, self.weight, stride=self.stride, padding=self.padding, groups=self.groups)
+        return sums if self.constant is None else self.constant.added(sums)
+
+    def check(self, size: Size) -> Size:
+        _require(len(size) == 3 and self.weight.ndim == 4, f"a convolution of {tuple(self.weight.shape)}, given {size}")
+        targets, sources, *kernel = self.weight.shape
+        _require(self.groups in (1, targets), f"a convolution of {self.groups} groups")
+        _require(sources * self.groups == size[0], f"a convolution of {sources * self.groups} maps, given {size}")
+        _require(min(self.stride) > 0 and min(self.padding) >= 0, f"stride {self.stride}, padding {self.padding}")
+        sides = zip(size[1:], kernel, self.stride, self.padding, strict=True)
+        height, width = ((side + 2 * pad - k) // step + 1 for side, k, step, pad in sides)
+        _require(min(height, width) > 0, f"a kernel of {tuple(kernel)} for maps {size}")
+        if self.constant is not None:
+            self.constant.check((targets, height, width))
+        return targets, height, width
+
+    def multiply_adds(self, size: Size) -> int:
+        return self.weight.numel() * math.prod(self.check(size)[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Instruction):
+    """The mean of rows and columns ``start`` to ``stop`` of each map: one number per channel."""
+
+    start: int
+    stop: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[:, :, self.start : self.stop, self.start : self.stop].mean(dim=(2, 3))
+
+    def check(self, size: Size) -> Size:
+        _require(len(size) == 3 and 0 <= self.start < min(self.stop, *size[1:]), f"a mean from {self.start} of maps {size}")
+        return size[:1]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Instruction):
+    """A matrix ``[targets, sources]`` and a bias."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def check(self, size: Size) -> Size:
+        shape = tuple(self.weight.shape)
+        _require(
+            len(shape) == 2 and shape[1:] == size and tuple(self.bias.shape) == shape[:1], f"a matrix {shape}, given {size}"
+        )
+        return shape[:1]
+
+    def multiply_adds(self, size: Size) -> int:
+        return self.weight.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Graph(Instruction):
+    """A static graph, level by level: each level's nodes read all earlier levels; the outputs are sums.
+
+    Attributes:
+        inputs: what the input nodes do with what comes in.
+        levels: for each later level the edges into it, from the states of all earlier levels one after the other, and what its
+            nodes do with the sums.
+        outputs: the edges into the outputs, from the states of all levels.
+    """
+
+    inputs: tuple[Instruction, ...]
+    levels: tuple[tuple[Edges, tuple[Instruction, ...]], ...]
+    outputs: Edges
+
+    def __call__(self, x: Tensor) -> Tensor:
+        states = run(self.inputs, x)
+        for edges, node in self.levels:
+            states = torch.cat([states, run(node, edges(states))], dim=1)
+        return self.outputs(states)
+
+    def _walk(self, size: Size) -> Iterator[tuple[Instruction, Size]]:
+        """Every instruction inside with the size that comes to it; checked on the way."""
+        states = size
+        for instruction in self.inputs:
+            yield instruction, states
+            states = instruction.check(states)
+        for edges, node in self.levels:
+            yield edges, states
+            new = edges.check(states)
+            for instruction in node:
+                yield instruction, new
+                new = instruction.check(new)
+            _require(new[1:] == states[1:], f"states {new} beside {states}")
+            states = (states[0] + new[0], *states[1:])
+        yield self.outputs, states
+
+    def check(self, size: Size) -> Size:
+        given = size
+        for instruction, inner in self._walk(size):
+            given = instruction.check(inner)
+        return given
+
+    def multiply_adds(self, size: Size) -> int:
+        return sum(instruction.multiply_adds(inner) for instruction, inner in self._walk(size))
+
+    @property
+    def num_edges(self) -> int:
+        return sum(len(edges.weight) for edges, _ in self.levels) + len(self.outputs.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Pick(Instruction):
+    """Some of the channels, int64 ``[channels]``."""
+
+    channels: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.channels)
+
+    def check(self, size: Size) -> Size:
+        channels = self.channels
+        _require(channels.dtype == torch.int64 and channels.ndim == 1 and len(channels) > 0, "channels of another form")
+        _require(0 <= int(channels.min()) <= int(channels.max()) < size[0], f"channels beyond {size[0]}")
+        return (len(channels), *size[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Restore(Instruction):
+    """Puts channels back among constant ones.
+
+    Attributes:
+        channels: int64: where what comes in belongs. Where it is empty, whatever comes in is left out.
+        constant: of all channels, those that come in not counted.
+    """
+
+    channels: Tensor
+    constant: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        whole = self.constant.expand(x.shape[0], *self.constant.shape).clone()
+        if len(self.channels):
+            whole[:, self.channels] = x
+        return whole
+
+    def check(self, size: Size) -> Size:
+        channels, shape = self.channels, tuple(self.constant.shape)
+        _require(channels.dtype == torch.int64 and channels.ndim == 1, "channels of another type")
+        if len(channels):
+            _require((len(channels), *shape[1:]) == size, f"{len(channels)} of channels {shape}, given {size}")
+            _require(0 <= int(channels.min()) <= int(channels.max()) < shape[0], f"channels beyond {shape[0]}")
+        return shape
+
+
+def run(instructions: tuple[Instruction, ...], x: Tensor) -> Tensor:
+    """One instruction after the other."""
+    for instruction in instructions:
+        x = instruction(x)
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A compacted network.
+
+    Attributes:
+        instructions: run one after the other.
+        input_size: channels, height and width of one input.
+    """
+
+    instructions: tuple[Instruction, ...]
+    input_size: tuple[int, int, int]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]``, in float32.
+
+        Raises:
+            ValueError: another shape than the network was compiled for, or no floating-point numbers.
+        """
+        if tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
+            raise ValueError(
+                f"expected floating-point images [batch, {', '.join(map(str, self.input_size))}], got {images.dtype} of shape "
+                f"{tuple(images.shape)}; compile again for another size"
+            )
+        return run(self.instructions, images.float())
+
+    def walk(self) -> Iterator[tuple[Instruction, Size]]:
+        """Every instruction with the size that comes to it.
+
+        Raises:
+            ValueError: instructions that do not fit together.
+        """
+        size: Size = self.input_size
+        for instruction in self.instructions:
+            yield instruction, size
+            size = instruction.check(size)
+
+    @property
+    def output_size(self) -> Size:
+        """Of one output."""
+        size: Size = self.input_size
+        for instruction, given in self.walk():
+            size = instruction.check(given)
+        return size
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of products, for one input."""
+        return sum(instruction.multiply_adds(size) for instruction, size in self.walk())
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that it computes with."""
+        return sum(t.numel() for t in tensors(self) if t.is_floating_point())
+
+
+def tensors(thing: object) -> Iterator[Tensor]:
+    """All tensors inside a program or instruction, in order."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, (tuple, list)):
+        for item in thing:
+            yield from tensors(item)
+    elif isinstance(thing, (Instruction, Program, Constant)):
+        for value in vars(thing).values():
+            yield from tensors(value)

@@ -1,0 +1,342 @@
+"""Compiling: the plan, and a compacted network that equals the trained one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dnw
+from dnw.compile import Plan, load_program, plan, save_program
+from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
+from dnw.models import (
+    GraphChain,
+    Stage,
+    mobilenet_v1,
+    tiny_cifar10,
+    tiny_cifar10_continuous,
+    tiny_cifar10_discrete,
+    tiny_digits,
+    tiny_mnist,
+)
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In eval mode, with norms whose statistics and weights are nothing special, and every constant node sending something."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            with torch.no_grad():
+                module.weight.normal_(generator=generator)
+                module.bias.normal_(generator=generator)
+                if module.running_mean is not None:
+                    module.running_mean.normal_(generator=generator)
+                    module.running_var.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def thinned(model: nn.Module, seed: int, **budget: object) -> nn.Module:
+    """With a random graph of some budget."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dnw.wire(model, optimizer, rule=dnw.RandomGraph(), seed=seed, **budget).remove()
+    return model
+
+
+def assert_equal_to_the_trained(model: nn.Module, size: tuple[int, int, int], batch: int = 3) -> Plan:
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(5))
+    before = copy.deepcopy(model.state_dict())
+    found = plan(model, size)
+    program = found.apply(model)
+    with torch.no_grad():
+        expected = model(images)
+    scale = expected.abs().max().clamp_min(1e-3)
+    assert ((program(images) - expected).abs().max() / scale).item() < 1e-4
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert program.output_size == tuple(expected.shape[1:])
+    assert found.kept_multiply_adds == program.multiply_adds
+    shared = any(isinstance(m, StaticGraph) and m.levels.shared_outputs for m in model.modules())  # one weight serves twice
+    assert program.multiply_adds <= found.multiply_adds or shared
+    return found
+
+
+# --- exact ---
+
+
+@pytest.mark.parametrize("edges", [1, 8, 30, 60, 100, 400, None])
+def test_the_digits_net(edges):
+    model = lively(tiny_digits())
+    assert_equal_to_the_trained(model if edges is None else thinned(model, 3, num_edges=edges), (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "budget"),
+    [
+        (tiny_mnist, (1, 28, 28), {"num_edges": 150}),
+        (tiny_cifar10, (3, 32, 32), {"num_edges": 2_000}),
+        (tiny_cifar10, (3, 32, 32), {"num_edges": 32_000}),
+        (lambda: tiny_cifar10(rank_all_entries=True), (3, 32, 32), {"num_edges": 2_000}),
+        (tiny_cifar10_discrete, (3, 32, 32), {"num_edges": 1_000}),
+    ],
+)
+def test_the_tiny_classifiers(make, size, budget):
+    found = assert_equal_to_the_trained(thinned(lively(make()), 1, **budget), size)
+    assert found.rows == () or found.rows[0].kept_edges <= found.rows[0].edges
+
+
+@pytest.mark.parametrize(("side", "width"), [(32, 0.06), (32, 0.225), (64, 0.1)])
+@pytest.mark.parametrize("learned", [False, True])
+def test_mobilenet_as_a_chain(side, width, learned):
+    model = GraphChain(10, image_stride=1 if side == 32 else 2, learned_classifier=learned)
+    include = {"classifier.weight": 0.1} if learned else None
+    budget = model.num_edges(width)
+    names = [*budget, "classifier.weight"] if learned else list(budget)
+    thinned(lively(model), 2, num_edges=budget, density=include, include=names)
+    found = assert_equal_to_the_trained(model, (3, side, side))
+    assert sum(row.constants for row in found.rows) > 0 or width == 0.06
+
+
+def test_plain_mobilenet_with_channels_that_are_gone():
+    model = lively(mobilenet_v1(10, width=0.25, image_stride=1))
+    whole = assert_equal_to_the_trained(model, (3, 32, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dnw.wire(model, optimizer, density=0.5, pattern=dnw.Channels(), exclude=nn.Linear).remove()
+    half = assert_equal_to_the_trained(model, (3, 32, 32))
+    assert half.kept_multiply_adds < 0.4 * whole.kept_multiply_adds
+
+
+def test_constant_nodes_differ_at_the_border():
+    """One node without inputs sends to an output: what it sends is not the same at the border as inside."""
+    graph = lively(StaticGraph((1, 1), 1))
+    with torch.no_grad():
+        graph.nodes[1].norm.bias.fill_(1.0)
+        graph.nodes[1].norm.running_mean.zero_()
+        graph.weight.copy_(torch.tensor([[0.0, 0], [0.7, 1.3]]))  # the inner node gets nothing; the output reads both
+    model = nn.Sequential(graph).eval()
+    found = assert_equal_to_the_trained(model, (1, 6, 5))
+    assert (found.rows[0].constants, found.rows[0].kept, found.rows[0].kept_edges) == (1, (1, 0, 1), 1)
+    constant = found.apply(model).instructions[0].outputs.constant.maps()[0]
+    assert not torch.allclose(constant[0, 0], constant[2, 2])
+    assert torch.equal(constant[2, 2], constant[3, 3])
+
+
+def test_outputs_that_nothing_reaches_and_inputs_that_nothing_reads():
+    model = lively(GraphChain(5, image_stride=1, stages=(Stage(6, 8, 1, 1), Stage(8, 8, 2, 2))))
+    with torch.no_grad():
+        model.graphs[0].weight[3] = 0  # an output of the first graph that gets nothing, so a constant input of the second
+        model.graphs[1].weight[:, 2] = 0  # an input of the second graph that nothing reads
+        model.graphs[0].weight[:, 4] = 0  # so that a channel of the first convolution goes
+        model.graphs[1].weight[-2] = 0  # an output of the last graph that gets nothing
+    found = assert_equal_to_the_trained(model, (3, 12, 12))
+    assert found.channels[1] == (0, 1, 2, 3, 5)
+    assert found.channels[2] == (0, 1, 4, 5, 6, 7)
+    assert found.channels[-2] == (0, 1, 2, 3, 4, 5, 7)
+
+
+def test_nothing_reaches_the_end():
+    model = lively(tiny_digits())
+    with torch.no_grad():
+        model.graph.weight[-16:] = 0
+    found = assert_equal_to_the_trained(model, (1, 8, 8))
+    assert found.kept_multiply_adds == 0
+
+
+@st.composite
+def graphs(draw):
+    levels = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    shared = len(levels) > 1 and draw(st.booleans())
+    outputs = draw(st.integers(1, levels[-1] if shared else 4))
+    norm = draw(st.sampled_from([nn.BatchNorm2d, INSTANCE_NORM, None]))
+    stride = draw(st.sampled_from([1, 2]))
+    seed, density = draw(st.integers(0, 10_000)), draw(st.sampled_from([0.0, 0.15, 0.3, 0.6, 1.0]))
+    torch.manual_seed(seed)
+    graph = StaticGraph(levels, outputs, norm=norm, stride=stride, shared_outputs=shared)
+    with torch.no_grad():
+        graph.weight.mul_(torch.rand(graph.weight.shape) < density)
+        for node in graph.nodes:
+            if draw(st.booleans()):
+                node.conv.weight[torch.rand(len(node.conv.weight)) < 0.3] = 0  # nodes that send nothing
+            if norm is not None and draw(st.booleans()):
+                node.norm.weight[torch.rand(len(node.norm.weight)) < 0.3] = 0  # nodes that send the same whatever they get
+    return lively(graph, seed)
+
+
+@given(graph=graphs(), side=st.integers(5, 9))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_graphs(graph, side):
+    for module in graph.modules():  # lively gives every norm a weight; some are to be 0 again
+        if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            with torch.no_grad():
+                module.weight[::3] = 0
+    assert_equal_to_the_trained(nn.Sequential(graph), (graph.num_inputs, side, side + 1), batch=2)
+
+
+@given(st.integers(2, 9), st.integers(1, 4), st.sampled_from([0.1, 0.3, 1.0]), st.integers(0, 1000), st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_graphs_in_discrete_time(nodes, steps, density, seed, normed):
+    torch.manual_seed(seed)
+    graph = DiscreteTimeGraph(nodes, 1, 1, steps=steps, norm=INSTANCE_NORM if normed else None)
+    with torch.no_grad():
+        graph.weight.mul_(torch.rand(nodes, nodes) < density)
+    assert_equal_to_the_trained(nn.Sequential(lively(graph, seed)), (1, 6, 7), batch=2)
+
+
+def test_a_network_that_was_trained():
+    torch.manual_seed(0)
+    model = tiny_digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wiring = dnw.wire(model, optimizer, num_edges=60)
+    train, _ = dnw.data.load("digits", "", 8)
+    images, labels = train.images.float() / 255, train.labels
+    for i in range(0, 1000, 50):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[i : i + 50]), labels[i : i + 50]).backward()
+        optimizer.step()
+    found = plan(model, (1, 8, 8))
+    live = dnw.count.live_by_graph(model, {name: wiring[name].active for name in wiring})["graph"]
+    assert sum(found.rows[0].kept) == int(live.count_nonzero())
+    model.eval()
+    with torch.no_grad():
+        expected = model(images[:64])
+    torch.testing.assert_close(found.apply(model)(images[:64]), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- the plan ---
+
+
+def test_the_plan_is_printed_stored_and_refuses_other_weights():
+    model = thinned(lively(tiny_mnist()), 0, num_edges=150)
+    found = plan(model, (1, 28, 28))
+    assert Plan.from_json(found.to_json()) == found
+    text = str(found)
+    assert f"edges {found.rows[0].edges:,} -> {found.rows[0].kept_edges:,}" in text
+    assert f"multiply-adds: {found.multiply_adds:,} -> {found.kept_multiply_adds:,}" in text
+    assert found.rows[0].edges == 150
+    with torch.no_grad():
+        model.graph.weight.mul_(2)
+    with pytest.raises(ValueError, match="the plan was made for other weights"):
+        found.apply(model)
+    newer = json.loads(found.to_json()) | {"format": 99}
+    with pytest.raises(ValueError, match="a plan of format 99"):
+        Plan.from_json(json.dumps(newer))
+    with pytest.raises(ValueError, match="not a plan"):
+        Plan.from_json("[]")
+
+
+class Odd(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "message"),
+    [
+        (
+            tiny_cifar10_continuous,
+            (3, 32, 32),
+            "graph is a ContinuousTimeGraph, which is not compiled; a graph in continuous time",
+        ),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), Odd()), (3, 8, 8), "1 is a Odd, which is not compiled"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), (4, 8, 8), "0: convolutions in 2 groups are not compiled"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2)), (4, 8, 8), "0: only convolutions without dilation"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), (3, 8, 8), "0: a batch norm without running"),
+        (
+            lambda: DiscreteTimeGraph(4, 1, 1, activation=torch.tanh),
+            (1, 8, 8),
+            "compiled are graphs in discrete time on maps, with",
+        ),
+        (tiny_digits, (3, 8, 8), "the network does not take inputs of 3x8x8"),
+        (lambda: ContinuousTimeGraph(4, 1, 1), (1, 8, 8), "the model is a ContinuousTimeGraph"),
+    ],
+)
+def test_what_is_not_compiled(make, size, message):
+    with pytest.raises(ValueError, match=message):
+        plan(make(), size)
+
+
+# --- running, and the file ---
+
+
+def test_inputs_of_another_shape_or_type_are_refused():
+    program = plan(model := lively(tiny_digits()), (1, 8, 8)).apply(model)
+    assert program(torch.randn(0, 1, 8, 8)).shape == (0, 10)
+    for wrong in (torch.randn(2, 1, 8, 9), torch.randn(1, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"expected floating-point images \[batch, 1, 8, 8\]"):
+            program(wrong)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    model = thinned(lively(tiny_digits()), 3, num_edges=100)
+    program = plan(model, (1, 8, 8)).apply(model)
+    path = tmp_path / "net.dnw"
+    assert save_program(program, path) == path.stat().st_size
+    return program, path
+
+
+def test_a_stored_network_is_the_same(stored):
+    program, path = stored
+    images = torch.randn(4, 1, 8, 8)
+    assert torch.equal(load_program(path)(images), program(images))
+
+
+def test_every_cut_and_every_changed_byte_is_refused(stored):
+    _, path = stored
+    whole = path.read_bytes()
+    for length in [*range(60), *range(60, len(whole), 997), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"net\.dnw: "):
+            load_program(path)
+    for at in [*range(60), *range(60, len(whole), 997)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"net\.dnw: "):
+            load_program(path)
+
+
+def test_a_newer_file_says_so(stored):
+    _, path = stored
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8] + struct.pack("<I", 2) + whole[12:])
+    with pytest.raises(ValueError, match="another version of dnw"):
+        load_program(path)
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored, data):
+    """Someone who edits a file can renew its checksum; what comes of it is one error, or a network that runs without harm."""
+    import hashlib
+
+    program, path = stored
+    save_program(program, path)
+    whole = path.read_bytes()
+    front = struct.Struct("<8sIQ32s")
+    magic, version, length, _ = front.unpack_from(whole)
+    header = json.loads(whole[front.size : front.size + length])
+    places: list[tuple[object, object]] = []
+
+    def collect(item: object) -> None:
+        for key, value in item.items() if isinstance(item, dict) else enumerate(item):
+            places.append((item, key))
+            if isinstance(value, (dict, list)):
+                collect(value)
+
+    collect(header)
+    holder, key = data.draw(st.sampled_from(range(len(places))).map(places.__getitem__))
+    holder[key] = data.draw(st.sampled_from([-1, 0, 1, 7, 2**40, 2**70, 1e300, None, "x", [], {}, [1, 2], {"array": "f4"}]))
+    text = json.dumps(header).encode()
+    rest = text + whole[front.size + length :]
+    path.write_bytes(front.pack(magic, version, len(text), hashlib.sha256(rest).digest()) + rest)
+    try:
+        changed = load_program(path)
+    except ValueError:
+        return
+    size = changed.input_size
+    if max(size) < 1000:
+        changed(torch.randn(1, *size))
