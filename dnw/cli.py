@@ -95,6 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     counting.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the recipe's)")
     counting.set_defaults(run=_count)
 
+    compiling = commands.add_parser("compile", help="make a trained network smaller, exactly", description=_compile.__doc__)
+    compiling.add_argument("path", type=Path, metavar="RUN", help="run directory")
+    compiling.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of the run's (default: last)")
+    compiling.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the run's)")
+    compiling.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write the compiled network (default: only the plan)"
+    )
+    compiling.set_defaults(run=_compile)
+
     importing = commands.add_parser("import", help="take over a checkpoint of the authors' code", description=_import.__doc__)
     importing.add_argument("file", type=Path, help="epoch_N.pt, best.pt or init.pt of the authors' code")
     importing.add_argument("recipe", help="the recipe of the same network (dnw recipes)")
@@ -103,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
     importing.set_defaults(run=_import)
 
-    for command in (train, resume, evaluate, sweeping, results, recipes, counting, importing):
+    for command in (train, resume, evaluate, sweeping, results, recipes, counting, compiling, importing):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -161,6 +170,17 @@ def _count(parsed: argparse.Namespace) -> None:
         _say(str(count_run(Path(parsed.target), size)))
     else:
         _say(str(count_config(_resolve(parsed.target, parsed.overrides), size)))
+
+
+def _compile(parsed: argparse.Namespace) -> None:
+    """Print the plan for a trained network: what has no effect and can go. With --out, write what stays, compacted."""
+    from dnw.compile import save_program
+    from dnw.train import compile_run
+
+    found, program = compile_run(parsed.path, _input_size(parsed.input) if parsed.input else None, parsed.checkpoint)
+    _say(str(found))
+    if parsed.out is not None:
+        _say(f"{parsed.out}: {save_program(program, parsed.out):,} bytes   (dnw.compile.load_program reads it)")
 
 
 def _input_size(text: str) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dnw
+from dnw.cli import main
 from dnw.compile import Plan, load_program, plan, save_program
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
@@ -26,6 +27,8 @@ from dnw.models import (
     tiny_digits,
     tiny_mnist,
 )
+from dnw.recipes import digits
+from dnw.train import load_trained, override, train
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -340,3 +343,24 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
     size = changed.input_size
     if max(size) < 1000:
         changed(torch.randn(1, *size))
+
+
+# --- from a run ---
+
+
+@pytest.mark.parametrize("rule", ["dnw", "targeted_dropout"])
+def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path, capsys):
+    config = override(digits(), ["epochs=2", "baseline=null", f"rule={rule}"])
+    run = train(config, data_dir=tmp_path, out=tmp_path / "run")
+    file = tmp_path / "net.dnw"
+    assert main(["compile", str(run), "--out", str(file)]) == 0
+    assert "graph: nodes kept by level" in capsys.readouterr().out
+    trained = load_trained(run)
+    images = torch.randn(5, 1, 8, 8)
+    with torch.no_grad(), trained.wiring.settled():
+        expected = trained.model(images)
+    torch.testing.assert_close(load_program(file)(images), expected, rtol=1e-4, atol=1e-5)
+    assert main(["compile", str(run), "--input", "1x12x12", "--checkpoint", "best"]) == 0
+    assert "inputs of 1x12x12" in capsys.readouterr().out
+    assert main(["compile", str(tmp_path)]) == 1
+    assert "not a run directory" in capsys.readouterr().err

@@ -14,6 +14,8 @@ _PUBLIC = {
     "OptimConfig": "dnw.train._config",
     "MODEL_NAMES": "dnw.train._config",
     "changes": "dnw.train._config",
+    "compile_run": "dnw.train._trained",
+    "load_trained": "dnw.train._trained",
     "config_from_json": "dnw.train._config",
     "config_of_model": "dnw.train._config",
     "insert_table": "dnw.train._results",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from dnw.train._run import TrainingStoppedError as TrainingStoppedError
     from dnw.train._sweep import plot_sweep as plot_sweep
     from dnw.train._sweep import sweep as sweep
+    from dnw.train._trained import compile_run as compile_run
+    from dnw.train._trained import load_trained as load_trained
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ from dnw.models import (
     tiny_digits,
     tiny_mnist,
 )
-from dnw.train._config import RULE_SETTINGS, Config
+from dnw.train._config import RULE_SETTINGS, Config, OptimConfig
 
 MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "tiny_digits": lambda c, classes: tiny_digits(classes),
@@ -136,6 +136,17 @@ def check_fit(config: Config, data: ImageData) -> None:
                 "graph, and they never change; raise the budget or take another seed"
             )
         wiring.remove("latent")
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters in one group, or in two where norms and biases do not decay."""
+    if optim.decay_norms:
+        return [{"params": list(model.parameters()), "weight_decay": optim.weight_decay}]
+    plain = [p for p in model.parameters() if p.ndim > 1]
+    return [
+        {"params": plain, "weight_decay": optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def wire_model(

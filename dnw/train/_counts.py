@@ -10,8 +10,7 @@ from torch import nn
 from dnw.count import Count, count
 from dnw.train._build import make_model, wire_model
 from dnw.train._config import Config
-from dnw.train._run import RunDirectory, read_checkpoint
-from dnw.train._ticket import edges_of_ticket
+from dnw.train._trained import load_trained
 
 
 def count_config(config: Config, input_size: tuple[int, int, int] | None = None, num_classes: int | None = None) -> Count:
@@ -32,22 +31,8 @@ def count_run(path: Path, input_size: tuple[int, int, int] | None = None) -> Cou
     Raises:
         ValueError: this is no run directory, or it has no checkpoint yet.
     """
-    run = RunDirectory(path)
-    member, config = next(iter(run.members()))
-    if not member.last.exists():
-        raise ValueError(f"{member.path}: no {member.last.name} yet; dnw resume {path} trains on")
-    content = read_checkpoint(member.last)
-    heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
-    model = make_model(config, heads[-1].shape[0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=config.optim.momentum)
-    steps = content["step"] * config.epochs // content["epoch"] if content["epoch"] else None
-    wiring = wire_model(config, model, optimizer, steps, edges_of_ticket(member.path))
-    try:
-        optimizer.load_state_dict(content["optimizer"])
-        model.load_state_dict(content["model"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{member.last}: does not fit the run's config ({str(error).splitlines()[0]})") from None
-    return count(model, _size(config, input_size), wiring)
+    trained = load_trained(path)
+    return count(trained.model, input_size or trained.input_size, trained.wiring)
 
 
 def _fresh(config: Config, num_classes: int | None) -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -20,8 +20,8 @@ from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
 from dnw.data import Batches
 from dnw.graphs import ContinuousTimeGraph
-from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, num_steps, wire_model
-from dnw.train._config import Config, OptimConfig
+from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, num_steps, parameter_groups, wire_model
+from dnw.train._config import Config
 from dnw.train._log import Log
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
 from dnw.train._ticket import draw_ticket, edges_of_ticket, keep_ticket
@@ -117,7 +117,7 @@ class _State:
         self.model = make_model(config, num_classes)
         edges = edges_of_ticket(run.path, self.model)
         optim = config.optim
-        self.optimizer = torch.optim.SGD(_groups(self.model, optim), lr=optim.lr, momentum=optim.momentum)
+        self.optimizer = torch.optim.SGD(parameter_groups(self.model, optim), lr=optim.lr, momentum=optim.momentum)
         self.wrapped_model, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
         self.wiring = wire_model(config, self.wrapped_model, self.wrapped_optimizer, steps, edges)
 
@@ -133,17 +133,6 @@ class _State:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
         return content
-
-
-def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters in one group, or in two where norms and biases do not decay."""
-    if optim.decay_norms:
-        return [{"params": list(model.parameters()), "weight_decay": optim.weight_decay}]
-    plain = [p for p in model.parameters() if p.ndim > 1]
-    return [
-        {"params": plain, "weight_decay": optim.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _launch(config: Config) -> Fabric:
