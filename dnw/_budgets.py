@@ -166,6 +166,24 @@ class ErdosRenyiKernel(Budget):
         return [([i], k) for i, k in enumerate(edges)]
 
 
+def share_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to weights, none larger than its room, that add up to a total."""
+    shares = [0] * len(weights)
+    while (left := total - sum(shares)) > 0:
+        open_ = [i for i in range(len(weights)) if shares[i] < room[i]]
+        if not open_:
+            break
+        of_open = sum(weights[i] for i in open_)
+        wanted = {i: left * weights[i] / of_open if of_open else left / len(open_) for i in open_}
+        for i in open_:
+            shares[i] = min(room[i], shares[i] + math.floor(wanted[i]))
+        by_remainder = sorted(open_, key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
+        for i in by_remainder[: max(0, total - sum(shares))]:
+            if shares[i] < room[i] and sum(shares) < total:
+                shares[i] += 1
+    return shares
+
+
 def matches(name: str, module: str, pattern: str) -> bool:
     """Whether a shell-style pattern fits a parameter's name or the name of the module that holds it."""
     return fnmatchcase(name, pattern) or fnmatchcase(module, pattern)

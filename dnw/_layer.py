@@ -7,7 +7,7 @@ parameter and writes in place, into the same storage.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ class WiredLayer(Layer):
             self.parameter.data, self._storage = self._storage, None
         if self._given_grad is not None:
             self.parameter.grad, self._given_grad = self._given_grad, None
-        self.grad, self.exchanged = None, False
+        self.exchanged = False
 
     # --- what surrounds it ---
 
@@ -172,11 +172,15 @@ class WiredLayer(Layer):
         """Whether somebody else has written to the parameter since it was last projected."""
         return self._present_version() != self.version
 
-    def take_over_writes(self, projected: Tensor) -> tuple[bool, bool]:
+    def take_over_writes(self, projected: Tensor, latent_of: Callable[[Layer, Tensor], Tensor]) -> tuple[bool, bool]:
         """Takes over values that somebody else wrote to the parameter since it was last projected.
 
         Entries that differ are taken over one by one. Where dormant entries have got weights and active ones have become
         zero, another sparse weight was put in place of this one: then its zeros count too.
+
+        Args:
+            projected: what the parameter would hold without them.
+            latent_of: the latent weights of effective ones.
 
         Returns:
             Whether anything differs, so that edges are to be selected anew; whether another sparse weight was put in place.
@@ -191,5 +195,5 @@ class WiredLayer(Layer):
         replaced = bool(any_grown and any_pruned)
         if any_written:
             values = held.to(self.latent.dtype)
-            self.latent.copy_(values if replaced else torch.where(written, values, self.latent))
+            self.latent.copy_(values if replaced else torch.where(written, latent_of(self, values), self.latent))
         return bool(any_written), replaced

@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class Pattern(ABC):
-    """A structure that active edges have. Sources are the second dimension of a weight, targets the first."""
+    """A structure that active edges have. Sources are the second dimension of a weight, targets the first.
+
+    (In transposed convolutions it is the other way round, so a pattern there is one of their inputs.)
+    """
 
     @abstractmethod
     def check(self, name: str, shape: tuple[int, ...]) -> None:

@@ -195,6 +195,10 @@ class Rule:
         assert layer.active is not None
         return torch.where(layer.active, layer.latent, torch.zeros((), dtype=layer.latent.dtype, device=layer.latent.device))
 
+    def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
+        """The latent weights that ``project`` makes these effective weights of; for values that others write to the model."""
+        return effective
+
     def settle(self, layer: Layer) -> Tensor:
         """The effective weight that the model is evaluated with, where it differs from the one it trains with."""
         return self.project(layer)

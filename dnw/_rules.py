@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dnw._budgets import Shape
+from dnw._budgets import Shape, share_out
 from dnw._checks import did_you_mean
 from dnw._dormant import MOMENTUM_KEYS, Dormant
 from dnw._patterns import NOfM, Pattern
@@ -35,7 +35,7 @@ def _check(rule: Rule, **allowed: tuple[float, float]) -> None:
     for name, (low, high) in allowed.items():
         value = getattr(rule, name)
         kind = int if isinstance(low, int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or math.isinf(value):
             what = "a whole number" if kind is int else "a number"
             bound = f"from {low:g} on" if high == math.inf else f"from {low:g} to {high:g}"
             raise ValueError(f"{type(rule).__name__}: {name}={value!r}: allowed is {what} {bound}")
@@ -182,6 +182,9 @@ class RandomGraph(Fixed):
 class Complete(Fixed):
     """Every candidate edge is active: dense training, with the wiring's book-keeping. It needs no budget."""
 
+    def fits(self, pattern: Pattern) -> bool:
+        return False
+
     def num_edges(self, shape: Shape) -> int | None:
         return shape.candidates
 
@@ -191,6 +194,9 @@ class Frozen(Fixed):
     """A given edge set, never changed: one boolean mask, of the parameter's shape, per parameter name. It needs no budget."""
 
     edges: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def fits(self, pattern: Pattern) -> bool:
+        return False
 
     def num_edges(self, shape: Shape) -> int | None:
         mask = self.edges.get(shape.name)
@@ -225,7 +231,9 @@ class Frozen(Fixed):
 class PruneAndGrow(NoUpdate):
     """Now and then, the smallest active edges are pruned and as many others grown, from weight 0; they start at random.
 
-    What rules of this kind have in common. Unlike in the papers the optimizer also steps where edges are exchanged.
+    What rules of this kind have in common. Unlike in the papers the optimizer also steps where edges are exchanged. A pruned
+    edge may be grown again at once; then it keeps its weight. The number exchanged is rounded down, so a layer with very few
+    edges keeps them.
 
     Args:
         every: steps between two exchanges.
@@ -336,7 +344,8 @@ class SparseMomentum(PruneAndGrow):
     """Sparse networks from scratch: edges are grown where the momentum is largest, and in the layers where it is.
 
     Every layer loses the same share of its edges; what is grown is shared out in proportion to the mean magnitude of the
-    momentum of the layers' active edges. Needs an optimizer with momentum, which here sees the gradient of all edges.
+    momentum of the layers' active edges. Needs an optimizer with momentum, which here sees the gradient of all edges; of Adam
+    and its kin the first moment counts.
     Source: Dettmers, Zettlemoyer, "Sparse networks from scratch", 2019, section 3 and algorithm 1; there once an epoch.
     """
 
@@ -371,29 +380,11 @@ class SparseMomentum(PruneAndGrow):
             sums.append(both if x.shard is None else x.shard.sum(both))
         momenta, active = (part.tolist() for part in torch.stack(sums).double().unbind(1))
         active = [int(n) // unit for n in active]
-        stay = _share_out((pool.k - int(fraction * pool.k)) // unit, active, active)
-        means = [m / n if n else 0.0 for m, n in zip(momenta, active, strict=True)]
+        stay = share_out((pool.k - int(fraction * pool.k)) // unit, active, active)
+        means = [m / n if n and math.isfinite(m) else 0.0 for m, n in zip(momenta, active, strict=True)]
         room = [x.num_candidates // unit - n for x, n in zip(pool.layers, stay, strict=True)]
-        grown = _share_out(pool.k // unit - sum(stay), means, room)
+        grown = share_out(pool.k // unit - sum(stay), means, room)
         return [([x], n * unit, new * unit) for x, n, new in zip(pool.layers, stay, grown, strict=True)]
-
-
-def _share_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
-    """Whole numbers in proportion to weights, none larger than its room, that add up to a total."""
-    shares = [0] * len(weights)
-    while (left := total - sum(shares)) > 0:
-        open_ = [i for i in range(len(weights)) if shares[i] < room[i]]
-        if not open_:
-            break
-        of_open = sum(weights[i] for i in open_)
-        wanted = {i: left * weights[i] / of_open if of_open else left / len(open_) for i in open_}
-        for i in open_:
-            shares[i] = min(room[i], shares[i] + math.floor(wanted[i]))
-        by_remainder = sorted(open_, key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
-        for i in by_remainder[: max(0, total - sum(shares))]:
-            if shares[i] < room[i] and sum(shares) < total:
-                shares[i] += 1
-    return shares
 
 
 # --- straight-through estimators beside DNW --------------------------------------------------------------------------
@@ -460,7 +451,7 @@ class ST3(Thresholded):
         super().prepare(pools)
         for layer in (x for pool in pools for x in pool.layers if self.rescale):
             size = layer.latent.abs() if layer.candidates is None else _only(layer.candidates, layer.latent.abs())
-            rows = torch.stack([_only(layer.active, size).flatten(1).sum(1), size.flatten(1).sum(1)])
+            rows = torch.stack([x.reshape(len(x), -1).sum(1) for x in (_only(layer.active, size), size)])
             if layer.shard is not None:
                 whole = rows.new_zeros(2, layer.shard.shape[0])
                 whole[:, layer.shard.places[0]] = rows
@@ -471,6 +462,10 @@ class ST3(Thresholded):
     def project(self, layer: Layer) -> Tensor:
         shrunk = layer.latent.sign() * (layer.latent.abs() - layer.notes["threshold"])
         return _only(layer.active, shrunk * layer.notes["scale"] if self.rescale else shrunk)
+
+    def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
+        shrunk = effective / layer.notes["scale"] if self.rescale else effective
+        return shrunk + effective.sign() * layer.notes["threshold"]
 
 
 @dataclass(frozen=True)
@@ -501,6 +496,10 @@ class Feather(Thresholded):
         # |w| (1 - (T / |w|)^p)^(1/p), in which no power of a small weight vanishes
         share = (layer.notes["threshold"] / layer.latent.abs()).nan_to_num(1.0).clamp(max=1)
         return _only(layer.active, layer.latent * (1 - share**self.power) ** (1 / self.power))
+
+    def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
+        share = (layer.notes["threshold"] / effective.abs()).nan_to_num(0.0, posinf=0.0)
+        return effective * (1 + share**self.power) ** (1 / self.power)
 
 
 @dataclass(frozen=True)

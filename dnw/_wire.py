@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dnw._budgets import Budget, ByName, Shape, Uniform
+from dnw._budgets import Budget, ByName, Shape, Uniform, share_out
 from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._layer import WiredLayer
@@ -102,6 +102,10 @@ def wire(
     if schedule is not None:
         for pool in pools:
             pool.k = schedule.num_edges(0, pool.k // pool.unit, pool.num_candidates // pool.unit) * pool.unit
+    if rule.redistributes:
+        _check_units(rule, layers)
+        if schedule is not None:
+            _begin_together(schedule, pools)
     return Wiring(optimizer, rule, layers, pools, left, dormant or rule.dormant, schedule, check_ranks)
 
 
@@ -176,6 +180,23 @@ def _shares_of(
                 "one budget; give each a density of its own"
             )
     return [(indices, k * units[indices[0]]) for indices, k in shares]
+
+
+def _check_units(rule: Rule, layers: Sequence[WiredLayer]) -> None:
+    if len({Pool([layer], 1).unit for layer in layers}) > 1:
+        raise ValueError(
+            f"{type(rule).__name__} moves edges between layers, and {layers[0].pattern!r} has units of different sizes in "
+            "them; take single edges, or blocks"
+        )
+
+
+def _begin_together(schedule: DensitySchedule, pools: Sequence[Pool]) -> None:
+    """Shares what a schedule begins with out over pools that are one budget from then on."""
+    unit = pools[0].unit
+    room = [pool.num_candidates // unit for pool in pools]
+    total = schedule.num_edges(0, sum(pool.budget for pool in pools) // unit, sum(room))
+    for pool, k in zip(pools, share_out(total, [pool.k for pool in pools], room), strict=True):
+        pool.k = max(1, k) * unit
 
 
 def _check_shards(layers: Sequence[WiredLayer], pools: Sequence[Pool]) -> None:

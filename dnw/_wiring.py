@@ -172,6 +172,8 @@ class Wiring(Mapping[str, WiredParameter]):
         self._open = False
         self._nested = 0
         self._finishing: list[tuple[WiredLayer, Tensor]] = []
+        self._finished_step = 0
+        self._selecting = False
         self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._ranks_to_check = check_ranks
@@ -385,11 +387,13 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._layers:
             layer.write(self._effective(layer))
 
+    @torch.no_grad()
     def remove(self, keep: Literal["sparse", "latent"] = "sparse") -> None:
         """Takes the wiring off again: the optimizer goes on as a plain one, on dense parameters.
 
         Args:
-            keep: what stays in the model: the effective weights ("sparse") or the dense latent ones ("latent").
+            keep: what stays in the model: the effective weights that it is evaluated with ("sparse") or the dense latent ones
+                ("latent").
         """
         if keep not in ("sparse", "latent"):
             raise ValueError(f"keep={keep!r}: allowed are 'sparse' and 'latent'")
@@ -400,6 +404,9 @@ class Wiring(Mapping[str, WiredParameter]):
                     self._take_over_writes(layer)
                 with torch.no_grad():
                     layer.write(layer.latent)
+            elif self.rule.settles:
+                self._take_over_writes(layer)
+                layer.write(self.rule.settle(layer))
             self._leave_state(layer)
             del WIRED[layer.parameter]
         for handle in self._handles:
@@ -494,7 +501,7 @@ class Wiring(Mapping[str, WiredParameter]):
             for layer in stepped:
                 self._enter_state(layer, even_alone=True)
             return
-        for layer in stepped:
+        for layer in (x for pool in self._pools_of(stepped) for x in pool.layers if isinstance(x, WiredLayer)):
             layer.see_state(self._state.get(layer.parameter, {}))
         if self._step == 0 and stepped and self.dormant != self.rule.dormant and not self.dormant.has_effect(stepped):
             warnings.warn(
@@ -502,6 +509,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 "no momentum",
                 stacklevel=2,
             )
+        self._finished_step = self._step + 1
         self._finishing = [(layer, self.dormant.updated(layer, layer.held)) for layer in stepped]
         self._finish_step()
 
@@ -512,14 +520,18 @@ class Wiring(Mapping[str, WiredParameter]):
             layer.latent.copy_(latent)
         self._finishing = [(layer, layer.latent) for layer in stepped]  # the parameters are written from here on
         for layer in self._layers:
-            layer.remember()
-        self._select(stepped, step=self._step + 1)
-        for layer in stepped:
-            self._close(layer)
-        self._step += 1
-        for layer in stepped:
-            self._enter_state(layer, even_alone=True)
-        self._open, self._finishing = False, []
+            if self._selecting:  # interrupted before: the same selection again, from the same edges
+                layer.activate(layer.previous)
+            else:
+                layer.remember()
+        self._selecting = True
+        self._select(stepped, step=self._finished_step)
+        self._close(stepped)
+        self._step = self._finished_step
+        for layer in self._layers:
+            layer.grad = None
+            self._enter_state(layer, even_alone=layer in stepped)
+        self._open, self._selecting, self._finishing = False, False, []
 
     def _is_template_step(self) -> bool:
         """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
@@ -528,11 +540,12 @@ class Wiring(Mapping[str, WiredParameter]):
             return False
         return not any(x.total(x.local_grad()) for x in self._layers if x.parameter.grad is not None)
 
-    def _close(self, layer: WiredLayer) -> None:
-        """Ends a layer's part in a step."""
-        if self.dormant.momentum != "update":
+    def _close(self, stepped: Sequence[WiredLayer]) -> None:
+        """Does to the momentum of dormant edges what is to be done, also in layers that traded edges without stepping."""
+        traded = [x for pool in self._pools_of(stepped) for x in pool.layers] if self.dormant.momentum == "zero" else stepped
+        for layer in traded:
             assert layer.active is not None
-            self.dormant.apply(layer, *self._kept.pop(layer.name, (layer.active, {})))
+            self.dormant.apply(layer, *self._kept.get(layer.name, (layer.active, {})))
 
     @torch.no_grad()
     def _roll_back(self) -> None:
@@ -544,6 +557,7 @@ class Wiring(Mapping[str, WiredParameter]):
             self._finish_step()
         self._open, self._nested, self._kept = False, 0, {}
         for layer in self._layers:
+            layer.grad = None
             if layer.exchanged:
                 layer.take_back()
                 layer.write(self._effective(layer))
@@ -616,7 +630,7 @@ class Wiring(Mapping[str, WiredParameter]):
         layer.follow()
         if not layer.is_written():
             return False
-        written, replaced = layer.take_over_writes(self._effective(layer))
+        written, replaced = layer.take_over_writes(self._effective(layer), self.rule.latent_of)
         if replaced and self._step:
             warnings.warn(
                 f"another sparse weight was put in place of {layer.name!r}: its dormant edges start from 0 again. To look at "
@@ -748,7 +762,8 @@ class Wiring(Mapping[str, WiredParameter]):
         else:
             layer.activate(active)
             layer.remember()
-        _, self._step, layer.step, layer.seed, self._pool_of[id(layer)].k = entry["wiring"].tolist()
+        _, step, layer.step, layer.seed, self._pool_of[id(layer)].k = entry["wiring"].tolist()
+        self._step = max(self._step, step)
 
     @torch.no_grad()
     def _loaded(self, optimizer: Optimizer) -> None:
@@ -765,6 +780,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 "are, but for what has been written to the model since",
                 stacklevel=3,
             )
+        self._step = 0 if incoming else self._step
         for layer in self._layers:
             entry = incoming.get(layer.name)
             if entry is None:

@@ -211,8 +211,9 @@ def _sweep(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--over {parsed.over}: expected a setting and its values, such as density=0.1,0.2,0.3")
     _quiet()
     from dnw.recipes import RECIPES
-    from dnw.train import plot_sweep, results_table, sweep
+    from dnw.train import check_plot, plot_sweep, results_table, sweep
 
+    check_plot()
     out = parsed.out or Path("runs") / f"sweep-{config.recipe}"
     paths = sweep(config, key, [v for v in values.split(",") if v], data_dir=parsed.data_dir, out=out)
     _say(results_table(list(paths.values()), RECIPES))

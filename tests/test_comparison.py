@@ -16,6 +16,8 @@ from dnw.train import RunDirectory, count_config, count_run, evaluate, override,
 from dnw.train._build import wire_model
 from dnw.train._config import RULE_SETTINGS, OptimConfig
 from dnw.train._run import read_checkpoint
+from dnw.train._sweep import accuracies_of
+from dnw.train._ticket import draw_ticket
 
 SHORT = ("epochs=3", "baseline=null", "first_epoch_snapshots=0")
 VARIANTS = {
@@ -111,6 +113,9 @@ def test_a_run_that_is_killed_between_epochs_resumes_exactly(rule, tmp_path):
         (["pattern=2-4"], "pattern: .*2-4"),
         (["pattern=2:4"], "pattern=2:4 fixes the number of edges"),
         (["shared_budget=true"], "shared_budget=true: needs density"),
+        (["density_schedule.initial=0.5"], "density_schedule: give end, too"),
+        (["rule=l1_anneal"], "rule=l1_anneal prunes on a schedule: give density_schedule.end"),
+        (["rule=complete", "num_edges=null", "baseline=null", "pattern=channels"], "rule=complete chooses no edges"),
         (["optim.warmup_epochs=60"], "optim.warmup_epochs=60: the run has 60 epochs"),
     ],
 )
@@ -161,6 +166,14 @@ def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path
     capsys.readouterr()
     assert main(["train", "digits", "rule=ticket", "baseline=null", "--out", str(tmp_path / "none")]) == 1
     assert "rule=ticket needs the run directory of its first stage" in capsys.readouterr().err
+    two = override(digits(), [*SHORT, "rule=complete", "num_edges=null", "epochs=1"])
+    first = train(two, data_dir=tmp_path, out=tmp_path / "one-seed")
+    with pytest.raises(ValueError, match=r"it has no run of seed 1, but of '0'; each seed needs a first stage of its own"):
+        train(override(config, [f"ticket.run={first}", "seeds=0,1"]), data_dir=tmp_path, out=tmp_path / "none")
+    with pytest.raises(ValueError, match="it trained tiny_digits on digits, not mobilenet_v1 on digits"):
+        draw_ticket(override(config, [f"ticket.run={first}", "model=mobilenet_v1", "num_edges=null", "density=0.5"]), 10)
+    with pytest.raises(ValueError, match="it trained another network"):
+        draw_ticket(override(config, [f"ticket.run={first}"]), 7)
     config = override(digits(), [*SHORT, "rule=ticket", f"ticket.run={run.path}"])
     with pytest.raises(ValueError, match="a ticket is drawn from a run of rule=complete, and there is none in it"):
         train(config, data_dir=tmp_path, out=tmp_path / "none")
@@ -233,7 +246,44 @@ def test_sweep_trains_side_by_side_goes_on_and_plots(tmp_path, capsys):
 
 
 def test_sweep_over_rules(tmp_path):
-    config = override(digits(), ["epochs=1", "baseline=null"])
+    config = override(digits(), ["epochs=1"])
+    paths = sweep(
+        override(config, ["baseline=complete", "num_edges=null", "density=0.1"]),
+        "rule",
+        ["dnw"],
+        data_dir=tmp_path,
+        out=tmp_path,
+    )
+    (found,) = accuracies_of(paths, "rule").values()
+    assert found == {"dnw": [100 * RunDirectory(tmp_path / "rule-dnw").metrics()[-1].top1]}  # without the baseline's
+    config = override(config, ["baseline=null"])
     paths = sweep(config, "rule", ["dnw", "random"], data_dir=tmp_path, out=tmp_path / "rules")
     plot_sweep(paths, "rule", tmp_path / "rules.png")
     assert (tmp_path / "rules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_on_after_a_run_that_diverges(tmp_path, capsys):
+    arguments = ["sweep", "digits", "baseline=null", "epochs=1", "--out", str(tmp_path / "sweep")]
+    assert main([*arguments, "--over", "optim.lr=1e30,0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "optim.lr=1e30: the loss is not finite" in out
+    assert RunDirectory(tmp_path / "sweep" / "optim.lr-0.1").metrics()
+    for wrong in ("optim.lr=../x", "optim.lr=a/b"):
+        assert main([*arguments, "--over", wrong]) == 1
+        assert "only letters, digits" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_config_was_written_can_be_started_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").write_text("{")
+    config = override(digits(), ["epochs=1", "baseline=null"])
+    assert RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / "run")).metrics()
+
+
+def test_a_baseline_is_a_run_of_its_own(tmp_path, capsys):
+    changes = ["epochs=1", "rule=rigl", "rule_settings.every=5", "density_schedule.end=0.5", "baseline=random"]
+    run = train(override(digits(), changes), data_dir=tmp_path, out=tmp_path / "run")
+    capsys.readouterr()
+    for command in ("eval", "count", "results"):
+        assert main([command, str(run / "baseline")]) == 0
+    assert "random" in capsys.readouterr().out

@@ -41,6 +41,9 @@ def _prepared(model: Any) -> nn.Module:
 def _torchvision() -> Any:
     if importlib.util.find_spec("torchvision") is None:
         raise ImportError("torchvision is not installed; install the vision extra: pip install 'dnw[vision]'")
-    import torchvision.models
+    try:
+        import torchvision.models
+    except RuntimeError as error:
+        raise ImportError(f"torchvision does not fit the installed torch ({error}); install the two together") from None
 
     return torchvision.models

@@ -29,6 +29,7 @@ _PUBLIC = {
     "evaluate": "dnw.train._loop",
     "resume": "dnw.train._loop",
     "results_table": "dnw.train._results",
+    "check_plot": "dnw.train._sweep",
     "plot_sweep": "dnw.train._sweep",
     "sweep": "dnw.train._sweep",
     "train": "dnw.train._loop",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from dnw.train._run import EpochMetrics as EpochMetrics
     from dnw.train._run import RunDirectory as RunDirectory
     from dnw.train._run import TrainingStoppedError as TrainingStoppedError
+    from dnw.train._sweep import check_plot as check_plot
     from dnw.train._sweep import plot_sweep as plot_sweep
     from dnw.train._sweep import sweep as sweep
     from dnw.train._trained import compile_run as compile_run

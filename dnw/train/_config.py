@@ -44,6 +44,8 @@ RULE_SETTINGS: dict[str, tuple[str, ...]] = {
     "top_kast": ("backward", "penalty"),
 }
 """What can be set of each rule; the others have no settings."""
+_FIXED = ("random", "random_original", "complete", "ticket")
+"""Rules that never change their edges."""
 ModelName = Literal[
     "tiny_digits",
     "tiny_mnist",
@@ -145,6 +147,8 @@ class DensityConfig(_Frozen):
 
     @model_validator(mode="after")
     def _within(self) -> DensityConfig:
+        if self.end is None and self != type(self).model_construct():
+            raise ValueError("give end, too: without it the number of edges is constant")
         if self.end is not None and self.end > 1:
             raise ValueError(f"end={self.end:g}: the schedule ends after training does; give a share of the run from 0 to 1")
         if self.end is not None and self.begin >= self.end:
@@ -215,6 +219,8 @@ class Config(_Frozen):
     @model_validator(mode="after")
     def _budget(self) -> Config:
         rules = {self.rule, self.baseline} - {None, "complete"}
+        if self.pattern is not None and self.rule in ("complete", "random_original"):
+            raise ValueError(f"pattern={self.pattern}: rule={self.rule} chooses no edges; leave the pattern out")
         if self.pattern is not None and ":" in self.pattern:
             if self.num_edges is not None or self.density is not None:
                 raise ValueError(f"pattern={self.pattern} fixes the number of edges; leave num_edges and density out")
@@ -235,9 +241,11 @@ class Config(_Frozen):
             if value is not None and key not in RULE_SETTINGS.get(self.rule, ()):
                 allowed = ", ".join(RULE_SETTINGS.get(self.rule, ())) or "none"
                 raise ValueError(f"rule_settings.{key}={value}: rule={self.rule} has no such setting; it has {allowed}")
-        if self.density_schedule.end is not None and self.rule in ("random", "random_original", "complete", "ticket"):
+        if self.density_schedule.end is not None and self.rule in _FIXED:
             raise ValueError(f"density_schedule: rule={self.rule} never changes its edges, so it has no schedule")
-        if (self.rule == "ticket") != (self.ticket.run is not None) and self.ticket.run is not None:
+        if self.rule == "l1_anneal" and self.density_schedule.end is None:
+            raise ValueError("rule=l1_anneal prunes on a schedule: give density_schedule.end, a share of the run")
+        if self.rule != "ticket" and self.ticket.run is not None:
             raise ValueError(f"ticket.run={self.ticket.run}: rule={self.rule} takes no ticket; rule=ticket does")
         if self.shared_budget and (self.density is None or is_chain):
             raise ValueError("shared_budget=true: needs density, and no chain of graphs")
@@ -252,6 +260,13 @@ class Config(_Frozen):
         if self.baseline == self.rule:
             raise ValueError(f"baseline={self.baseline}: is the rule of the run itself; name another, or null for none")
         return self
+
+    def of_rule(self, rule: RuleName) -> Config:
+        """The config of a baseline: the same with another rule, at that rule's own settings."""
+        changes: dict[str, Any] = {"rule": rule, "baseline": None, "rule_settings": RuleConfig(), "ticket": TicketConfig()}
+        if rule in _FIXED:
+            changes["density_schedule"] = DensityConfig()
+        return self.model_copy(update=changes)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

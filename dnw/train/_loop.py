@@ -61,8 +61,8 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     """
     data = load_data(config, data_dir)
     check_fit(config, data)
-    if config.rule == "ticket":
-        draw_ticket(config.model_copy(update={"seeds": config.seeds[:1]}), len(data[0].classes))  # before anything is written
+    for seed in config.seeds if config.rule == "ticket" else ():  # before anything is written
+        draw_ticket(config.model_copy(update={"seeds": (seed,)}), len(data[0].classes))
     fabric = _launch(config)
     path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
     run = RunDirectory(fabric.broadcast(path))
@@ -128,8 +128,8 @@ class _State:
     def load(self, path: Path) -> dict[str, Any]:
         content = read_checkpoint(path)
         try:
+            self.model.load_state_dict(content["model"])  # first: the optimizer's latent weights then count
             self.optimizer.load_state_dict(content["optimizer"])
-            self.model.load_state_dict(content["model"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
         return content
@@ -162,12 +162,12 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
     log.enabled = fabric.is_global_zero
     members = list(run.members())
     try:
-        for member, config in members:
-            if fabric.is_global_zero and not (member.path / "config.json").exists():
+        for member, config in members if fabric.is_global_zero else ():
+            if not (member.path / "config.json").exists():
                 member.start(config, data_dir)
-            if fabric.is_global_zero:
-                keep_ticket(member.path, config, len(data[0].classes))
-            fabric.barrier()
+            keep_ticket(member.path, config, len(data[0].classes))
+        fabric.barrier()
+        for member, config in members:
             batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
             _train_one(config, fabric, member, batches, data, log)
     except KeyboardInterrupt:

@@ -97,7 +97,8 @@ class RunDirectory:
             OSError: it cannot be made.
         """
         if out is not None:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            begun = {"environment.json", "environment.json.part", "config.json.part"}  # of a run that was killed at once
+            if out.exists() and (not out.is_dir() or any(entry.name not in begun for entry in out.iterdir())):
                 raise ValueError(f"{out}: exists already; name a new directory with --out, or continue it with dnw resume")
             out.mkdir(parents=True, exist_ok=True)
             path = out
@@ -140,7 +141,7 @@ class RunDirectory:
             one = config.model_copy(update={"seeds": (seed,), "baseline": None})
             yield RunDirectory(path), one
             if config.baseline is not None:
-                yield RunDirectory(path / "baseline"), one.model_copy(update={"rule": config.baseline})
+                yield RunDirectory(path / "baseline"), one.of_rule(config.baseline)
 
     def metrics(self) -> list[EpochMetrics]:
         """The epochs done so far.

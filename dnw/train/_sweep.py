@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ from dnw._files import write_whole
 from dnw.train._config import Config, override
 from dnw.train._log import Log
 from dnw.train._loop import resume, train
-from dnw.train._run import RunDirectory
+from dnw.train._run import RunDirectory, TrainingStoppedError
 
 
 def sweep(
     config: Config, key: str, values: Sequence[str], *, data_dir: Path, out: Path, log: Log | None = None
 ) -> dict[str, Path]:
     """Trains a config at every value of one setting; runs that are there already are continued.
+
+    A run whose loss is not finite any more is left as it is, and the others are trained.
 
     Args:
         config: what to run.
@@ -33,24 +36,47 @@ def sweep(
         log: where progress is shown.
 
     Returns:
-        The run directories by value.
+        The run directories of all values that have been trained there, now or before, by value.
 
     Raises:
         ValueError: a value that is not allowed (nothing has been trained then), or a run that is there with other settings.
     """
     if len(set(values)) != len(values) or not values:
         raise ValueError(f"--over {key}={','.join(values)}: give one or more different values")
+    for value in values:
+        if not re.fullmatch(r"[A-Za-z0-9_.+-]+", value) or value.startswith("."):
+            raise ValueError(
+                f"--over {key}={value}: a value names a directory, so only letters, digits and _ . + - are allowed"
+            )
     configs = {value: override(config, [f"{key}={value}"]) for value in values}
-    paths = {value: out / f"{key}-{value}" for value in values}
-    for value, path in paths.items():
+    for value in values:
+        path = out / f"{key}-{value}"
         if (path / "config.json").exists() and RunDirectory(path).config() != configs[value]:
             raise ValueError(f"{path}: a run with other settings is there already; name another directory with --out")
-    for value, path in paths.items():
-        if (path / "config.json").exists():
-            resume(path, data_dir=data_dir, log=log)
-        else:
-            train(configs[value], data_dir=data_dir, out=path, log=log)
-    return paths
+    log = log or Log()
+    for value in values:
+        path = out / f"{key}-{value}"
+        try:
+            if (path / "config.json").exists():
+                resume(path, data_dir=data_dir, log=log)
+            else:
+                train(configs[value], data_dir=data_dir, out=path, log=log)
+        except TrainingStoppedError as error:
+            log.line(f"{key}={value}: {error}")
+    there = {path.name.removeprefix(f"{key}-"): path for path in sorted(out.glob(f"{key}-*")) if _is_finished(path)}
+    return dict(sorted(there.items(), key=lambda item: _number(item[0])))
+
+
+def _is_finished(path: Path) -> bool:
+    if not (path / "config.json").exists():
+        return False
+    return all(len(member.metrics()) == config.epochs for member, config in RunDirectory(path).members())
+
+
+def check_plot() -> None:
+    """Raises ``ImportError`` where matplotlib is not installed (extra ``plot``)."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("matplotlib is not installed; install the plot extra: pip install 'dnw[plot]'")
 
 
 def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
@@ -60,20 +86,14 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed (extra ``plot``).
-        ValueError: runs that are not finished.
+        ValueError: there is no finished run.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("matplotlib is not installed; install the plot extra: pip install 'dnw[plot]'")
+    check_plot()
     from matplotlib.figure import Figure
 
-    accuracies: dict[str, dict[str, list[float]]] = {}
-    for value, path in paths.items():
-        for member, config in RunDirectory(path).members():
-            metrics = member.metrics()
-            if len(metrics) < config.epochs:
-                raise ValueError(f"{member.path}: not finished; the sweep continues it")
-            curve = "" if key == "rule" else str(config.rule)
-            accuracies.setdefault(curve, {}).setdefault(value, []).append(100 * metrics[-1].top1)
+    if not paths:
+        raise ValueError("there is no finished run to plot")
+    accuracies = accuracies_of(paths, key)
     numbers = [_number(value) for value in paths]
     numeric = min(numbers) > 0
     at = numbers if numeric else list(range(len(numbers)))
@@ -100,6 +120,17 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
         buffer, format=file.suffix.removeprefix(".") or "svg", metadata={"Date": None} if file.suffix == ".svg" else None
     )
     write_whole(file, buffer.getvalue())
+
+
+def accuracies_of(paths: Mapping[str, Path], key: str) -> dict[str, dict[str, list[float]]]:
+    """Test accuracies after the last epoch in percent, one per seed, by rule (unless it is what differs) and by value."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for value, path in paths.items():
+        for member, config in RunDirectory(path).members():
+            if key != "rule" or config.rule == value:  # a baseline is no value of the setting
+                curve = "" if key == "rule" else str(config.rule)
+                found.setdefault(curve, {}).setdefault(value, []).append(100 * member.metrics()[-1].top1)
+    return found
 
 
 def _number(text: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dnw._checks import listing
 from dnw._files import read_tensors
 from dnw.train._build import make_model, wire_model
 from dnw.train._config import Config
@@ -36,23 +37,28 @@ def draw_ticket(config: Config, num_classes: int) -> dict[str, dict[str, Tensor]
             "ticket.run=DIRECTORY"
         )
     source = RunDirectory(config.ticket.run)
-    found = next((m for m in source.members() if m[1].seeds == config.seeds and m[1].rule == "complete"), None)
-    if found is None:
-        found = next((m for m in source.members() if m[1].rule == "complete"), None)
-    if found is None:
+    complete = {one.seeds[0]: (member, one) for member, one in source.members() if one.rule == "complete"}
+    if not complete:
         raise ValueError(f"ticket.run={source.path}: a ticket is drawn from a run of rule=complete, and there is none in it")
-    run, other = found
-    if other.model != config.model or other.data.name != config.data.name:
+    if config.seeds[0] not in complete:
         raise ValueError(
-            f"ticket.run={source.path}: it trained {other.model} on {other.data.name}, not {config.model} on {config.data.name}"
+            f"ticket.run={source.path}: it has no run of seed {config.seeds[0]}, but of {listing(map(str, complete))}; each "
+            "seed needs a first stage of its own"
         )
-    if len(run.metrics()) < other.epochs or not run.last.exists():
+    run, other = complete[config.seeds[0]]
+    trained, wanted = (f"{c.model} on {c.data.name}" for c in (other, config))
+    if trained != wanted:
+        raise ValueError(f"ticket.run={source.path}: it trained {trained}, not {wanted}")
+    if not run.last.exists() or read_checkpoint(run.last)["epoch"] < other.epochs:
         raise ValueError(f"ticket.run={run.path}: it is not finished; dnw resume {source.path} trains on")
     last = read_checkpoint(run.last)["model"]
     if config.ticket.rewind and not run.first.exists():
         raise ValueError(f"ticket.run={run.path}: {run.first.name} is missing, the weights it began with")
     model = make_model(config, num_classes)
-    model.load_state_dict(last)
+    try:
+        model.load_state_dict(last)
+    except RuntimeError as error:
+        raise ValueError(f"ticket.run={run.path}: it trained another network ({str(error).splitlines()[-1].strip()})") from None
     wiring = wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
     edges = {name: parameter.active for name, parameter in wiring.items()}
     return {"edges": edges, "model": read_tensors(run.first)["model"] if config.ticket.rewind else last}

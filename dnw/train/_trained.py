@@ -57,8 +57,8 @@ def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Trained:
     steps = content["step"] * config.epochs // content["epoch"] if content["epoch"] else None
     wiring = wire_model(config, model, optimizer, steps, edges_of_ticket(member.path))
     try:
-        optimizer.load_state_dict(content["optimizer"])
         model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the run's config ({str(error).splitlines()[0]})") from None
     return Trained(model.eval(), wiring, config)
