@@ -104,6 +104,17 @@ def test_the_dynamic_graphs_of_the_readme():
     assert (outputs.shape, state.shape) == ((2, 5, 32), (2, 100))
 
 
+def test_compiling(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = dnw.models.tiny_cifar10()
+    dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), num_edges=2_000)
+    images = torch.randn(2, 3, 32, 32)
+    names = {"dnw": dnw, "model": model.eval(), "images": images, "path": tmp_path / "net.dnw"}
+    exec(blocks("docs/compile.md")[0], names)
+    torch.testing.assert_close(names["program"](images), model(images), rtol=1e-4, atol=1e-5)
+    assert "graph: nodes kept by level" in capsys.readouterr().out
+
+
 def test_the_rule_in_twenty_lines():
     names = fresh(nn.Linear(20, 10))
     (layer,) = [names["model"]]
