@@ -1,29 +1,37 @@
-"""Fewer threads per test process, so that tests that run side by side do not fight over the cores.
+"""Fewer threads per test process, so that those that run side by side do not fight over the cores; torchvision, if at hand."""
 
-A torchvision that was built for CUDA cannot be imported beside a torch without it, for want of two operators that no test
-uses; they are declared here.
-"""
+from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
-_OPERATORS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
+
+ASIDE = Path(sys.prefix) / "torchvision"
+"""Where the set-up puts torchvision: aside, because other libraries import it wherever they find it, and a build for CUDA
+cannot be imported beside a torch without it, for want of two operators."""
+OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_kept: list[torch.library.Library] = []
 
 
-def _declare_operators() -> list[torch.library.Library]:
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes torchvision importable; the test is skipped where it is not at hand."""
+    if importlib.util.find_spec("torchvision") is None:
+        monkeypatch.syspath_prepend(ASIDE)
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed (extra vision)")
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for definition in _OPERATORS.values():
-            library.define(definition)
-        return [library]
-    return []
-
-
-KEPT = _declare_operators() if importlib.util.find_spec("torchvision") else []
+        _kept.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for definition in OPERATORS:
+            _kept[-1].define(definition)
+        import torchvision  # noqa: F401

@@ -186,6 +186,7 @@ def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path
 
 
 @pytest.mark.parametrize(("make", "size", "stem"), [(resnet18_cifar, 32, 1_728), (resnet50, 64, 9_408)])
+@pytest.mark.usefixtures("torchvision")
 def test_resnets_with_every_weight_sparse(make, size, stem):
     torch.manual_seed(0)
     model = make(10).eval()
@@ -203,6 +204,7 @@ def test_resnets_with_every_weight_sparse(make, size, stem):
     assert model.layer2[0].conv1.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
 
 
+@pytest.mark.usefixtures("torchvision")
 def test_the_resnet_recipes():
     assert 25.5e6 < count_config(RECIPES["imagenet_resnet50"]()).parameters < 25.6e6
     config = RECIPES["imagenet_resnet50_dnw_first_dense"]()

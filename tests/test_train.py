@@ -174,6 +174,7 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:

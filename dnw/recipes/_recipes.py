@@ -160,12 +160,12 @@ def cifar10_mobilenet_magnitude_pruning_x225() -> Config:
 
 
 def cifar10_mobilenet_set_x225() -> Config:
-    """The same by sparse evolutionary training (SET)."""
+    """The same by sparse evolutionary training (SET): random edges come."""
     return _chain("set", rule_settings={"every": 100, "until": 0.75})
 
 
 def cifar10_mobilenet_rigl_x225() -> Config:
-    """The same by RigL."""
+    """The same by RigL: edges come where the gradient is largest."""
     return _chain("rigl", rule_settings={"every": 100, "until": 0.75})
 
 
@@ -175,7 +175,7 @@ def cifar10_mobilenet_sparse_momentum_x225() -> Config:
 
 
 def cifar10_mobilenet_sr_ste_x225() -> Config:
-    """The same by the sparse-refined straight-through estimator (SR-STE)."""
+    """The same by the sparse-refined straight-through estimator (SR-STE), in which dormant edges decay."""
     return _chain("sr_ste")
 
 
