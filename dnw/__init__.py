@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "wire": "dnw._wire",
     "Wiring": "dnw._wiring",
-    "WiredParameter": "dnw._wiring",
+    "WiredParameter": "dnw._wired_parameter",
     "Edges": "dnw._edges",
     "Summary": "dnw._edges",
     "Rule": "dnw._rule",
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from dnw._select import top_k as top_k
     from dnw._select import top_k_each as top_k_each
     from dnw._wire import wire as wire
-    from dnw._wiring import WiredParameter as WiredParameter
+    from dnw._wired_parameter import WiredParameter as WiredParameter
     from dnw._wiring import Wiring as Wiring
 
 

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import did_you_mean, listing
 from dnw._dormant import Dormant
-from dnw._edges import Edges, Summary, SummaryRow
+from dnw._edges import Summary, SummaryRow
 from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer
 from dnw._parameters import LeftOut, Wirable, parameters_named
@@ -36,107 +36,12 @@ from dnw._ranks import check_ranks, gathered, local_optimizer
 from dnw._rule import Layer, Pool, Rule
 from dnw._schedules import DensitySchedule
 from dnw._shards import local
-from dnw._state import FORMAT, STATE_KEYS, check_entry, check_finite
+from dnw._state import FORMAT, STATE_KEYS, check_entry
 from dnw._step import evaluate_closure, steps_on_the_stack
+from dnw._wired_parameter import WiredParameter
 
 WIRED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weak references to the wirings, by wired parameter, so that none is wired twice."""
-
-
-class WiredParameter:
-    """One wired parameter by name: its edges and its latent weights."""
-
-    def __init__(self, wiring: Wiring, layer: WiredLayer) -> None:
-        self._wiring, self._layer = wiring, layer
-
-    def __repr__(self) -> str:
-        return f"<{self.name}: {self.num_active:,} of {self.num_candidates:,} candidate edges active>"
-
-    @property
-    def name(self) -> str:
-        return self._layer.name
-
-    @property
-    def candidates(self) -> Tensor:
-        """Boolean mask of the edges that may exist, of the parameter's shape."""
-        mask, latent = self._layer.candidates, self._layer.latent
-        return self._layer.whole(torch.ones_like(latent, dtype=torch.bool) if mask is None else mask.clone())
-
-    @property
-    def active(self) -> Tensor:
-        """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
-        self._wiring._look()
-        assert self._layer.active is not None
-        return self._layer.whole(self._layer.active.clone())
-
-    @property
-    def entered(self) -> Tensor:
-        """Boolean mask of the edges that became active at the last step."""
-        self._wiring._look()
-        assert self._layer.active is not None
-        return self._layer.whole(self._layer.active & ~self._layer.previous)
-
-    @property
-    def latent(self) -> Tensor:
-        """The dense weights that selection ranks. Assign to write; what was written is projected at once.
-
-        Raises:
-            ValueError: an assigned tensor has another shape or is not finite.
-        """
-        self._wiring._look()
-        return self._layer.whole(self._layer.latent.clone())
-
-    @latent.setter
-    def latent(self, value: Tensor) -> None:
-        self._wiring._catch_up()
-        layer = self._layer
-        if layer not in self._wiring._layers:
-            raise ValueError(f"{self.name!r} is not wired any more; write to the model's parameter instead")
-        if tuple(value.shape) != layer.shape:
-            raise ValueError(f"latent weights of {self.name!r}: expected shape {layer.shape}, got {tuple(value.shape)}")
-        part = layer.part(value.detach())
-        check_finite(self.name, part, layer.shard)
-        layer.latent.copy_(part)
-        self._wiring._select([layer])
-
-    @property
-    def weight(self) -> Tensor:
-        """The effective weight: what the model holds."""
-        self._wiring._look()
-        layer = self._layer
-        if not layer.exchanged:
-            return layer.parameter.detach().clone()
-        return layer.whole(self._wiring.rule.project(layer).to(layer.parameter_dtype))
-
-    @property
-    def num_candidates(self) -> int:
-        """How many edges may exist."""
-        return self._layer.num_candidates
-
-    @property
-    def num_active(self) -> int:
-        """How many edges are active."""
-        if self._layer.shard is None:
-            self._wiring._look()
-        return self._layer.count()
-
-    @property
-    def density(self) -> float:
-        """Share of the candidate edges that is active."""
-        return self.num_active / self.num_candidates
-
-    def edges(self) -> Edges:
-        """The active edges as data: an edge list that also gives SciPy CSR, networkx and JSON.
-
-        The edges of a sharded parameter are gathered: ask on every process.
-        """
-        weight, active = self.weight, self.active
-        if self._layer.shard is not None:
-            weight, active = weight.full_tensor(), active.full_tensor()  # type: ignore[attr-defined]
-        to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.is_graph else None
-        if to_nodes is None:
-            return Edges.from_matrix(self.name, weight.flatten(1), active.flatten(1))
-        return Edges.from_matrix(self.name, to_nodes(weight), to_nodes(active), is_graph=True)
 
 
 class Wiring(Mapping[str, WiredParameter]):
