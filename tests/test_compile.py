@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dnw
 from dnw.cli import main
 from dnw.compile import Plan, load_program, plan, save_program
+from dnw.compile._program import tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
     GraphChain,
@@ -287,6 +288,9 @@ def test_a_stored_network_is_the_same(stored):
     program, path = stored
     images = torch.randn(4, 1, 8, 8)
     assert torch.equal(load_program(path)(images), program(images))
+    assert all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors(load_program(path)), tensors(program), strict=True)
+    )
 
 
 def test_every_cut_and_every_changed_byte_is_refused(stored):

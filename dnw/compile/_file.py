@@ -2,7 +2,8 @@
 
 Contract: nothing in a file is run, and a file that was cut off, edited or written by a newer version is refused with one
 message. A file is: 8 bytes that say what it is, the version, the length of the header, the SHA-256 of all that follows, the
-header (JSON: the tree of instructions), and the arrays it refers to, little-endian, one after the other.
+header (JSON: the tree of instructions), and the arrays it refers to, little-endian, each at a multiple of 8 bytes from
+where they begin.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from dnw.compile._program import Constant, Instruction, Program
 _MAGIC = b"dnw-prog"
 _VERSION = 1
 _FRONT = struct.Struct("<8sIQ32s")
-_TYPES = {"f4": torch.float32, "i8": torch.int64}
+_TYPES = {"f4": torch.float32, "u2": torch.uint16, "i4": torch.int32, "i8": torch.int64}
+"""Whole numbers are stored as narrow as they allow, and are int64 again when read."""
 _INSTRUCTIONS: dict[str, Any] = {
     name: getattr(_program, name)
     for name in (
@@ -88,6 +90,13 @@ def load_program(path: str | Path) -> Program:
     return program
 
 
+def _narrowest(numbers: Tensor) -> str:
+    low, high = (int(numbers.min()), int(numbers.max())) if numbers.numel() else (0, 0)
+    if low >= 0 and high < 1 << 16:
+        return "u2"
+    return "i4" if low >= -(1 << 31) and high < 1 << 31 else "i8"
+
+
 def raw_bytes(tensor: Tensor) -> bytes:
     """The numbers of a tensor as they lie in memory, in order."""
     tensor = tensor.detach().cpu().contiguous()
@@ -97,7 +106,8 @@ def raw_bytes(tensor: Tensor) -> bytes:
 def _plain(value: Any, arrays: bytearray) -> Any:
     """A value as JSON; tensors go into the arrays."""
     if isinstance(value, Tensor):
-        kind = "i8" if value.dtype == torch.int64 else "f4"
+        kind = "f4" if value.is_floating_point() else _narrowest(value)
+        arrays += bytes(-len(arrays) % 8)
         found = {"array": kind, "shape": list(value.shape), "at": len(arrays)}
         arrays += raw_bytes(value.to(_TYPES[kind]))
         return found
@@ -135,5 +145,6 @@ def _tensor(item: dict[str, Any], arrays: memoryview) -> Tensor:
     if min(shape, default=0) < 0 or at < 0 or at + size > len(arrays):
         raise ValueError("an array that lies outside of the file")
     if not count:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(arrays, dtype=dtype, count=count, offset=at).reshape(shape).clone()
+        return torch.zeros(shape, dtype=dtype if dtype.is_floating_point else torch.int64)
+    found = torch.frombuffer(arrays, dtype=dtype, count=count, offset=at).reshape(shape)
+    return found.clone() if dtype.is_floating_point else found.to(torch.int64, copy=True)

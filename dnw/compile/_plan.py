@@ -176,7 +176,7 @@ def _row(step: GraphStep) -> PlanRow:
 
 
 def _size(program: Program) -> int:
-    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 a target's place."""
+    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 a target's place. Its file has a header besides."""
     total = 4 * program.num_parameters
     for instruction, _ in program.walk():
         inner: list[Instruction] = [instruction]
