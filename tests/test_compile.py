@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import dnw
 from dnw.cli import main
-from dnw.compile import Plan, load_program, plan, save_program
+from dnw.compile import Plan, Runtime, load_program, plan, save_program
+from dnw.compile import _native as native
 from dnw.compile._program import tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
@@ -61,7 +62,8 @@ def assert_equal_to_the_trained(model: nn.Module, size: tuple[int, int, int], ba
     with torch.no_grad():
         expected = model(images)
     scale = expected.abs().max().clamp_min(1e-3)
-    assert ((program(images) - expected).abs().max() / scale).item() < 1e-4
+    for run in (program, Runtime(program), Runtime(program, native=False)):
+        assert ((run(images) - expected).abs().max() / scale).item() < 1e-4
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert program.output_size == tuple(expected.shape[1:])
     assert found.kept_multiply_adds == program.multiply_adds
@@ -347,6 +349,7 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
     size = changed.input_size
     if max(size) < 1000:
         changed(torch.randn(1, *size))
+        Runtime(changed)(torch.randn(1, *size))
 
 
 # --- from a run ---
@@ -368,3 +371,79 @@ def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path,
     assert "inputs of 1x12x12" in capsys.readouterr().out
     assert main(["compile", str(tmp_path)]) == 1
     assert "not a run directory" in capsys.readouterr().err
+
+
+# --- the runtime ---
+
+built = pytest.mark.skipif(native.kernels() is None, reason="the kernels are not built (no C compiler)")
+
+
+@pytest.fixture
+def program():
+    model = thinned(lively(GraphChain(10, image_stride=1, stages=(Stage(6, 8, 1, 2), Stage(8, 16, 2, 3)))), 3, density=0.2)
+    return plan(model, (3, 21, 18)).apply(model)
+
+
+@built
+@pytest.mark.parametrize("batch", [0, 1, 2, 7])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_and_threads_give_the_same(program, batch, threads):
+    images = torch.randn(batch, 3, 21, 18, generator=torch.Generator().manual_seed(0))
+    runtime = Runtime(program, threads=threads)
+    assert runtime.kind == "native"
+    one_by_one = [Runtime(program)(image[None]) for image in images]
+    assert torch.equal(runtime(images), torch.cat(one_by_one) if batch else torch.empty(0, 10))
+
+
+@built
+def test_many_threads_may_use_one_runtime(program):
+    from concurrent.futures import ThreadPoolExecutor
+
+    runtime = Runtime(program, threads=2)
+    batches = [torch.randn(4, 3, 21, 18) for _ in range(24)]
+    expected = [Runtime(program)(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(runtime, batches))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_numpy_in_numpy_out_and_other_memory_layouts(program):
+    images = torch.randn(3, 3, 21, 18)
+    runtime = Runtime(program)
+    expected = runtime(images)
+    for array in (images.numpy(), images.double().numpy(), images.numpy()[:, :, ::-1][:, :, ::-1].copy()):
+        assert torch.equal(torch.from_numpy(runtime(array)), expected)
+    assert torch.equal(runtime(images.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(runtime(images.requires_grad_()), expected)
+
+
+def test_what_the_runtime_refuses(program):
+    for wrong in (torch.randn(1, 3, 21, 19), torch.randn(3, 21, 18), torch.zeros(1, 3, 21, 18, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="expected floating-point images"):
+            Runtime(program)(wrong)
+    with pytest.raises(ValueError, match="threads=0"):
+        Runtime(program, threads=0)
+
+
+def test_without_kernels_pytorch_runs_the_program_and_says_so(program, monkeypatch):
+    images = torch.randn(2, 3, 21, 18)
+    expected = Runtime(program)(images)
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    runtime = Runtime(program)
+    assert runtime.kind == "torch"
+    torch.testing.assert_close(runtime(images), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the kernels are not built"):
+        Runtime(program, native=True)
+
+
+@built
+def test_places_in_the_arena_are_used_again(program):
+    layout = Runtime(program)._layout
+    everything = sum(native._floats(size) for _, size in program.walk())
+    assert layout._space.size < 3 * everything
+    space = native._Space()
+    places = [space.take(100) for _ in range(4)]
+    for place in places[1:3]:
+        space.free(place, 100)
+    assert space.take(200) == places[1]  # two neighbours make one room
+    assert space.size == 4 * 112

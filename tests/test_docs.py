@@ -111,7 +111,9 @@ def test_compiling(tmp_path, capsys):
     images = torch.randn(2, 3, 32, 32)
     names = {"dnw": dnw, "model": model.eval(), "images": images, "path": tmp_path / "net.dnw"}
     exec(blocks("docs/compile.md")[0], names)
+    exec(blocks("docs/compile.md")[1], names)
     torch.testing.assert_close(names["program"](images), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(names["logits"], model(images), rtol=1e-4, atol=1e-5)
     assert "graph: nodes kept by level" in capsys.readouterr().out
 
 

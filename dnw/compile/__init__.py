@@ -1,7 +1,8 @@
 """The compiler: from a trained network to a smaller one that computes exactly the same."""
 
 from dnw.compile._file import load_program, save_program
+from dnw.compile._native import Runtime
 from dnw.compile._plan import Plan, PlanRow, plan
 from dnw.compile._program import Program
 
-__all__ = ["Plan", "PlanRow", "Program", "load_program", "plan", "save_program"]
+__all__ = ["Plan", "PlanRow", "Program", "Runtime", "load_program", "plan", "save_program"]

@@ -411,12 +411,16 @@ class Program:
         Raises:
             ValueError: another shape than the network was compiled for, or no floating-point numbers.
         """
-        if tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
+        self.check_images(images)
+        return run(self.instructions, images.float())
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises ``ValueError`` unless images have the shape that the network was compiled for."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
             raise ValueError(
                 f"expected floating-point images [batch, {', '.join(map(str, self.input_size))}], got {images.dtype} of shape "
                 f"{tuple(images.shape)}; compile again for another size"
             )
-        return run(self.instructions, images.float())
 
     def walk(self) -> Iterator[tuple[Instruction, Size]]:
         """Every instruction with the size that comes to it.
