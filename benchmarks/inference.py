@@ -58,10 +58,8 @@ def main() -> None:
     program = found.apply(model)
     runtime = Runtime(program, threads=arguments.threads)
     print(f"MobileNetV1 x{arguments.width:g} as graphs, batch {arguments.batch} at 224 px; {machine()}")
-    print(
     active, kept = found.multiply_adds / 1e6, found.kept_multiply_adds / 1e6
     print(f"multiply-adds: {active:.1f}M active, {kept:.1f}M compiled; {runtime.kind}")
-    )
     images = torch.randn(arguments.batch, 3, 224, 224)
     steps: dict[str, Callable[[], None] | None] = {
         "compiled by us": lambda: runtime(images),
