@@ -1,4 +1,4 @@
-# make demo: set up and train the digits. make test: set up and run tests, lint and types.
+# make demo: set up and train the digits. make test: set up and run tests, lint and types. make sanitize: kernels under sanitizers.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip finds builds of torch without CUDA, if not in its usual index: see "Installing" in the README.
@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo test lint types unit sanitize format clean
 
 demo: $(VENV)/.train
 	$(RUN)dnw train digits
@@ -15,6 +15,9 @@ test: lint types unit
 
 unit: $(VENV)/.dev
 	$(RUN)pytest -q -n auto --dist loadgroup
+
+sanitize: $(VENV)/.dev
+	VENV=$(VENV) bash tests/sanitize.sh
 
 lint: $(VENV)/.dev
 	$(RUN)ruff check .

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs the tests of the compiled networks on kernels built with the address and undefined-behaviour sanitizers.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${VENV:-.venv}/bin/python")
+if ! command -v gcc >/dev/null; then
+  echo "no gcc: the kernels are not sanitized"
+  exit 0
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+cp -r dnw tests "$scratch"
+rm -f "$scratch"/dnw/compile/_kernels*.so
+gcc -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -DDNW_SANITIZE -shared -fPIC \
+  -o "$scratch/dnw/compile/_kernels.so" dnw/compile/_kernels.c -lm
+cd "$scratch"
+export PYTHONPATH=$scratch:$scratch/tests ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+"$python" -c "from dnw.compile._native import kernels; assert '$scratch' in kernels()._name, kernels()"
+"$python" -m pytest -q -p no:xdist -p no:cacheprovider -o timeout=600 tests/test_compile.py \
+  -k "digits_net or tiny or random_graphs or thread or batches or files_with or numpy or plain"
