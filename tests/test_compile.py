@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import struct
 
 import pytest
@@ -17,6 +18,7 @@ import dnw
 from dnw.cli import main
 from dnw.compile import Plan, Runtime, load_program, plan, save_program
 from dnw.compile import _native as native
+from dnw.compile._lower import Maps, _Space
 from dnw.compile._program import tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
@@ -396,6 +398,56 @@ def test_batches_and_threads_give_the_same(program, batch, threads):
 
 
 @built
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("side", [(21, 18), (32, 32), (47, 35)])
+@pytest.mark.parametrize("cache", [1, 20_000, 100_000, 10**9])
+def test_any_cache_and_vector_width_give_the_same(lanes, side, cache, monkeypatch):
+    """However few rows are made at a time; also where maps have just as many places as a vector, or half of them."""
+    if lanes > native.lanes():
+        pytest.skip(f"this machine has no vectors of {lanes} floats")
+    monkeypatch.setattr(native, "lanes", lambda: lanes)
+    stages = (Stage(6, 8, 1, 2), Stage(8, 16, 2, 3), Stage(16, 16, 2, 2), Stage(16, 24, 2, 2))
+    model = thinned(lively(GraphChain(10, image_stride=1, stages=stages)), 3, density=0.2)
+    program = plan(model, (3, *side)).apply(model)
+    images = torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(0))
+    runtime = Runtime(program)
+    runtime._layout = native._Layout(program, cache)
+    torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
+    calls, kernels = runtime._layout.lowered.calls, runtime._layout.lowered.kernels
+    assert (len(calls) > len(kernels)) == (cache == 20_000 or (cache == 100_000 and side != (21, 18)))
+
+
+@built
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    side=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    strides=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3),
+    levels=st.integers(1, 4),
+    cache=st.sampled_from([1, 2_000, 10_000, 40_000]),
+    lanes=st.sampled_from([4, 8, 16]),
+    seed=st.integers(0, 1_000),
+)
+def test_random_chains_row_by_row(side, strides, levels, cache, lanes, seed):
+    torch.manual_seed(seed)
+    stages = tuple(Stage(4, 4, stride, levels) for stride in strides)
+    model = thinned(lively(GraphChain(3, image_stride=1, stages=stages), seed), seed, density=0.4)
+    program = plan(model, (3, *side)).apply(model)
+    images = torch.randn(1, 3, *side)
+    runtime = Runtime(program)
+    runtime._layout = native._Layout(program, cache)
+    width = native.lanes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "lanes", lambda: min(lanes, width))
+        torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
+
+
+@built
+def test_rows_lie_where_vectors_want_them():
+    pitches = {width: Maps(1, 9, width).pitch for width in (2, 3, 7, 8, 9, 16, 17, 28, 56, 112)}
+    assert pitches == {2: 2, 3: 4, 7: 8, 8: 8, 9: 16, 16: 16, 17: 32, 28: 32, 56: 64, 112: 112}
+
+
+@built
 def test_many_threads_may_use_one_runtime(program):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -438,10 +490,10 @@ def test_without_kernels_pytorch_runs_the_program_and_says_so(program, monkeypat
 
 @built
 def test_places_in_the_arena_are_used_again(program):
-    layout = Runtime(program)._layout
-    everything = sum(native._floats(size) for _, size in program.walk())
-    assert layout._space.size < 3 * everything
-    space = native._Space()
+    lowered = Runtime(program)._layout.lowered
+    everything = sum(math.prod(size) for _, size in program.walk())
+    assert lowered.arena < 4 * everything
+    space = _Space()
     places = [space.take(100) for _ in range(4)]
     for place in places[1:3]:
         space.free(place, 100)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dnw._checks import listing
 from dnw._parameters import unwrap_model
+from dnw.compile._fold import folded
 from dnw.compile._program import (
     Affine,
     Constant,
@@ -442,7 +443,7 @@ class Analysis:
                 instructions += step.emit(taken, given)
         if not bool(last.varies.all()):
             instructions.append(Restore(last.varies.nonzero().squeeze(1), last.value.float()))
-        return Program(tuple(instructions), self.input_size)
+        return Program(folded(instructions, self.input_size), self.input_size)
 
     def graphs(self) -> list[GraphStep]:
         return [step for step in self.steps if isinstance(step, GraphStep)]

@@ -1,8 +1,7 @@
 """Compacted networks on kernels of our own.
 
-Contract: a program is laid out once: every instruction with the places of its input and output in one arena of floats. A
-run gets an arena of its own, so one runtime may be used by many threads at once; the global lock of Python is not held while
-it runs.
+Contract: a program is laid out once (_lower.py). A run takes an arena of its own, so one runtime may be used by many threads
+at once; the global lock of Python is not held while it runs.
 Where the kernels are not built (no compiler was at hand when the package was installed), PyTorch runs the program, and ``kind``
 says so.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -20,25 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnw.compile._program import (
-    Affine,
-    Constant,
-    Convolution,
-    Edges,
-    Graph,
-    InstanceNorm,
-    Instruction,
-    Linear,
-    Mean,
-    Pick,
-    Program,
-    Rectify,
-    Restore,
-    Size,
-)
+from dnw.compile._lower import CACHE, Lowered
+from dnw.compile._program import Program
 
-_VERSION = 3
+_VERSION = 4
 _KINDS = (
+    "spread",
     "edges",
     "affine",
     "instance_norm",
@@ -48,40 +33,54 @@ _KINDS = (
     "node",
     "mean",
     "linear",
-    "restore",
-    "pick",
+    "copy",
+    "zero",
+    "slide",
+    "gather",
 )
-_NUMBERS = [
+_NUMBERS = (
     "kind",
-    "sources",
+    "relu",
+    "outside",
     "targets",
+    "sources",
+    "maps",
     "height",
     "width",
+    "pitch",
+    "plane",
+    "second_plane",
     "out_height",
     "out_width",
+    "out_pitch",
+    "out_plane",
     "kernel_height",
     "kernel_width",
     "stride_y",
     "stride_x",
     "pad_y",
     "pad_x",
-    "start",
-    "stop",
-    "maps",
-]
-_FLOATS, _INTEGERS = ("weight", "scale", "shift", "core"), ("starts", "indices", "channels", "rows", "columns")
+)
+_FLOATS = ("weight", "scale", "shift", "added")
+_INTEGERS = ("starts", "middles", "offsets", "channels", "mask")
 
 
-class _Record(ctypes.Structure):
+class _Instruction(ctypes.Structure):
     """``instruction`` of _kernels.c."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in _NUMBERS),
-        ("from_", ctypes.c_int64),
-        ("to", ctypes.c_int64),
-        ("scratch", ctypes.c_int64),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in (*_FLOATS, *_INTEGERS)),
+    )
+
+
+class _Call(ctypes.Structure):
+    """``call`` of _kernels.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kernel", "first", "rows", "spare")),
+        *((name, ctypes.c_int64) for name in ("from_", "second", "to")),
     )
 
 
@@ -92,7 +91,8 @@ def kernels() -> ctypes.CDLL | None:
         try:
             library = ctypes.CDLL(str(path))
             library.dnw_size.restype = ctypes.c_int64
-            if library.dnw_version() == _VERSION and library.dnw_size() == ctypes.sizeof(_Record):
+            sizes = library.dnw_size(0), library.dnw_size(1)
+            if library.dnw_version() == _VERSION and sizes == (ctypes.sizeof(_Instruction), ctypes.sizeof(_Call)):
                 library.dnw_run.restype = None
                 return library
         except (OSError, AttributeError):  # of another machine, or no library of ours
@@ -100,12 +100,19 @@ def kernels() -> ctypes.CDLL | None:
     return None
 
 
+def lanes() -> int:
+    """Floats of a vector on this machine, where the kernels are built: 16 (AVX-512), 8 (AVX2) or 4."""
+    library = kernels()
+    assert library is not None
+    return int(library.dnw_lanes())
+
+
 class Runtime:
     """Runs a compacted network. Give it images, get its outputs.
 
     Args:
         program: the network.
-        threads: how many images are worked on at once.
+        threads: how many work at once: on an image each, or together on one where there are fewer images.
         native: whether to use the kernels of the package: by default where they are built.
 
     Attributes:
@@ -125,6 +132,7 @@ class Runtime:
         self.output_size = program.output_size
         if self.kind == "native":
             self._layout = _Layout(program)
+            self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def __call__(self, images: Any) -> Any:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]`` in float32, as a tensor or as a NumPy array.
@@ -142,202 +150,92 @@ class Runtime:
 
     def _run(self, images: Tensor) -> Tensor:
         outputs = torch.empty(len(images), *self.output_size)
-        workers = min(self.threads, len(images))
-        if workers < 2:
+        if self._pool is None or not len(images):
             self._layout.run(images, outputs)
-            return outputs
-        parts = zip(images.tensor_split(workers), outputs.tensor_split(workers), strict=True)
-        with ThreadPoolExecutor(workers) as pool:
-            for done in [pool.submit(self._layout.run, *part) for part in parts]:
+        elif len(images) < self.threads:
+            self._together(images, outputs)
+        else:
+            parts = zip(images.tensor_split(self.threads), outputs.tensor_split(self.threads), strict=True)
+            for done in [self._pool.submit(self._layout.run, *part) for part in parts]:
                 done.result()
         return outputs
 
+    def _together(self, images: Tensor, outputs: Tensor) -> None:
+        """All threads on one image after the other. Each must have one, or the others would wait for it: a pool of its own."""
+        meeting = torch.zeros(2, dtype=torch.int32)
+        arena = self._layout.take_arena()
+        with ThreadPoolExecutor(self.threads) as pool:
+            parts = [
+                pool.submit(self._layout.run, images, outputs, arena, part, self.threads, meeting)
+                for part in range(self.threads)
+            ]
+            for done in parts:
+                done.result()
+        self._layout.give_arena(arena)
+
 
 class _Layout:
-    """A program as records in memory, with their places in the arena."""
+    """A program as records in memory."""
 
-    def __init__(self, program: Program) -> None:
-        self._records: list[_Record] = []
+    def __init__(self, program: Program, cache: int = CACHE) -> None:
+        self.lowered = Lowered(program, cache)
         self._held: list[Tensor] = []  # what the records point to
-        self._space, self._scratch = _Space(), 0
-        self._input, size = program.input_size, tuple(program.input_size)
-        at = self._space.take(_floats(size))
-        assert at == 0
-        for instruction in program.instructions:
-            at, size = self._add(instruction, at, size)
-        self._output, self._output_at = size, at
-        scratch = self._space.size
-        for record in self._records:
-            record.scratch = scratch
-        self._array = (_Record * len(self._records))(*self._records)
+        records = [self._record(kernel.kind, kernel.numbers, kernel.arrays) for kernel in self.lowered.kernels]
+        self._kernels = (_Instruction * len(records))(*records)
+        calls = self.lowered.calls
+        self._calls = (_Call * len(calls))(*(_Call(c.kernel, c.first, c.rows, 0, c.from_, c.second, c.to) for c in calls))
+        self._sizes = math.prod(program.input_size), math.prod(program.output_size)
+        self._arenas: list[Tensor] = []  # of runs that are over
 
-    def run(self, images: Tensor, outputs: Tensor) -> None:
-        """Runs images, float32 in one piece, into outputs in one piece; in the calling thread."""
+    def take_arena(self) -> Tensor:
+        try:
+            return self._arenas.pop()
+        except IndexError:
+            return torch.zeros(self.lowered.arena)
+
+    def give_arena(self, arena: Tensor) -> None:
+        self._arenas.append(arena)
+
+    def run(
+        self,
+        images: Tensor,
+        outputs: Tensor,
+        shared: Tensor | None = None,
+        part: int = 0,
+        parts: int = 1,
+        meeting: Tensor | None = None,
+    ) -> None:
+        """Runs images, float32 in one piece, into outputs in one piece, in the calling thread.
+
+        It does all the work on them, in an arena of its own, or a part of the work on each in one that is shared.
+        """
         library = kernels()
         assert library is not None
-        arena = torch.empty(self._space.size + self._scratch + 64)
+        arena = self.take_arena() if shared is None else shared
+        scratch = torch.empty(self.lowered.scratch)
         library.dnw_run(
-            self._array,
-            ctypes.c_int32(len(self._array)),
+            self._kernels,
+            self._calls,
+            ctypes.c_int32(len(self._calls)),
             ctypes.c_void_p(images.data_ptr()),
             ctypes.c_void_p(outputs.data_ptr()),
             ctypes.c_void_p(arena.data_ptr()),
-            ctypes.c_int64(len(images)),
-            (ctypes.c_int32 * 3)(*self._input),
-            (ctypes.c_int32 * 3)(*(*self._output, 1, 1)[:3]),
-            ctypes.c_int64(self._output_at),
+            ctypes.c_void_p(scratch.data_ptr()),
+            *(ctypes.c_int64(n) for n in (len(images), *self._sizes)),
+            ctypes.c_int32(part),
+            ctypes.c_int32(parts),
+            ctypes.c_void_p(0 if meeting is None else meeting.data_ptr()),
+            ctypes.c_int32(lanes()),
         )
+        if shared is None:
+            self.give_arena(arena)
 
-    def _add(self, instruction: Instruction, at: int, size: Size) -> tuple[int, Size]:
-        """Appends an instruction whose input lies at a place; returns where its output lies, and its size. Frees the input."""
-        if isinstance(instruction, Graph):
-            return self._add_graph(instruction, at, size)
-        given = instruction.check(size)
-        if isinstance(instruction, (Affine, InstanceNorm, Rectify)):
-            self._append(instruction, at, at, size, given)
-            return at, given
-        to = self._space.take(_floats(given))
-        self._append(instruction, at, to, size, given)
-        self._space.free(at, _floats(size))
-        return to, given
-
-    def _add_graph(self, graph: Graph, at: int, size: Size) -> tuple[int, Size]:
-        """States of all levels lie one after the other, so that edges read them as one input."""
-        first = size
-        for instruction in graph.inputs:
-            first = instruction.check(first)
-        place = _floats((1, *first[1:]))
-        total = first[0] + sum(edges.num_targets for edges, _ in graph.levels)
-        states = self._space.take(total * place)
-        self._add_nodes(graph.inputs, at, states, size)
-        self._space.free(at, _floats(size))
-        known = first[0]
-        for edges, node in graph.levels:
-            here = (known, *first[1:])
-            sums = self._space.take(edges.num_targets * place)
-            self._append(edges, states, sums, here, edges.check(here))
-            self._add_nodes(node, sums, states + known * place, edges.check(here))
-            self._space.free(sums, edges.num_targets * place)
-            known += edges.num_targets
-        here = (known, *first[1:])
-        given = graph.outputs.check(here)
-        to = self._space.take(_floats(given))
-        self._append(graph.outputs, states, to, here, given)
-        self._space.free(states, total * place)
-        return to, given
-
-    def _add_nodes(self, node: Sequence[Instruction], at: int, to: int, size: Size) -> None:
-        """A node function whose last instruction writes to a place; the others work where their input lies."""
-        if _is_node(node) and size[1:] != (1, 1):
-            self._append_node(node, at, to, size)
-            return
-        for i, instruction in enumerate(node):
-            given = instruction.check(size)
-            self._append(instruction, at, to if i == len(node) - 1 else at, size, given)
-            size = given
-
-    def _append(self, instruction: Instruction, at: int, to: int, size: Size, given: Size) -> None:
-        record = _Record(from_=at, to=to, sources=size[0], targets=given[0])
-        record.height, record.width = (*size[1:], 1, 1)[:2]
-        record.out_height, record.out_width = (*given[1:], 1, 1)[:2]
-        if isinstance(instruction, Edges):
-            self._fill(record, "edges", weight=instruction.weight, starts=instruction.starts, indices=instruction.sources)
-            self._fill_constant(record, instruction.constant)
-        elif isinstance(instruction, (Affine, InstanceNorm)):
-            kind = "affine" if isinstance(instruction, Affine) else "instance_norm"
-            self._fill(record, kind, scale=instruction.scale, shift=instruction.shift)
-            record.eps = getattr(instruction, "eps", 0.0)
-        elif isinstance(instruction, Rectify):
-            self._fill(record, "rectify")
-        elif isinstance(instruction, Convolution):
-            kind = "depthwise" if instruction.groups > 1 or instruction.weight.shape[:2] == (1, 1) else "convolution"
-            self._fill(record, kind, weight=instruction.weight)
-            record.kernel_height, record.kernel_width = instruction.weight.shape[2:]
-            (record.stride_y, record.stride_x), (record.pad_y, record.pad_x) = instruction.stride, instruction.padding
-            reads = math.prod(instruction.weight.shape[1:])
-            self._scratch = max(self._scratch, reads * (given[2] + 16) + 64)
-            self._fill_constant(record, instruction.constant)
-        elif isinstance(instruction, Mean):
-            self._fill(record, "mean")
-            record.start, record.stop = instruction.start, instruction.stop
-        elif isinstance(instruction, Linear):
-            self._fill(record, "linear", weight=instruction.weight, shift=instruction.bias)
-        elif isinstance(instruction, Restore):
-            self._fill(record, "restore", core=instruction.constant, channels=instruction.channels)
-            record.maps = len(instruction.channels)
-        elif isinstance(instruction, Pick):
-            self._fill(record, "pick", channels=instruction.channels)
-            record.maps = len(instruction.channels)
-        else:
-            raise TypeError(f"no kernel for {type(instruction).__name__}")
-        self._records.append(record)
-
-    def _append_node(self, node: Sequence[Any], at: int, to: int, size: Size) -> None:
-        affine, _, convolution = node
-        given = convolution.check(size)
-        record = _Record(from_=at, to=to, sources=size[0], targets=given[0], height=size[1], width=size[2])
-        record.out_height, record.out_width = given[1:]
-        record.stride_y, record.stride_x = convolution.stride
-        inside = torch.zeros(_floats((1, *size[1:])))
-        inside[: size[1] * (size[2] + 1)].view(size[1], size[2] + 1)[:, : size[2]] = 1.0
-        self._fill(record, "node", scale=affine.scale, shift=affine.shift, weight=convolution.weight, core=inside)
-        self._scratch = max(self._scratch, len(inside) + 2 * size[2] + 64)
-        self._records.append(record)
-
-    def _fill(self, record: _Record, kind: str, **arrays: Tensor) -> None:
-        record.kind = _KINDS.index(kind)
+    def _record(self, kind: str, numbers: dict[str, float], arrays: dict[str, Tensor]) -> _Instruction:
+        record = _Instruction(kind=_KINDS.index(kind))
+        for name, number in numbers.items():
+            setattr(record, name, number if name == "eps" else int(number))
         for name, array in arrays.items():
             held = array.to("cpu", torch.float32 if name in _FLOATS else torch.int32).contiguous()
             self._held.append(held)
             setattr(record, name, held.data_ptr())
-
-    def _fill_constant(self, record: _Record, constant: Constant | None) -> None:
-        if constant is None:
-            return
-        names = {"shift": constant.base, "core": constant.core, "channels": constant.channels}
-        self._fill(record, _KINDS[record.kind], **names, rows=constant.rows, columns=constant.columns)
-        record.maps = len(constant.channels)
-
-
-def _is_node(node: Sequence[Instruction]) -> bool:
-    """Whether instructions are a scale and shift, a ReLU and a 3x3 convolution per channel: what the fused kernel does."""
-    if len(node) != 3 or not isinstance(node[0], Affine) or not isinstance(node[1], Rectify):
-        return False
-    last = node[2]
-    if not isinstance(last, Convolution) or last.constant is not None or last.padding != (1, 1):
-        return False
-    return last.weight.shape[1:] == (1, 3, 3) and last.groups == last.weight.shape[0]
-
-
-def _floats(size: Size) -> int:
-    """What maps take in the arena: rows with one float between them, and a multiple of 16 floats a map."""
-    if math.prod(size[1:]) == 1:
-        return size[0]
-    return size[0] * -(-size[1] * (size[2] + 1) // 16) * 16
-
-
-class _Space:
-    """Places in the arena, given out first-fit and taken back."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._free: list[tuple[int, int]] = []
-
-    def take(self, count: int) -> int:
-        count = -(-count // 16) * 16
-        for i, (at, room) in enumerate(self._free):
-            if room >= count:
-                self._free[i] = (at + count, room - count)
-                return at
-        at, self.size = self.size, self.size + count
-        return at
-
-    def free(self, at: int, count: int) -> None:
-        count = -(-count // 16) * 16
-        merged: list[tuple[int, int]] = []
-        for place, room in sorted([*self._free, (at, count)]):
-            if merged and sum(merged[-1]) == place:
-                merged[-1] = (merged[-1][0], merged[-1][1] + room)
-            elif room:
-                merged.append((place, room))
-        self._free = merged
+        return record
