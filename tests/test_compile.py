@@ -340,7 +340,9 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
 
     collect(header)
     holder, key = data.draw(st.sampled_from(range(len(places))).map(places.__getitem__))
-    holder[key] = data.draw(st.sampled_from([-1, 0, 1, 7, 2**40, 2**70, 1e300, None, "x", [], {}, [1, 2], {"array": "f4"}]))
+    holder[key] = data.draw(
+        st.sampled_from([-1, 0, 1, 7, 7.0, 2**40, 2**70, 1e300, None, "x", [], {}, [1, 2], {"array": "f4"}])
+    )
     text = json.dumps(header).encode()
     rest = text + whole[front.size + length :]
     path.write_bytes(front.pack(magic, version, len(text), hashlib.sha256(rest).digest()) + rest)

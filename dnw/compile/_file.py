@@ -124,7 +124,7 @@ def _value(item: Any, arrays: memoryview) -> Any:
         return _tensor(item, arrays) if "array" in item else _instruction(item, arrays)
     if isinstance(item, list):
         return tuple(_value(inner, arrays) for inner in item)
-    if item is None or isinstance(item, (int, float)):
+    if item is None or (isinstance(item, int) and not isinstance(item, bool)):
         return item
     raise ValueError(f"a {type(item).__name__} among the numbers")
 
@@ -133,7 +133,8 @@ def _instruction(item: Any, arrays: memoryview) -> Any:
     name = item["instruction"]
     if name not in _INSTRUCTIONS:
         raise ValueError(f"unknown instruction {name!r}")
-    return _INSTRUCTIONS[name](**{k: _value(v, arrays) for k, v in item.items() if k != "instruction"})
+    fields = {k: v if k == "eps" and isinstance(v, float) else _value(v, arrays) for k, v in item.items() if k != "instruction"}
+    return _INSTRUCTIONS[name](**fields)
 
 
 def _tensor(item: dict[str, Any], arrays: memoryview) -> Tensor:
