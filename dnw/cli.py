@@ -96,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     counting.set_defaults(run=_count)
 
     compiling = commands.add_parser("compile", help="make a trained network smaller, exactly", description=_compile.__doc__)
-    compiling.add_argument("path", type=Path, metavar="RUN", help="run directory")
-    compiling.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of the run's (default: last)")
+    compiling.add_argument("path", type=Path, metavar="RUN|CHECKPOINT", help="run directory, or a checkpoint in one")
+    compiling.add_argument("--checkpoint", choices=("last", "best"), help="which of the run's (default: last)")
     compiling.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the run's)")
     compiling.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to write the compiled network (default: only the plan)"
+        "--out", type=Path, metavar="FILE", help="where to write it: NAME.dnw, .onnx or .c (default: only the plan)"
     )
     compiling.set_defaults(run=_compile)
 
@@ -173,13 +173,23 @@ def _count(parsed: argparse.Namespace) -> None:
 
 
 def _compile(parsed: argparse.Namespace) -> None:
-    """Print the plan for a trained network: what has no effect and can go. With --out, write what stays, compacted."""
-    from dnw.compile import save_program
+    """Print the plan for a trained network: what has no effect and can go. With --out, write what stays, compacted.
+
+    The ending of FILE says as what: .onnx for ONNX, .c for plain C99 (and a header beside it), any other for our own runtime.
+    """
+    from dnw.compile import save_c, save_onnx, save_program
     from dnw.train import compile_run
 
     found, program = compile_run(parsed.path, _input_size(parsed.input) if parsed.input else None, parsed.checkpoint)
     _say(str(found))
-    if parsed.out is not None:
+    if parsed.out is None:
+        return
+    if parsed.out.suffix == ".onnx":
+        _say(f"{parsed.out}: {save_onnx(program, parsed.out):,} bytes")
+    elif parsed.out.suffix == ".c":
+        needs = save_c(program, parsed.out)
+        _say(f"{parsed.out} and {parsed.out.with_suffix('.h')}: flash {needs.flash:,} bytes, RAM {needs.ram:,} bytes")
+    else:
         _say(f"{parsed.out}: {save_program(program, parsed.out):,} bytes   (dnw.compile.load_program reads it)")
 
 

@@ -12,7 +12,7 @@ import dnw
 from dnw.cli import main
 from dnw.models import resnet18_cifar, resnet50
 from dnw.recipes import RECIPES, digits
-from dnw.train import RunDirectory, count_config, count_run, evaluate, override, plot_sweep, resume, sweep, train
+from dnw.train import RunDirectory, count_config, count_run, evaluate, override, plot_sweep, results_table, resume, sweep, train
 from dnw.train._build import wire_model
 from dnw.train._config import RULE_SETTINGS, OptimConfig
 from dnw.train._run import read_checkpoint
@@ -160,6 +160,9 @@ def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path
         weight = ended["graph.weight"].abs()
         candidates = dnw.models.tiny_digits().graph.edge_candidates()["weight"]
         assert weight[mask].min() >= weight[candidates & ~mask].max()
+    table = results_table([run.path], {"digits": digits})
+    assert "ticket.run=complete" in table
+    assert str(tmp_path) not in table
     shutil.rmtree(stage_one.path)  # the second stage does not need the first any more
     assert evaluate(run.path)[1].top1 == run.metrics()[-1].top1
     assert count_run(run.path).active > 100

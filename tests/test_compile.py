@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 import dnw
 from dnw.cli import main
-from dnw.compile import Plan, Runtime, load_program, plan, save_program
+from dnw.compile import Plan, Program, Runtime, load_program, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
 from dnw.compile._lower import Maps, _Space
 from dnw.compile._program import tensors
@@ -356,6 +359,121 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
         Runtime(changed)(torch.randn(1, *size))
 
 
+# --- as ONNX and as C ---
+
+NETWORKS = {
+    "digits": (tiny_digits, (1, 8, 8), {"num_edges": 60}),
+    "digits, nearly nothing": (tiny_digits, (1, 8, 8), {"num_edges": 3}),
+    "cifar10": (tiny_cifar10, (3, 32, 32), {"num_edges": 2_000}),
+    "discrete": (tiny_cifar10_discrete, (3, 32, 32), {"num_edges": 1_000}),
+    "chain": (lambda: GraphChain(10, image_stride=2), (3, 41, 38), {"density": 0.005}),
+    "plain": (lambda: mobilenet_v1(10, width=0.25), (3, 40, 40), {"density": 0.3}),
+    "outputs that nothing reaches": (lambda: nn.Sequential(StaticGraph((2, 3, 4), 5)), (2, 6, 7), {"num_edges": 4}),
+    "nothing": (lambda: nn.Sequential(StaticGraph((2, 3), 3)), (2, 6, 7), {"num_edges": 0}),
+}
+
+
+def network(name: str) -> tuple[nn.Module, Program]:
+    make, size, budget = NETWORKS[name]
+    model = lively(make())
+    if budget == {"num_edges": 0}:
+        with torch.no_grad():
+            model[0].weight.zero_()
+    else:
+        thinned(model, 3, **budget)
+    return model, plan(model, size).apply(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_of_the_compacted_network(name, tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model, program = network(name)
+    file = tmp_path / "net.onnx"
+    assert save_onnx(program, file) == file.stat().st_size
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = torch.randn(3, *program.input_size)
+    with torch.no_grad():
+        expected = model(images)
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    kinds = {node.op_type for node in onnx.load(file).graph.node}
+    sums = {"Conv", "Relu", "Concat", "Add", "Identity", "ReduceMean", "Gemm", "InstanceNormalization", "Slice"}
+    assert kinds <= sums | {"Gather", "Expand", "Shape"}
+    assert kinds <= sums or "reaches" in name or "not" in name
+
+
+def test_onnx_without_its_package(program, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install dnw\[onnx\]"):
+        save_onnx(program, tmp_path / "net.onnx")
+
+
+compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@compiler
+@pytest.mark.parametrize("name", NETWORKS)
+def test_c_of_the_compacted_network(name, tmp_path):
+    """Without a warning as C99, nothing beyond its arrays (the sanitizers watch), and the same outputs call after call."""
+    model, program = network(name)
+    needs = save_c(program, tmp_path / "net.c")
+    inputs, outputs = math.prod(program.input_size), math.prod(program.output_size)
+    (tmp_path / "main.c").write_text(
+        '#include <stdio.h>\n#include "net.h"\n'
+        "static float image[NET_INPUTS], outputs[NET_OUTPUTS];\n"
+        "int main(void) {\n"
+        "  while (fread(image, sizeof image, 1, stdin) == 1) {\n"
+        "    net_run(image, outputs);\n"
+        "    fwrite(outputs, sizeof outputs, 1, stdout);\n"
+        "  }\n"
+        "  return 0;\n"
+        "}\n"
+    )
+    strict = ["cc", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O3"]
+    for watched in (["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1"], []):
+        command = [*strict, *watched, "net.c", "main.c", "-o", "net", "-lm"]
+        built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        if watched and built.returncode:  # a compiler without sanitizers
+            continue
+        assert built.returncode == 0, built.stderr
+        images = torch.randn(3, *program.input_size)
+        with torch.no_grad():
+            expected = model(images)
+        ran = subprocess.run(["./net"], cwd=tmp_path, input=images.numpy().tobytes(), capture_output=True, check=True)
+        found = torch.frombuffer(bytearray(ran.stdout), dtype=torch.float32).view(expected.shape)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    header = (tmp_path / "net.h").read_text()
+    for line in (f"NET_INPUTS {inputs}", f"NET_OUTPUTS {outputs}", f"NET_ARENA {max(1, needs.ram // 4)}"):
+        assert f"#define {line}\n" in header
+    sizes = subprocess.run(["size", "-A", "net"], cwd=tmp_path, capture_output=True, text=True)
+    if sizes.returncode == 0:
+        section = {line.split()[0]: int(line.split()[1]) for line in sizes.stdout.splitlines() if line.startswith(".")}
+        assert needs.flash <= section[".rodata"] < 1.1 * needs.flash + 1_000
+        assert needs.ram <= section[".bss"] <= needs.ram + 4 * (inputs + outputs) + 200
+
+
+def test_the_tiny_classifiers_fit_microcontrollers(tmp_path):
+    for make, size, edges, flash, ram in (
+        (tiny_digits, (1, 8, 8), 100, 2_000, 6_000),
+        (tiny_mnist, (1, 28, 28), 600, 16_000, 40_000),
+        (tiny_cifar10, (3, 32, 32), 32_000, 300_000, 270_000),
+    ):
+        model = thinned(lively(make()), 1, num_edges=edges)
+        needs = save_c(plan(model, size).apply(model), tmp_path / "net.c")
+        assert needs.flash < flash
+        assert needs.ram < ram
+
+
+def test_what_c_refuses(program, tmp_path):
+    with pytest.raises(ValueError, match=r"my-net\.c: its stem becomes the prefix"):
+        save_c(program, tmp_path / "my-net.c")
+    with torch.no_grad():
+        program.instructions[0].weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not a finite number"):
+        save_c(program, tmp_path / "net.c")
+    assert not list(tmp_path.iterdir())
+
+
 # --- from a run ---
 
 
@@ -373,8 +491,14 @@ def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path,
     torch.testing.assert_close(load_program(file)(images), expected, rtol=1e-4, atol=1e-5)
     assert main(["compile", str(run), "--input", "1x12x12", "--checkpoint", "best"]) == 0
     assert "inputs of 1x12x12" in capsys.readouterr().out
+    assert main(["compile", str(run / "best.pt"), "--out", str(tmp_path / "net.onnx")]) == 0
+    assert main(["compile", str(run), "--out", str(tmp_path / "net.c")]) == 0
+    assert "flash" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("net.*")} == {"net.dnw", "net.onnx", "net.c", "net.h"}
     assert main(["compile", str(tmp_path)]) == 1
     assert "not a run directory" in capsys.readouterr().err
+    assert main(["compile", str(run / "best.pt"), "--checkpoint", "last"]) == 1
+    assert "expected a run directory or its best.pt or last.pt" in capsys.readouterr().err
 
 
 # --- the runtime ---

@@ -2,7 +2,20 @@
 
 from dnw.compile._file import load_program, save_program
 from dnw.compile._native import Runtime
+from dnw.compile._onnx import save_onnx
 from dnw.compile._plan import Plan, PlanRow, plan
 from dnw.compile._program import Program
+from dnw.compile._standalone import Needs, save_c
 
-__all__ = ["Plan", "PlanRow", "Program", "Runtime", "load_program", "plan", "save_program"]
+__all__ = [
+    "Needs",
+    "Plan",
+    "PlanRow",
+    "Program",
+    "Runtime",
+    "load_program",
+    "plan",
+    "save_c",
+    "save_onnx",
+    "save_program",
+]

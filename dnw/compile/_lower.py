@@ -192,11 +192,11 @@ class Lowered:
     def __post_init__(self) -> None:
         self._space = _Space()
         self._numbers: dict[Operation, int] = {}
-        operations = list(_operations(self.program))
-        for operation in operations:
+        found = list(operations(self.program))
+        for operation in found:
             if operation.kind == "node":
                 operation.reads[0].maps.halo = True
-        segments = list(_segments(operations))
+        segments = list(_segments(found))
         readers = {op_read.maps: i for i, segment in enumerate(segments) for op in segment for op_read in op.reads}
         placed: set[Maps] = set()
         for i, segment in enumerate(segments):
@@ -295,7 +295,7 @@ class Lowered:
 # --- from instructions to operations ---
 
 
-def _operations(program: Program) -> Iterator[Operation]:
+def operations(program: Program) -> Iterator[Operation]:
     """The operations of a program, from the images of a user to where outputs go."""
     found: list[Operation] = []
     x = Part.whole(Maps(*program.input_size, outside=True))

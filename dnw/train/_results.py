@@ -59,7 +59,7 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
             _accuracy([end.top1 for end in ends]),
             _accuracy([max(m.top1 for m in metrics if m.active == metrics[-1].active) for _, _, metrics in runs]),
             f"{ends[0].active:,}",
-            f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}",
+            f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}" if ends[0].nodes else "",
             f"{statistics.median(m.seconds for _, _, metrics in runs for m in metrics):.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -101,10 +101,12 @@ def insert_table(page: Path, name: str, table: str) -> None:
 
 
 def _changed(config: Config, recipes: Mapping[str, Callable[[], Config]]) -> list[str]:
-    """What differs from the recipe, as overrides."""
+    """What differs from the recipe, as overrides; another run by its name alone."""
     if config.recipe not in recipes:
         return []
-    return [change for change in changes(config, recipes[config.recipe]()) if change.partition("=")[0] not in _SHOWN]
+    pairs = (change.partition("=") for change in changes(config, recipes[config.recipe]()))
+    named = ((key, Path(value).name if key == "ticket.run" else value) for key, _, value in pairs)
+    return [f"{key}={value}" for key, value in named if key not in _SHOWN]
 
 
 def _source(member: RunDirectory, config: Config) -> str:

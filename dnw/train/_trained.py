@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -65,19 +65,26 @@ def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Trained:
 
 
 def compile_run(
-    path: Path, input_size: tuple[int, int, int] | None = None, checkpoint: Checkpoint = "last"
+    path: Path, input_size: tuple[int, int, int] | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[Plan, Program]:
     """The plan for a run's network, and the network compacted by it.
 
     Args:
-        path: run directory.
+        path: run directory, or the file of a checkpoint in one (best.pt or last.pt).
         input_size: channels, height and width to compile for; by default those of the run's images.
-        checkpoint: which of the run's.
+        checkpoint: which of the run's; by default the last.
 
     Raises:
         ValueError: no such checkpoint, or a network that is not compiled.
     """
-    trained = load_trained(path, checkpoint)
+    if path.is_file():
+        named = {"best.pt": "best", "last.pt": "last"}.get(path.name)
+        if named is None or checkpoint not in (None, named):
+            raise ValueError(
+                f"{path}: expected a run directory or its best.pt or last.pt (dnw import makes runs of foreign files)"
+            )
+        path, checkpoint = path.parent, cast(Checkpoint, named)
+    trained = load_trained(path, checkpoint or "last")
     with trained.wiring.settled():
         found = plan(trained.model, input_size or trained.input_size)
         return found, found.apply(trained.model)
