@@ -176,12 +176,17 @@ def _compile(parsed: argparse.Namespace) -> None:
     """Print the plan for a trained network: what has no effect and can go. With --out, write what stays, compacted.
 
     The ending of FILE says as what: .onnx for ONNX, .c for plain C99 (and a header beside it), any other for our own runtime.
+    For that, sums that are not sparse enough are measured, and become matrices where that is faster on this machine.
     """
-    from dnw.compile import save_c, save_onnx, save_program
+    from dnw.compile import measured, save_c, save_onnx, save_program
+    from dnw.compile._measure import summary
     from dnw.train import compile_run
 
     found, program = compile_run(parsed.path, _input_size(parsed.input) if parsed.input else None, parsed.checkpoint)
     _say(str(found))
+    if parsed.out is None or parsed.out.suffix not in (".c", ".onnx"):
+        program, timings = measured(program)
+        _say(summary(timings))
     if parsed.out is None:
         return
     if parsed.out.suffix == ".onnx":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 import dnw
 from dnw.cli import main
-from dnw.compile import Plan, Program, Runtime, load_program, plan, save_c, save_onnx, save_program
+from dnw.compile import Plan, Program, Runtime, _measure, load_program, measured, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
 from dnw.compile._lower import Maps, _Space
-from dnw.compile._program import tensors
+from dnw.compile._measure import summary
+from dnw.compile._program import Graph, tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
     GraphChain,
@@ -483,7 +485,9 @@ def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path,
     run = train(config, data_dir=tmp_path, out=tmp_path / "run")
     file = tmp_path / "net.dnw"
     assert main(["compile", str(run), "--out", str(file)]) == 0
-    assert "graph: nodes kept by level" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "graph: nodes kept by level" in printed
+    assert "faster" in printed
     trained = load_trained(run)
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad(), trained.wiring.settled():
@@ -552,12 +556,15 @@ def test_any_cache_and_vector_width_give_the_same(lanes, side, cache, monkeypatc
     cache=st.sampled_from([1, 2_000, 10_000, 40_000]),
     lanes=st.sampled_from([4, 8, 16]),
     seed=st.integers(0, 1_000),
+    dense=st.booleans(),
 )
-def test_random_chains_row_by_row(side, strides, levels, cache, lanes, seed):
+def test_random_chains_row_by_row(side, strides, levels, cache, lanes, seed, dense):
     torch.manual_seed(seed)
     stages = tuple(Stage(4, 4, stride, levels) for stride in strides)
     model = thinned(lively(GraphChain(3, image_stride=1, stages=stages), seed), seed, density=0.4)
     program = plan(model, (3, *side)).apply(model)
+    if dense:
+        program, _ = measured(program, least=0.0)  # whatever is faster here
     images = torch.randn(1, 3, *side)
     runtime = Runtime(program)
     runtime._layout = native._Layout(program, cache)
@@ -565,6 +572,30 @@ def test_random_chains_row_by_row(side, strides, levels, cache, lanes, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "lanes", lambda: min(lanes, width))
         torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_sums_become_matrices_where_that_is_faster(faster, shared, program, monkeypatch, tmp_path):
+    """Whatever the clock said: the same outputs, also from a file, in PyTorch, and from several threads."""
+    times = itertools.cycle([2.0, 1.0] if faster else [1.0, 2.0])
+    monkeypatch.setattr(_measure, "_seconds", lambda *_: next(times))
+    chosen, timings = measured(program, least=0.15)
+    assert len(timings) > 1
+    assert {timing.faster_dense for timing in timings} == {faster}
+    levels = [edges for graph in chosen.instructions if isinstance(graph, Graph) for edges, _ in graph.levels]
+    assert all(edges.dense <= faster for edges in levels)
+    assert summary(timings).startswith(
+        f"{len(timings) if faster else 0} of {len(timings)} measured sums are faster as a matrix"
+    )
+    images = torch.randn(2, 3, 21, 18)
+    save_program(chosen, tmp_path / "net.dnw")
+    stored = load_program(tmp_path / "net.dnw")
+    for run in (chosen, stored, Runtime(stored, threads=shared), Runtime(stored, native=False)):
+        torch.testing.assert_close(run(images), program(images), rtol=1e-4, atol=1e-5)
+    kinds = {kernel.kind for kernel in Runtime(stored)._layout.lowered.kernels}
+    assert ("matrix" in kinds) == faster
 
 
 @built

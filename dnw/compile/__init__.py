@@ -1,6 +1,7 @@
 """The compiler: from a trained network to a smaller one that computes exactly the same."""
 
 from dnw.compile._file import load_program, save_program
+from dnw.compile._measure import Timing, measured
 from dnw.compile._native import Runtime
 from dnw.compile._onnx import save_onnx
 from dnw.compile._plan import Plan, PlanRow, plan
@@ -13,7 +14,9 @@ __all__ = [
     "PlanRow",
     "Program",
     "Runtime",
+    "Timing",
     "load_program",
+    "measured",
     "plan",
     "save_c",
     "save_onnx",

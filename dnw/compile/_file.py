@@ -133,7 +133,11 @@ def _instruction(item: Any, arrays: memoryview) -> Any:
     name = item["instruction"]
     if name not in _INSTRUCTIONS:
         raise ValueError(f"unknown instruction {name!r}")
-    fields = {k: v if k == "eps" and isinstance(v, float) else _value(v, arrays) for k, v in item.items() if k != "instruction"}
+    fields = {}
+    for key, value in item.items():
+        if key != "instruction":
+            plain = (key == "eps" and isinstance(value, float)) or (key == "dense" and isinstance(value, bool))
+            fields[key] = value if plain else _value(value, arrays)
     return _INSTRUCTIONS[name](**fields)
 
 

@@ -10,11 +10,11 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { SPREAD, EDGES, AFFINE, INSTANCE_NORM, RECTIFY, DEPTHWISE, CONVOLUTION, NODE, MEAN, LINEAR, COPY, ZERO, SLIDE, GATHER };
+enum { SPREAD, EDGES, MATRIX, AFFINE, INSTANCE_NORM, RECTIFY, DEPTHWISE, CONVOLUTION, NODE, MEAN, LINEAR, COPY, ZERO, SLIDE, GATHER };
 
 /* What a call works with. A map is rows of `pitch` floats, of which `width` mean something, and takes `plane` floats. */
 typedef struct {
-  int32_t kind, relu, outside, targets, sources, maps;
+  int32_t kind, relu, outside, targets, sources, others, maps;
   int32_t height, width, pitch, plane, second_plane;
   int32_t out_height, out_width, out_pitch, out_plane;
   int32_t kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
@@ -35,7 +35,7 @@ typedef struct {
   int32_t part, parts;
 } place;
 
-int dnw_version(void) { return 4; }
+int dnw_version(void) { return 5; }
 
 int64_t dnw_size(int32_t of_call) { return of_call ? (int64_t)sizeof(call) : (int64_t)sizeof(instruction); }
 

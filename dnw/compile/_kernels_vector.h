@@ -8,6 +8,7 @@ typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), m
 #if LANES == 16
 #define TILE 7       /* vectors of sums held in registers */
 #define PAIR_TILE 7  /* the same for two targets at once */
+#define GROUP_TILE 6 /* and for four */
 #define LATER 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
@@ -15,6 +16,7 @@ typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), m
 #elif LANES == 8
 #define TILE 14
 #define PAIR_TILE 6
+#define GROUP_TILE 3
 #define LATER 7, 8, 9, 10, 11, 12, 13, 14
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
@@ -22,6 +24,7 @@ typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), m
 #else
 #define TILE 14
 #define PAIR_TILE 6
+#define GROUP_TILE 3
 #define LATER 3, 4, 5, 6
 #define EARLIER 1, 2, 3, 4
 #define EVEN 0, 2, 4, 6
@@ -123,6 +126,82 @@ static FAST void WIDTH(edges)(const instruction *op, const call *now, const plac
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
 #if TILE > 7
       CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+    }
+#undef CASE
+    done += n;
+  }
+}
+
+/* The same where nearly all sources are read: four targets share what they load. Weights lie [group][source][4]. */
+INLINE FAST void WIDTH(matrix_tile)(const instruction *op, const float *in, const float *second, float *out, const float *added,
+                                    const int32_t *mask, int32_t low, int32_t high, const int n) {
+  for (int32_t group = low; group < high; group++) {
+    vec sum[4][GROUP_TILE];
+    const float *weight = op->weight + (int64_t)group * 4 * (op->sources + op->others);
+    int32_t count = op->targets - 4 * group < 4 ? op->targets - 4 * group : 4;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 16
+      for (int k = 0; k < n; k++) sum[i][k] = (vec){0};
+    }
+    for (int32_t s = 0; s < op->sources + op->others; s++, weight += 4) {
+      const float *source = s < op->sources ? in + (int64_t)s * op->plane : second + (int64_t)(s - op->sources) * op->second_plane;
+#pragma GCC unroll 16
+      for (int k = 0; k < n; k++) {
+        vec value = read(source + k * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i][k] += weight[i] * value;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      if (i >= count) break;
+      int32_t t = 4 * group + i;
+      float *target = out + (int64_t)t * op->out_plane, base = op->shift ? op->shift[t] : 0.0f;
+      const float *map = op->channels && op->channels[t] >= 0 ? added + (int64_t)op->channels[t] * op->maps : 0;
+#pragma GCC unroll 16
+      for (int k = 0; k < n; k++) {
+        vec value = sum[i][k] + base;
+        if (map) value += read(map + k * LANES);
+        if (op->relu) value = rectified(value);
+        if (op->mask) value = masked(value, mask + k * LANES);
+        write(target + k * LANES, value);
+      }
+    }
+  }
+}
+
+static FAST void WIDTH(matrix)(const instruction *op, const call *now, const place *here) {
+  int32_t groups = (op->targets + 3) / 4, low = share(groups, here->part, here->parts);
+  int32_t high = share(groups, here->part + 1, here->parts);
+  int64_t start = (int64_t)now->first * op->pitch, floats = (int64_t)now->rows * op->pitch, done = 0;
+  const float *in = here->arena + (now->from + start), *second = here->arena + (now->second + start);
+  float *out = here->arena + (now->to + start);
+  const float *added = op->added ? op->added + start : 0;
+  if (op->out_plane == 1) {
+    for (int32_t t = 4 * low; t < 4 * high && t < op->targets; t++) {
+      const float *weight = op->weight + (int64_t)(t / 4) * 4 * (op->sources + op->others) + t % 4;
+      float sum = op->shift ? op->shift[t] : 0.0f;
+      if (op->channels && op->channels[t] >= 0) sum += added[(int64_t)op->channels[t] * op->maps];
+      for (int32_t s = 0; s < op->sources; s++, weight += 4) sum += *weight * in[s];
+      for (int32_t s = 0; s < op->others; s++, weight += 4) sum += *weight * second[s];
+      out[t] = op->relu && sum <= 0.0f ? 0.0f : sum;
+    }
+    return;
+  }
+  int64_t vectors = (floats + LANES - 1) / LANES, tiles = (vectors + GROUP_TILE - 1) / GROUP_TILE;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    int n = (int)((vectors - done + tiles - tile - 1) / (tiles - tile));
+    int64_t at = done * LANES;
+#define CASE(n) \
+  case n: \
+    WIDTH(matrix_tile)(op, in + at, second + at, out + at, added ? added + at : 0, op->mask ? op->mask + at : 0, low, high, n); \
+    break;
+    switch (n) {
+      CASE(1) CASE(2) CASE(3)
+#if GROUP_TILE > 3
+      CASE(4) CASE(5) CASE(6)
 #endif
     }
 #undef CASE
@@ -434,6 +513,7 @@ static FAST void WIDTH(run)(const instruction *op, const call *now, const place 
   switch (op->kind) {
     case SPREAD: WIDTH(copy)(op, now, here, 1, 0); break;
     case EDGES: WIDTH(edges)(op, now, here); break;
+    case MATRIX: WIDTH(matrix)(op, now, here); break;
     case AFFINE: case RECTIFY: WIDTH(affine)(op, now, here); break;
     case INSTANCE_NORM: WIDTH(instance_norm)(op, now, here); break;
     case DEPTHWISE: WIDTH(convolution)(op, now, here, 1); break;
@@ -455,6 +535,7 @@ static FAST void WIDTH(run)(const instruction *op, const call *now, const place 
 #undef masked
 #undef TILE
 #undef PAIR_TILE
+#undef GROUP_TILE
 #undef LATER
 #undef EARLIER
 #undef EVEN

@@ -127,7 +127,7 @@ class Operation:
     def by_rows(self) -> bool:
         """Whether it can make a few rows of its maps at a time."""
         pitch = self.reads[0].maps.pitch
-        return self.kind in ("depthwise", "convolution") or (self.kind in ("edges", "node") and pitch % 16 == 0)
+        return self.kind in ("depthwise", "convolution") or (self.kind in ("edges", "matrix", "node") and pitch % 16 == 0)
 
     def _window(self) -> tuple[int, int, int]:
         """Rows of the kernel, stride and padding."""
@@ -334,11 +334,15 @@ def _add(found: list[Operation], instruction: Instruction, x: Part, to: Part | N
     size = instruction.check((x.count, x.maps.height, x.maps.width) if _on_maps(instruction) else (x.count,))
     channels, height, width = (*size, 1, 1)[:3]
     given = Maps(channels, height, width)
-    kind = {Edges: "edges", Mean: "mean", Linear: "linear", Pick: "copy", Restore: "copy"}.get(type(instruction), "")
+    kind = {Edges: _edges_kind(instruction), Mean: "mean", Linear: "linear", Pick: "copy", Restore: "copy"}.get(
+        type(instruction), ""
+    )
     if isinstance(instruction, Convolution):
         kind = "convolution"
         if instruction.groups > 1 or instruction.weight.shape[:2] == (1, 1):
             kind = "node" if _is_node(instruction, x) else "depthwise"
+        elif not x.maps.outside and instruction.pointwise:
+            kind = "matrix"
         if kind == "node" and x.maps.outside:
             x = _added(found, "spread", x, _like(x))
     return _added(found, kind, x, to or given, instruction)
@@ -353,7 +357,7 @@ def _on_maps(instruction: Instruction) -> bool:
 
 def _absorbs(found: list[Operation], x: Part) -> bool:
     """Whether the last operation made just these maps, and can rectify them on the way."""
-    kinds = ("edges", "affine", "instance_norm", "depthwise", "convolution", "node", "linear")
+    kinds = ("edges", "matrix", "affine", "instance_norm", "depthwise", "convolution", "node", "linear")
     return bool(found) and found[-1].writes is x and found[-1].kind in kinds
 
 
@@ -380,8 +384,12 @@ def _add_graph(found: list[Operation], graph: Graph, x: Part) -> Part:
 
 def _add_edges(found: list[Operation], edges: Edges, x: Part, states: Part) -> Part:
     to = Part.whole(Maps(edges.num_targets, x.maps.height, x.maps.width))
-    found.append(Operation("edges", (x, states) if states.count else (x,), to, edges))
+    found.append(Operation(_edges_kind(edges), (x, states) if states.count else (x,), to, edges))
     return to
+
+
+def _edges_kind(edges: Instruction) -> str:
+    return "matrix" if isinstance(edges, Edges) and edges.dense else "edges"
 
 
 def _add_nodes(found: list[Operation], node: Sequence[Instruction], x: Part, to: Part | None) -> Part:
@@ -502,6 +510,13 @@ def _kernel(op: Operation) -> Kernel:
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), lies_first.long().cumsum(0)])
         middles = source.starts[:-1] + ends[source.starts[1:]] - ends[source.starts[:-1]]
         arrays |= {"weight": source.weight, "starts": source.starts, "middles": middles, "offsets": offsets}
+    elif op.kind == "matrix":
+        matrix = source.matrix() if isinstance(source, Edges) else source.weight.flatten(1)
+        grouped = matrix.new_zeros(-(-len(matrix) // 4) * 4, matrix.shape[1])
+        grouped[: len(matrix)] = matrix
+        arrays["weight"] = grouped.view(-1, 4, matrix.shape[1]).transpose(1, 2)
+        numbers["others"] = sum(part.count for part in op.reads[1:])
+        numbers["second_plane"] = op.reads[-1].maps.plane
     elif op.kind in ("affine", "instance_norm"):
         arrays |= {"scale": source.scale, "shift": source.shift}
         numbers["eps"] = getattr(source, "eps", 0.0)

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnw.compile._lower import CACHE, Lowered
+from dnw.compile._lower import CACHE, Kernel, Lowered
 from dnw.compile._program import Program
 
-_VERSION = 4
+_VERSION = 5
 _KINDS = (
     "spread",
     "edges",
+    "matrix",
     "affine",
     "instance_norm",
     "rectify",
@@ -44,6 +47,7 @@ _NUMBERS = (
     "outside",
     "targets",
     "sources",
+    "others",
     "maps",
     "height",
     "width",
@@ -133,6 +137,8 @@ class Runtime:
         if self.kind == "native":
             self._layout = _Layout(program)
             self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+            self._crew = ThreadPoolExecutor(max(1, threads - 1))  # of one image; the calling thread is one of them
+            self._crew_is_busy = Lock()
 
     def __call__(self, images: Any) -> Any:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]`` in float32, as a tensor or as a NumPy array.
@@ -161,15 +167,16 @@ class Runtime:
         return outputs
 
     def _together(self, images: Tensor, outputs: Tensor) -> None:
-        """All threads on one image after the other. Each must have one, or the others would wait for it: a pool of its own."""
+        """All threads on one image after the other. They wait for each other, so the crew serves one caller at a time."""
         meeting = torch.zeros(2, dtype=torch.int32)
         arena = self._layout.take_arena()
-        with ThreadPoolExecutor(self.threads) as pool:
-            parts = [
-                pool.submit(self._layout.run, images, outputs, arena, part, self.threads, meeting)
-                for part in range(self.threads)
+        with self._crew_is_busy:
+            work = images, outputs, arena
+            others = [
+                self._crew.submit(self._layout.run, *work, part, self.threads, meeting) for part in range(1, self.threads)
             ]
-            for done in parts:
+            self._layout.run(*work, 0, self.threads, meeting)
+            for done in others:
                 done.result()
         self._layout.give_arena(arena)
 
@@ -209,26 +216,49 @@ class _Layout:
 
         It does all the work on them, in an arena of its own, or a part of the work on each in one that is shared.
         """
-        library = kernels()
-        assert library is not None
         arena = self.take_arena() if shared is None else shared
         scratch = torch.empty(self.lowered.scratch)
+        self._run(0, len(self._calls), images, outputs, arena, scratch, part, parts, meeting)
+        if shared is None:
+            self.give_arena(arena)
+
+    def profile(self, image: Tensor, rounds: int = 20) -> list[tuple[Kernel, float]]:
+        """Each call's kernel and the least seconds that it took on one image, in the calling thread."""
+        outputs, arena, scratch = torch.empty(1, self._sizes[1]), self.take_arena(), torch.empty(self.lowered.scratch)
+        seconds = [math.inf] * len(self._calls)
+        for _ in range(rounds):
+            for i in range(len(self._calls)):
+                started = time.perf_counter()
+                self._run(i, 1, image, outputs, arena, scratch)
+                seconds[i] = min(seconds[i], time.perf_counter() - started)
+        self.give_arena(arena)
+        return [(self.lowered.kernels[call.kernel], t) for call, t in zip(self.lowered.calls, seconds, strict=True)]
+
+    def _run(
+        self,
+        first: int,
+        count: int,
+        images: Tensor,
+        outputs: Tensor,
+        arena: Tensor,
+        scratch: Tensor,
+        part: int = 0,
+        parts: int = 1,
+        meeting: Tensor | None = None,
+    ) -> None:
+        library = kernels()
+        assert library is not None
         library.dnw_run(
             self._kernels,
-            self._calls,
-            ctypes.c_int32(len(self._calls)),
-            ctypes.c_void_p(images.data_ptr()),
-            ctypes.c_void_p(outputs.data_ptr()),
-            ctypes.c_void_p(arena.data_ptr()),
-            ctypes.c_void_p(scratch.data_ptr()),
+            ctypes.byref(self._calls, first * ctypes.sizeof(_Call)),
+            ctypes.c_int32(count),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (images, outputs, arena, scratch)),
             *(ctypes.c_int64(n) for n in (len(images), *self._sizes)),
             ctypes.c_int32(part),
             ctypes.c_int32(parts),
             ctypes.c_void_p(0 if meeting is None else meeting.data_ptr()),
             ctypes.c_int32(lanes()),
         )
-        if shared is None:
-            self.give_arena(arena)
 
     def _record(self, kind: str, numbers: dict[str, float], arrays: dict[str, Tensor]) -> _Instruction:
         record = _Instruction(kind=_KINDS.index(kind))

@@ -117,6 +117,7 @@ class Edges(Instruction):
         weight: ``[edges]``.
         num_sources: channels that come in.
         constant: what constant nodes add to the targets.
+        dense: whether it is run as a matrix with zeros, because that is faster where there are few of them.
     """
 
     starts: Tensor
@@ -124,6 +125,7 @@ class Edges(Instruction):
     weight: Tensor
     num_sources: int
     constant: Constant | None
+    dense: bool = False
 
     @classmethod
     def of(cls, matrix: Tensor, constant: Constant | None) -> Edges:
@@ -145,6 +147,9 @@ class Edges(Instruction):
         return dense
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.dense:
+            sums = F.conv2d(x, self.matrix()[:, :, None, None])
+            return sums if self.constant is None else self.constant.added(sums)
         batch, _, height, width = x.shape
         _silence_sparse_tensors()
         shape = (self.num_targets, self.num_sources)
@@ -233,6 +238,11 @@ class Convolution(Instruction):
     stride: tuple[int, int]
     padding: tuple[int, int]
     groups: int
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a matrix: from all maps to all maps, place by place."""
+        return self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
     def __call__(self, x: Tensor) -> Tensor:
         sums = F.conv2d(x, self.weight, stride=self.stride, padding=self.padding, groups=self.groups)

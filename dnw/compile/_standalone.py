@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dnw._files import write_whole
 from dnw.compile._lower import Maps, Operation, Part, _Space, operations
-from dnw.compile._program import Constant, Pick, Program
+from dnw.compile._program import Constant, Convolution, Edges, Pick, Program
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ class _Writer:
         there, to = self._place(op.reads[0]), self._place(op.writes)
         places, channels = given.height * given.width, op.writes.count
         rectified = op.relu or op.kind == "rectify"
-        if op.kind == "edges":
+        if isinstance(source, Edges):
             others = self._place(op.reads[1]) if len(op.reads) > 1 else there
             arrays = [self._floats(source.weight), self._integers(source.sources), self._integers(source.starts.diff())]
             base = self._base(source.constant)
             self._call("edges", there, others, op.reads[0].count, to, channels, places, *arrays, base)
-        elif op.kind in ("convolution", "depthwise", "node"):
+        elif isinstance(source, Convolution):
             sides = maps.height, maps.width, given.height, given.width, *source.weight.shape[2:]
             steps = *source.stride, *source.padding
-            depthwise = int(op.kind != "convolution")
+            depthwise = int(op.kind in ("depthwise", "node"))
             arrays = [self._floats(source.weight), self._base(source.constant)]
             self._call("convolution", there, to, op.reads[0].count, channels, depthwise, *sides, *steps, *arrays)
         elif op.kind == "affine":
@@ -207,7 +207,7 @@ def _largest(op: Operation) -> Iterable[int]:
     """The largest of each list of whole numbers that an operation needs."""
     constant = getattr(op.source, "constant", None)
     lists = [getattr(op.source, name, None) for name in ("sources", "channels")]
-    if op.kind == "edges":
+    if isinstance(op.source, Edges):
         lists.append(op.source.starts.diff())
     if isinstance(constant, Constant):
         lists += [constant.channels, constant.rows, constant.columns]

@@ -1,0 +1,108 @@
+"""Whether sums are faster edge by edge or as a matrix with zeros: measured on the machine at hand, not guessed.
+
+Contract: what a program computes stays the same, up to the order of additions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from dnw.compile._native import Runtime
+from dnw.compile._program import Edges, Graph, Instruction, Program, Size
+
+_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Sums of a program, measured in both forms, in seconds.
+
+    Attributes:
+        name: where they are.
+        density: the share of weights that are not 0.
+        sparse, dense: the least time that they took edge by edge, and as a matrix.
+    """
+
+    name: str
+    density: float
+    sparse: float
+    dense: float
+
+    @property
+    def faster_dense(self) -> bool:
+        return self.dense < self.sparse
+
+    def __str__(self) -> str:
+        how = "as a matrix" if self.faster_dense else "edge by edge"
+        times = f"{self.sparse * 1e6:.0f} us edge by edge, {self.dense * 1e6:.0f} us as a matrix"
+        return f"{self.name}: {how} (density {self.density:.1%}; {times})"
+
+
+def measured(program: Program, least: float = 0.1) -> tuple[Program, tuple[Timing, ...]]:
+    """The same program with those sums as matrices that are faster so on this machine, in one thread.
+
+    Args:
+        program: a compacted network.
+        least: density below which sums are not measured, and stay sparse: a matrix would do ten times the work there.
+
+    Returns:
+        The program and what was measured.
+    """
+    timings: list[Timing] = []
+    instructions = []
+    for number, (instruction, size) in enumerate(program.walk()):
+        if isinstance(instruction, Edges):
+            instruction = _chosen(instruction, size, f"sums {number}", least, timings)
+        elif isinstance(instruction, Graph):
+            instruction = _graph(instruction, size, f"graph {number}", least, timings)
+        instructions.append(instruction)
+    return replace(program, instructions=tuple(instructions)), tuple(timings)
+
+
+def _graph(graph: Graph, size: Size, name: str, least: float, timings: list[Timing]) -> Graph:
+    for instruction in graph.inputs:
+        size = instruction.check(size)
+    levels = []
+    for number, (edges, node) in enumerate(graph.levels, 1):
+        levels.append((_chosen(edges, size, f"{name}, level {number}", least, timings), node))
+        size = (size[0] + edges.num_targets, *size[1:])
+    outputs = _chosen(graph.outputs, size, f"{name}, outputs", least, timings)
+    return replace(graph, levels=tuple(levels), outputs=outputs)
+
+
+def _chosen(edges: Edges, size: Size, name: str, least: float, timings: list[Timing]) -> Edges:
+    """Sums in the faster of both forms."""
+    density = len(edges.weight) / (edges.num_targets * edges.num_sources)
+    if density < least:
+        return replace(edges, dense=False)
+    images = torch.randn(1, *size)
+    sparse, dense = (_runner(replace(edges, dense=form), size) for form in (False, True))
+    times = [[_seconds(run, images) for run in (sparse, dense)] for _ in range(_ROUNDS)]
+    timing = Timing(name, density, min(t for t, _ in times), min(t for _, t in times))
+    timings.append(timing)
+    return replace(edges, dense=timing.faster_dense)
+
+
+def _runner(instruction: Instruction, size: Size) -> Callable[[torch.Tensor], torch.Tensor]:
+    channels, height, width = size
+    return Runtime(Program((instruction,), (channels, height, width)))
+
+
+def _seconds(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> float:
+    started = time.perf_counter()
+    run(images)
+    return time.perf_counter() - started
+
+
+def summary(timings: Iterable[Timing]) -> str:
+    """In a few lines: what was measured, and every one that is faster as a matrix."""
+    timings = tuple(timings)
+    dense = [timing for timing in timings if timing.faster_dense]
+    if not timings:
+        return "all sums are sparse enough to be faster edge by edge"
+    head = f"{len(dense)} of {len(timings)} measured sums are faster as a matrix with zeros on this machine"
+    return "\n".join([head, *(f"  {timing}" for timing in dense)])
