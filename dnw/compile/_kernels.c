@@ -91,8 +91,12 @@ static void meet(int32_t *state, int32_t parts) {
     __atomic_store_n(state + 1, round + 1, __ATOMIC_RELEASE);
     return;
   }
-  for (int32_t spins = 0; __atomic_load_n(state + 1, __ATOMIC_ACQUIRE) == round; spins++)
-    if (spins > 2000) sched_yield();
+  for (int32_t spins = 0; __atomic_load_n(state + 1, __ATOMIC_ACQUIRE) == round; spins++) {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+    if (spins > 1000) sched_yield();
+  }
 }
 
 /* Runs a program on some images, one after the other, as one of several threads that share an arena and meet after each call.
