@@ -104,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiling.set_defaults(run=_compile)
 
+    viewing = commands.add_parser("view", help="a page in which the wiring changes", description=_view.__doc__)
+    viewing.add_argument("paths", type=Path, metavar="RUN", nargs="+", help="run directory; two are put beside each other")
+    viewing.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: view.html in the run)")
+    viewing.add_argument("--open", action="store_true", help="open it in a browser")
+    viewing.set_defaults(run=_view)
+
     importing = commands.add_parser("import", help="take over a checkpoint of the authors' code", description=_import.__doc__)
     importing.add_argument("file", type=Path, help="epoch_N.pt, best.pt or init.pt of the authors' code")
     importing.add_argument("recipe", help="the recipe of the same network (dnw recipes)")
@@ -196,6 +202,20 @@ def _compile(parsed: argparse.Namespace) -> None:
         _say(f"{parsed.out} and {parsed.out.with_suffix('.h')}: flash {needs.flash:,} bytes, RAM {needs.ram:,} bytes")
     else:
         _say(f"{parsed.out}: {save_program(program, parsed.out):,} bytes   (dnw.compile.load_program reads it)")
+
+
+def _view(parsed: argparse.Namespace) -> None:
+    """Write one HTML file that shows a run's graph over time, and print its path. It needs no network."""
+    if len(parsed.paths) > 2:
+        raise ValueError(f"{len(parsed.paths)} runs: one is shown, or two beside each other")
+    from dnw.train import view_runs
+
+    page = view_runs(parsed.paths, parsed.out)
+    _say(str(page))
+    if parsed.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _input_size(text: str) -> tuple[int, int, int]:

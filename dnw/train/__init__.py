@@ -33,6 +33,8 @@ _PUBLIC = {
     "plot_sweep": "dnw.train._sweep",
     "sweep": "dnw.train._sweep",
     "train": "dnw.train._loop",
+    "run_record": "dnw.train._view",
+    "view_runs": "dnw.train._view",
 }
 
 __all__ = list(_PUBLIC)
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from dnw.train._sweep import sweep as sweep
     from dnw.train._trained import compile_run as compile_run
     from dnw.train._trained import load_trained as load_trained
+    from dnw.train._view import run_record as run_record
+    from dnw.train._view import view_runs as view_runs
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from dnw.train._config import Config
 from dnw.train._log import Log
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
 from dnw.train._ticket import draw_ticket, edges_of_ticket, keep_ticket
+from dnw.train._view import Page
 from dnw.view import SnapshotWriter
 
 _STEPS_BETWEEN_CHECKS = 50
@@ -195,6 +196,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         write_checkpoint(run.first, {"model": state.model.state_dict()})
     if writer and step == 0:
         writer.write(wiring, 0, 0.0)
+    page = Page(run, config)
     early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
 
     for epoch in range(done, config.epochs):
@@ -253,6 +255,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 state.save(run.best, epoch + 1, step)
             run.write_metrics(metrics)
             state.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
+            page.refresh(last=epoch + 1 == config.epochs)
         log.epoch(epoch_metrics, config.epochs)
 
 

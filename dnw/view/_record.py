@@ -1,0 +1,178 @@
+"""What a picture shows of a run: its graphs, and which edges they had when, how strong and of which sign.
+
+Contract: plain arrays, made from snapshots by a model that has the run's graphs. Nodes and edges of all graphs have one
+numbering: graph after graph, in each the inputs first and the outputs last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dnw.count import live_by_graph
+from dnw.graphs import StaticGraph
+from dnw.view._snapshots import Snapshot
+
+_LEVELS_OF_STRENGTH = 31
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """One graph in a picture.
+
+    Attributes:
+        name: of the graph in its model.
+        static: whether its nodes stand in levels; else in a ring, as in a graph in discrete or continuous time.
+        levels: how many nodes each level has, the outputs last; of a dynamic graph: inputs, inner nodes, outputs.
+    """
+
+    name: str
+    static: bool
+    levels: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A run as a picture shows it.
+
+    Attributes:
+        name: of the run.
+        about: in a few words, such as its rule and seed.
+        graphs: in order.
+        steps, epochs: of each snapshot.
+        sources, targets: nodes of every edge that some snapshot has, int32 ``[edges]``.
+        strengths: of each edge in each snapshot, int8 ``[snapshots, edges]``: 0 where it is not active, else its sign
+            and, from 1 to 31, where its magnitude lies between the least and the largest on a logarithmic scale.
+        least, largest: those magnitudes.
+        live: live nodes, boolean ``[snapshots, nodes]``.
+        metrics: a mapping per epoch, with ``epoch``, ``train_loss``, ``test_loss`` and ``top1`` among its keys.
+    """
+
+    name: str
+    about: str
+    graphs: tuple[GraphShape, ...]
+    steps: tuple[int, ...]
+    epochs: tuple[float, ...]
+    sources: np.ndarray
+    targets: np.ndarray
+    strengths: np.ndarray
+    least: float
+    largest: float
+    live: np.ndarray
+    metrics: tuple[Mapping[str, Any], ...]
+
+
+def record(
+    model: nn.Module,
+    snapshots: Iterable[Snapshot],
+    *,
+    name: str,
+    about: str = "",
+    metrics: Sequence[Mapping[str, Any]] = (),
+    most: int = 24_000_000,
+) -> Record:
+    """Makes the record of a run.
+
+    Args:
+        model: a network with the graphs of the run; its weights do not matter.
+        snapshots: in order.
+        name, about, metrics: see :class:`Record`.
+        most: how many strengths it may hold; where there are more, snapshots are left out evenly, after the first epoch first.
+
+    Raises:
+        ValueError: no snapshots, or none of a graph.
+    """
+    graphs: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "edge_candidates")}
+    chosen = list(snapshots)
+    parameters = {n: f"{n}.weight" if n else "weight" for n in graphs}
+    wired = [n for n in graphs if chosen and parameters[n] in chosen[0].edges]
+    if not chosen:
+        raise ValueError("there are no snapshots to show; a run writes them while it trains")
+    if not wired:
+        raise ValueError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
+    ever = {n: _ever_active(chosen, parameters[n]) for n in wired}
+    chosen = _thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
+    magnitudes = [np.abs(s.weights[parameters[n]].astype(np.float32)) for s in chosen for n in wired]
+    above = [m[m > 0] for m in magnitudes]
+    least = float(min((np.quantile(m, 0.01) for m in above if len(m)), default=1e-3))
+    largest = float(max((m.max() for m in above if len(m)), default=1.0))
+    sources, targets, strengths, first = [], [], [], 0
+    for n in wired:
+        graph, flat = graphs[n], ever[n]
+        places = graph.node_matrix(
+            torch.arange(1, graph.weight.numel() + 1, dtype=torch.float64).view(graph.weight.shape)
+        ).long()
+        to, of = places.nonzero(as_tuple=True)
+        indices = places[to, of].numpy() - 1
+        found = np.searchsorted(flat, indices)
+        found[found == len(flat)] = 0
+        kept = flat[found] == indices if len(flat) else np.zeros(len(indices), bool)
+        sources.append(of.numpy()[kept] + first)
+        targets.append(to.numpy()[kept] + first)
+        of_flat = np.stack([_strengths(s, parameters[n], flat, least, largest) for s in chosen])
+        strengths.append(of_flat[:, found[kept]])
+        first += graph.num_nodes
+    return Record(
+        name=name,
+        about=about,
+        graphs=tuple(_shape(n, graphs[n]) for n in wired),
+        steps=tuple(s.step for s in chosen),
+        epochs=tuple(s.epoch for s in chosen),
+        sources=np.concatenate(sources).astype(np.int32),
+        targets=np.concatenate(targets).astype(np.int32),
+        strengths=np.concatenate(strengths, axis=1),
+        least=least,
+        largest=max(largest, least),
+        live=np.stack([_live(model, s, wired) for s in chosen]),
+        metrics=tuple(metrics),
+    )
+
+
+def _shape(name: str, graph: Any) -> GraphShape:
+    if isinstance(graph, StaticGraph):
+        return GraphShape(name, True, (*graph.levels.sizes, graph.levels.num_outputs))
+    inner = graph.num_nodes - graph.num_inputs - graph.num_outputs
+    return GraphShape(name, False, (graph.num_inputs, inner, graph.num_outputs))
+
+
+def _ever_active(snapshots: Sequence[Snapshot], parameter: str) -> np.ndarray:
+    """Sorted flat indices of the edges that some snapshot has."""
+    return np.unique(np.concatenate([s.edges[parameter] for s in snapshots]))
+
+
+def _thinned(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
+    """At most so many: the first and the last, and others evenly between, those of the first epoch last to go."""
+    if len(snapshots) <= most:
+        return snapshots
+    early = [s for s in snapshots if s.epoch <= 1]
+    later = [s for s in snapshots if s.epoch > 1]
+    room = max(1, most - len(early)) if later else 0
+    kept = [later[round(i * (len(later) - 1) / max(1, room - 1))] for i in range(room)] if room > 1 else later[-room:]
+    early = early if len(early) + len(kept) <= most else early[:: -(-len(early) // max(1, most - len(kept)))]
+    return [*early, *kept]
+
+
+def _strengths(snapshot: Snapshot, parameter: str, flat: np.ndarray, least: float, largest: float) -> np.ndarray:
+    weights = snapshot.weights[parameter].astype(np.float32)
+    scale = np.log(max(largest / least, 1 + 1e-6)) / (_LEVELS_OF_STRENGTH - 1)
+    steps = np.log(np.maximum(np.abs(weights), least) / least) / scale
+    values = np.clip(np.round(steps), 0, _LEVELS_OF_STRENGTH - 1).astype(np.int8) + 1
+    whole = np.zeros(len(flat), np.int8)
+    whole[np.searchsorted(flat, snapshot.edges[parameter])] = np.where(weights < 0, -values, values)
+    return whole
+
+
+def _live(model: nn.Module, snapshot: Snapshot, wired: Sequence[str]) -> np.ndarray:
+    active = {}
+    for parameter in [f"{n}.weight" if n else "weight" for n in wired]:
+        edges = snapshot.edges[parameter]
+        mask = torch.zeros(model.get_parameter(parameter).shape, dtype=torch.bool)
+        mask.view(-1)[torch.from_numpy(edges)] = True
+        active[parameter] = mask
+    live = live_by_graph(model, active)
+    return np.concatenate([live[n].numpy() for n in wired])

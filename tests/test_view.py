@@ -1,0 +1,346 @@
+"""Pictures of a wiring over time: what they show, that they are safe, and that a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dnw
+from dnw.cli import main
+from dnw.graphs import DiscreteTimeGraph
+from dnw.models import GraphChain, Stage, tiny_cifar10, tiny_digits
+from dnw.recipes import digits
+from dnw.train import RunDirectory, override, run_record, train, view_runs
+from dnw.view import Record, SnapshotWriter, read_snapshots, record, write_page
+
+SHORT = ["epochs=3", "first_epoch_snapshots=2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    return train(override(digits(), SHORT), data_dir=folder, out=folder / "digits-1")
+
+
+def snapshots_of(model: nn.Module, folder: Path, count: int, **budget: object) -> list[dnw.Wiring]:
+    """Snapshots of a wiring that changes by random steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    wiring = dnw.wire(model, optimizer, **budget)
+    writer = SnapshotWriter(folder)
+    for step in range(count):
+        writer.write(wiring, step, step / 2)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return [wiring]
+
+
+def edges_of(one: Record, snapshot: int) -> set[tuple[int, int]]:
+    active = one.strengths[snapshot] != 0
+    return set(zip(one.targets[active].tolist(), one.sources[active].tolist(), strict=True))
+
+
+# --- records ---
+
+
+@pytest.mark.parametrize(
+    ("make", "budget"),
+    [
+        (tiny_digits, {"num_edges": 80}),
+        (tiny_cifar10, {"num_edges": 5_000}),  # outputs share the weights of nodes: an entry may be two edges
+        (lambda: nn.Sequential(DiscreteTimeGraph(30, 5, 4, steps=2)), {"num_edges": 90}),
+        (lambda: GraphChain(10, image_stride=1, stages=(Stage(6, 8, 1, 2), Stage(8, 16, 2, 3))), {"density": 0.2}),
+    ],
+)
+def test_a_record_has_the_edges_signs_and_live_nodes_of_every_snapshot(make, budget, tmp_path):
+    model = make()
+    graphs = {n: m for n, m in model.named_modules() if hasattr(m, "edge_candidates")}
+    budget = {**budget, "include": list(graphs)} if len(graphs) > 1 else budget
+    snapshots_of(model, tmp_path, 4, **budget)
+    snapshots = list(read_snapshots(tmp_path))
+    one = record(model, snapshots, name="x")
+    assert one.steps == (0, 1, 2, 3)
+    assert one.epochs == (0, 0.5, 1, 1.5)
+    assert one.strengths.shape == (4, len(one.sources))
+    assert [len(shape.levels) for shape in one.graphs] == [
+        len(g.levels.sizes) + 1 if hasattr(g, "levels") else 3 for g in graphs.values()
+    ]
+    for i, snapshot in enumerate(snapshots):
+        expected, signs, first = set(), {}, 0
+        active = {}
+        for name, graph in graphs.items():
+            weight = torch.zeros(graph.weight.numel())
+            parameter = f"{name}.weight" if name else "weight"
+            values = torch.from_numpy(snapshot.weights[parameter].astype(np.float32))
+            weight[torch.from_numpy(snapshot.edges[parameter])] = torch.where(values == 0, 1e-9, values)
+            matrix = graph.node_matrix(weight.view(graph.weight.shape))
+            active[name] = weight.view(graph.weight.shape) != 0
+            for to, of in matrix.nonzero().tolist():
+                expected.add((to + first, of + first))
+                signs[to + first, of + first] = matrix[to, of] > 0
+            first += graph.num_nodes
+        assert edges_of(one, i) == expected
+        for to, of, strength in zip(one.targets.tolist(), one.sources.tolist(), one.strengths[i].tolist(), strict=True):
+            assert not strength or (strength > 0) == signs[to, of]
+        live = dnw.count.live_by_graph(model, active)
+        assert one.live[i].tolist() == torch.cat([live[n] for n in graphs]).tolist()
+    assert np.abs(one.strengths).max() == 31
+    magnitudes = [np.abs(s.weights[p].astype(np.float32)) for s in snapshots for p in s.weights]
+    assert one.largest == max(m.max() for m in magnitudes)
+
+
+def test_snapshots_are_thinned_where_there_are_too_many(tmp_path):
+    model = tiny_digits()
+    snapshots_of(model, tmp_path, 40, num_edges=50)
+    everything = record(model, read_snapshots(tmp_path), name="x")
+    few = record(model, read_snapshots(tmp_path), name="x", most=len(everything.sources) * 12)
+    assert len(few.steps) <= 12
+    assert few.steps[:3] == (0, 1, 2)  # the first epoch whole
+    assert few.steps[-1] == 39
+    for i, step in enumerate(few.steps):
+        assert edges_of(few, i) == edges_of(everything, step)
+
+
+def test_what_has_nothing_to_show(tmp_path):
+    with pytest.raises(ValueError, match="there are no snapshots to show"):
+        record(tiny_digits(), [], name="x")
+    model = nn.Sequential(nn.Linear(20, 10))
+    snapshots_of(model, tmp_path, 2, density=0.5)
+    with pytest.raises(ValueError, match="none of the wired weights belongs to a graph"):
+        record(model, read_snapshots(tmp_path), name="x")
+
+
+# --- pages ---
+
+
+def unpacked(page: Path) -> tuple[dict[str, object], bytes]:
+    text = page.read_text()
+    header = re.search(r'<script type="application/json" id="header">(.*?)</script>', text, re.DOTALL)
+    data = re.search(r'<script type="text/plain" id="data">(.*?)</script>', text, re.DOTALL)
+    assert header
+    assert data
+    return json.loads(header[1]), gzip.decompress(base64.b64decode(data[1]))
+
+
+def test_the_page_holds_what_the_record_holds(run, tmp_path):
+    one = run_record(run)
+    page = tmp_path / "page.html"
+    assert write_page([one], page) == page.stat().st_size < 400_000
+    header, block = unpacked(page)
+    (described,) = header["runs"]
+    assert described["name"] == "digits-1"
+    assert described["steps"] == list(one.steps)
+    assert len(described["metrics"]) == 3
+    at, length = described["strengths"]["at"], described["strengths"]["length"]
+    differences = np.frombuffer(block, np.uint8, length, at).reshape(one.strengths.shape)
+    assert np.array_equal(differences.cumsum(0, dtype=np.uint8).astype(np.int8), one.strengths)
+    assert not re.search(r"https?://|src=|@import|url\(", page.read_text())  # nothing is loaded
+
+
+def test_hostile_names_do_nothing(run, tmp_path):
+    name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&@DATA@"
+    write_page([replace(run_record(run), name=name, about=name)], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<script") == 3
+    assert "<img" not in text
+    header, _ = unpacked(tmp_path / "page.html")
+    assert header["runs"][0]["name"] == header["runs"][0]["about"] == name
+
+
+def test_losses_that_are_no_numbers_do_not_break_a_page(run, tmp_path):
+    one = run_record(run)
+    broken = tuple({**m, "test_loss": float("nan"), "train_loss": float("inf")} for m in one.metrics)
+    write_page([replace(one, metrics=broken)], tmp_path / "page.html")
+    assert unpacked(tmp_path / "page.html")[0]["runs"][0]["metrics"][0]["test_loss"] is None
+
+
+def test_a_training_run_leaves_its_page_and_its_baselines(run):
+    header, _ = unpacked(run / "view.html")
+    assert [one["about"] for one in header["runs"]] == ["dnw, seed 0", "random, seed 0"]
+    assert header["runs"][0]["epochs"][-1] == 3
+    assert unpacked(run / "baseline" / "view.html")[0]["runs"][0]["name"] == "digits-1"
+
+
+def test_dnw_view(run, tmp_path, capsys):
+    assert main(["view", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "view.html")
+    assert main(["view", str(run), str(run / "baseline"), "--out", str(tmp_path / "two.html")]) == 0
+    assert len(unpacked(tmp_path / "two.html")[0]["runs"]) == 2
+    assert view_runs([run, run / "baseline"]) == run / "view-beside-baseline.html"
+    capsys.readouterr()
+    assert main(["view", str(run), str(run), str(run)]) == 1
+    assert "3 runs: one is shown, or two beside each other" in capsys.readouterr().err
+    assert main(["view", str(tmp_path)]) == 1
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_missing_and_cut_off_snapshots_are_one_clear_error(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    snapshots = sorted((copy / "snapshots").iterdir())
+    snapshots[2].write_bytes(snapshots[2].read_bytes()[:100])
+    assert main(["view", str(copy)]) == 1
+    assert f"{snapshots[2]}: not a readable snapshot" in capsys.readouterr().err
+    snapshots[2].unlink()
+    assert main(["view", str(copy)]) == 1
+    assert "not a readable snapshot" in capsys.readouterr().err
+    shutil.rmtree(copy / "snapshots")
+    assert main(["view", str(copy)]) == 1
+    assert "no snapshots to show" in capsys.readouterr().err
+
+
+# --- in a browser ---
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def browser():
+    sync = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium (set CHROMIUM to its path)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+def opened(browser, path: Path, **settings: object):
+    """A page without errors, drawn."""
+    page = browser.new_page(**settings)
+    page.problems = []
+    page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith("file:") else page.problems.append(r.url))
+    page.goto(path.resolve().as_uri())
+    page.evaluate("ready")
+    page.wait_for_function("state.milliseconds > 0")
+    return page
+
+
+def settle(page) -> None:
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_the_slider_shows_the_edges_of_each_snapshot(run, browser):
+    page = opened(browser, run / "view.html", viewport={"width": 1280, "height": 800})
+    one = run_record(run)
+    page.focus("#time")
+    page.keyboard.press("Home")
+    for i, snapshot in enumerate(read_snapshots(RunDirectory(run).snapshots)):
+        settle(page)
+        assert page.input_value("#time") == str(i)
+        drawn = page.evaluate(
+            "() => { const r = runs[0], found = []; for (let e = 0; e < r.num; e++) if (r.strength(state.now, e)) "
+            "found.push([r.targets[e], r.sources[e]]); return found; }"
+        )
+        assert set(map(tuple, drawn)) == edges_of(one, i)
+        assert page.evaluate("graphs[0].drawn") == len(drawn) == len(snapshot.edges["graph.weight"])
+        assert f"{len(drawn)} edges" in page.inner_text("figcaption >> nth=0")
+        assert f"step {snapshot.step:,}" in page.inner_text("#when")
+        page.keyboard.press("ArrowRight")
+    assert page.problems == []
+
+
+def test_pixels_change_with_the_slider_and_colours_tell_signs(run, browser):
+    page = opened(browser, run / "view.html")
+    count = """() => {
+      const c = graphs[0].canvas, p = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+      let warm = 0, cold = 0;
+      for (let i = 0; i < p.length; i += 4) warm += p[i] - p[i + 2] > 40, cold += p[i + 2] - p[i] > 40;
+      return [warm, cold];
+    }"""
+    page.evaluate("show(0)")
+    settle(page)
+    first, shot = page.evaluate(count), page.locator("canvas.graph").first.screenshot()
+    assert min(first) > 100
+    page.evaluate("show(5)")
+    settle(page)
+    assert page.locator("canvas.graph").first.screenshot() != shot
+    page.evaluate("() => { runs[0].strengths.fill(0); drawGraphs(); }")
+    assert page.evaluate(count) == [0, 0]
+
+
+def test_play_runs_to_the_end_and_stops(run, browser):
+    page = opened(browser, run / "view.html")
+    page.evaluate("show(0)")
+    page.focus("body")
+    page.keyboard.press("Space")
+    assert page.inner_text("#play") == "Pause"
+    page.wait_for_function("state.now === runs[0].snapshots - 1 && !state.playing", timeout=20_000)
+    assert page.inner_text("#play") == "Play"
+    assert page.problems == []
+
+
+def test_pointing_at_a_node_shows_its_true_degree(run, browser):
+    page = opened(browser, run / "view.html", viewport={"width": 1100, "height": 800})
+    one = run_record(run)
+    last = len(one.steps) - 1
+    edges = edges_of(one, last)
+    node = max(range(one.live.shape[1]), key=lambda n: sum(n in edge for edge in edges))
+    into, out = sum(to == node for to, _ in edges), sum(of == node for _, of in edges)
+    box = page.locator("canvas.graph").first.bounding_box()
+    x, y = page.evaluate(f"graphs[0].place({node})")
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    assert f"{into} in, {out} out" in page.inner_text("#tip")
+    page.mouse.click(box["x"] + x, box["y"] + y)
+    settle(page)
+    facts = page.inner_text("#nodeFacts").replace("\n", " ")
+    assert f"{into} edges in" in facts
+    assert f"{out} edges out" in facts
+    page.keyboard.press("Escape")
+    settle(page)
+    assert page.is_hidden("#node")
+    assert page.problems == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1440])
+def test_nothing_overflows(run, browser, scheme, width):
+    page = opened(browser, run / "view.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 380) == (scheme == "light")
+    rows = page.locator("#table tbody tr").count()
+    assert rows == 2 * len(run_record(run).steps)
+    assert page.problems == []
+
+
+def test_hostile_names_do_nothing_in_a_browser(run, browser, tmp_path):
+    name = "</script><script>state.broken = 1</script><img src=x onerror='state.broken=1'>"
+    write_page([replace(run_record(run), name=name, about=name)] * 2, tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html")
+    assert page.evaluate("state.broken") is None
+    assert page.inner_text("h1") == name
+    assert page.problems == []
+
+
+def test_a_hundred_snapshots_of_32_000_edges(browser, tmp_path, record_property):
+    """How long a redraw takes is reported, not asserted."""
+    model = tiny_cifar10()
+    snapshots_of(model, tmp_path / "snapshots", 100, num_edges=32_000)
+    write_page([record(model, read_snapshots(tmp_path / "snapshots"), name="cifar10")], tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html", viewport={"width": 1280, "height": 800})
+    times = page.evaluate(
+        "() => { const times = []; for (let s = 0; s < 100; s += 7) state.now = s, drawGraphs(), times.push(state.milliseconds); "
+        "return times.sort((a, b) => a - b); }"
+    )
+    record_property("milliseconds of a redraw", times[len(times) // 2])
+    sys.stderr.write(
+        f"a redraw of 32,000 edges takes {times[len(times) // 2]:.0f} ms (median) in {browser.version}, without a GPU\n"
+    )
+    assert page.evaluate("graphs[0].drawn") > 31_000
+    assert page.problems == []
