@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     viewing = commands.add_parser("view", help="a page in which the wiring changes", description=_view.__doc__)
     viewing.add_argument("paths", type=Path, metavar="RUN", nargs="+", help="run directory; two are put beside each other")
     viewing.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: view.html in the run)")
+    for kind in ("svg", "png"):
+        viewing.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write one snapshot as {kind.upper()} instead")
+    viewing.add_argument("--snapshot", type=int, default=-1, metavar="N", help="which one, from 0 on (default: the last)")
     viewing.add_argument("--open", action="store_true", help="open it in a browser")
     viewing.set_defaults(run=_view)
 
@@ -205,11 +208,22 @@ def _compile(parsed: argparse.Namespace) -> None:
 
 
 def _view(parsed: argparse.Namespace) -> None:
-    """Write one HTML file that shows a run's graph over time, and print its path. It needs no network."""
+    """Write one HTML file that shows a run's graph over time, and print its path. It needs no network.
+
+    With --svg or --png: a still picture of one snapshot, and no page.
+    """
     if len(parsed.paths) > 2:
         raise ValueError(f"{len(parsed.paths)} runs: one is shown, or two beside each other")
-    from dnw.train import view_runs
+    from dnw.train import run_record, view_runs
 
+    stills = [path for path in (parsed.svg, parsed.png) if path is not None]
+    if stills:
+        from dnw.view import write_still
+
+        one = run_record(parsed.paths[0])
+        for path in stills:
+            _say(f"{path}: {write_still(one, path, parsed.snapshot):,} bytes")
+        return
     page = view_runs(parsed.paths, parsed.out)
     _say(str(page))
     if parsed.open:

@@ -26,8 +26,9 @@ from dnw.train._log import Log
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
 from dnw.train._ticket import draw_ticket, edges_of_ticket, keep_ticket
 from dnw.train._view import Page
-from dnw.view import SnapshotWriter
+from dnw.view import SnapshotWriter, inside
 
+_IMAGES_SEEN = 3  # by the nodes, for the picture of a run
 _STEPS_BETWEEN_CHECKS = 50
 
 
@@ -195,7 +196,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
     if writer and step == 0 and config.rule == "complete":
         write_checkpoint(run.first, {"model": state.model.state_dict()})
     if writer and step == 0:
-        writer.write(wiring, 0, 0.0)
+        writer.write(wiring, 0, 0.0, _inside(state, config, batches))
     page = Page(run, config)
     early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
 
@@ -223,7 +224,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 if i % _STEPS_BETWEEN_CHECKS == 0:
                     _check_finite(fabric, sums[0], epoch, step, lr, run)
                 if writer and epoch == 0 and i + 1 in early and i + 1 < batches.num_batches:
-                    writer.write(wiring, step, (i + 1) / batches.num_batches)
+                    writer.write(wiring, step, (i + 1) / batches.num_batches, _inside(state, config))
                 advance()
         _check_finite(fabric, sums[0], epoch, step, lr, run)
         _check_agreement(fabric, wiring, epoch)
@@ -250,13 +251,21 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         is_best = all(top1 > m.top1 for m in metrics if m.active <= wiring.num_active)  # before a schedule's end none counts
         metrics.append(epoch_metrics)
         if writer:
-            writer.write(wiring, step, epoch + 1.0)
+            seen = epoch + 1 in (1, config.epochs)
+            writer.write(wiring, step, epoch + 1.0, _inside(state, config, batches if seen else None))
             if is_best:
                 state.save(run.best, epoch + 1, step)
             run.write_metrics(metrics)
             state.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
             page.refresh(last=epoch + 1 == config.epochs)
         log.epoch(epoch_metrics, config.epochs)
+
+
+def _inside(state: _State, config: Config, batches: Batches | None = None) -> dict[str, Any]:
+    """What a snapshot holds of the nodes: their filters and, given batches, what the first test images look like there."""
+    with state.wiring.settled():
+        images = None if batches is None else next(iter(batches.test()))[0][:_IMAGES_SEEN]
+        return inside(state.model, images, config.data.mean, config.data.std)
 
 
 def _solves(model: nn.Module) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dnw.view import Record, read_snapshots, record, write_page
 
 _SHARE = 0.05
 """Of the time of a training run, what refreshing its page may take."""
+_SECONDS_TO_RELOAD = 30
 
 
 def view_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
@@ -68,7 +69,8 @@ class Page:
         try:
             if path.name == "baseline" and (path.parent / "view.html").exists():
                 view_runs([path.parent])
-            write_page([_record(self._run, self._config)], path / "view.html")
+            reload = None if last else _SECONDS_TO_RELOAD
+            write_page([_record(self._run, self._config)], path / "view.html", reload=reload)
         except ValueError:  # nothing to show
             return
         self._written = time.monotonic()

@@ -1,7 +1,19 @@
 """Snapshots of a wiring over time, and pictures of them."""
 
+from dnw.view._inside import inside
 from dnw.view._page import write_page
 from dnw.view._record import GraphShape, Record, record
 from dnw.view._snapshots import Snapshot, SnapshotWriter, read_snapshots
+from dnw.view._still import write_still
 
-__all__ = ["GraphShape", "Record", "Snapshot", "SnapshotWriter", "read_snapshots", "record", "write_page"]
+__all__ = [
+    "GraphShape",
+    "Record",
+    "Snapshot",
+    "SnapshotWriter",
+    "inside",
+    "read_snapshots",
+    "record",
+    "write_page",
+    "write_still",
+]

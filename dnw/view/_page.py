@@ -22,12 +22,13 @@ from dnw._files import write_whole
 from dnw.view._record import Record
 
 
-def write_page(records: Sequence[Record], path: Path) -> int:
+def write_page(records: Sequence[Record], path: Path, *, reload: int | None = None) -> int:
     """Writes the page of one run, or of several beside each other; returns the number of bytes.
 
     Args:
         records: of the runs; the first is shown, others can be put beside it.
         path: of the HTML file.
+        reload: after how many seconds the browser reads it again, while a run still trains; by default never.
 
     Raises:
         OSError: it cannot be written.
@@ -38,7 +39,8 @@ def write_page(records: Sequence[Record], path: Path) -> int:
     header = json.dumps({"runs": described}, allow_nan=False).replace("<", "\\u003c")
     template = resources.files("dnw.view").joinpath("page.html").read_text()
     title = html.escape(" and ".join(dict.fromkeys(one.name for one in records)))
-    parts = {"@TITLE@": title, "@HEADER@": header, "@DATA@": data}
+    again = "" if reload is None else f'<meta http-equiv="refresh" content="{reload:d}">\n'
+    parts = {"@RELOAD@": again, "@TITLE@": title, "@HEADER@": header, "@DATA@": data}
     content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template).encode()
     write_whole(path, content)
     return len(content)
@@ -53,6 +55,7 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         block.extend(np.ascontiguousarray(values).tobytes())
         return found
 
+    filters = np.diff(one.filters.astype(np.int16), axis=0, prepend=0).astype(np.uint8) if len(one.filters) else one.filters
     differences = np.diff(one.strengths.astype(np.int16), axis=0, prepend=0).astype(np.uint8)
     live = np.diff(one.live.astype(np.uint8), axis=0, prepend=0).astype(np.uint8)
     return {
@@ -61,6 +64,9 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         "graphs": [asdict(graph) for graph in one.graphs],
         "steps": one.steps,
         "epochs": one.epochs,
+        "active": one.active,
+        "came": one.came,
+        "went": one.went,
         "least": one.least,
         "largest": one.largest,
         "metrics": [{k: v if isinstance(v, int) or abs(v) < 1e30 else None for k, v in m.items()} for m in one.metrics],
@@ -68,4 +74,10 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         "targets": array(one.targets),
         "strengths": array(differences),
         "live": array(live),
+        "filters": array(filters.astype(np.uint8)),
+        "images": None if one.images is None else {"shape": one.images.shape, **array(one.images)},
+        "maps": [
+            {"snapshot": i, "graphs": [{"shape": values.shape, **array(values)} for values in graphs]}
+            for i, graphs in one.maps.items()
+        ],
     }

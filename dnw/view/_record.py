@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,14 @@ class Record:
         strengths: of each edge in each snapshot, int8 ``[snapshots, edges]``: 0 where it is not active, else its sign
             and, from 1 to 31, where its magnitude lies between the least and the largest on a logarithmic scale.
         least, largest: those magnitudes.
+        active, came, went: edges in each snapshot, and how many came and went since the one before. A weight that serves two
+            edges (:class:`dnw.graphs.Levels`, shared outputs) counts once.
         live: live nodes, boolean ``[snapshots, nodes]``.
         metrics: a mapping per epoch, with ``epoch``, ``train_loss``, ``test_loss`` and ``top1`` among its keys.
+        filters: of each node in each snapshot, int8 ``[snapshots, nodes, 9]``, its largest number 127; empty where none are
+            stored.
+        images: those whose maps are stored, uint8 ``[images, channels, height, width]``; None where there are none.
+        maps: by snapshot, for each graph, what its nodes send then: uint8 ``[images, nodes, h, w]``, 128 for 0.
     """
 
     name: str
@@ -63,8 +70,14 @@ class Record:
     strengths: np.ndarray
     least: float
     largest: float
+    active: tuple[int, ...]
+    came: tuple[int, ...]
+    went: tuple[int, ...]
     live: np.ndarray
     metrics: tuple[Mapping[str, Any], ...]
+    filters: np.ndarray
+    images: np.ndarray | None
+    maps: dict[int, tuple[np.ndarray, ...]]
 
 
 def record(
@@ -95,6 +108,7 @@ def record(
         raise ValueError("there are no snapshots to show; a run writes them while it trains")
     if not wired:
         raise ValueError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
+    names = [parameters[n] for n in wired]
     ever = {n: _ever_active(chosen, parameters[n]) for n in wired}
     chosen = _thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
     magnitudes = [np.abs(s.weights[parameters[n]].astype(np.float32)) for s in chosen for n in wired]
@@ -128,9 +142,33 @@ def record(
         strengths=np.concatenate(strengths, axis=1),
         least=least,
         largest=max(largest, least),
+        active=tuple(sum(len(s.edges[parameters[n]]) for n in wired) for s in chosen),
+        came=(0, *(_new(a, b, names) for a, b in pairwise(chosen))),
+        went=(0, *(_new(b, a, names) for a, b in pairwise(chosen))),
         live=np.stack([_live(model, s, wired) for s in chosen]),
         metrics=tuple(metrics),
+        filters=_filters(chosen, wired, first),
+        images=next((s.beside["images"] for s in chosen if "images" in s.beside), None),
+        maps={
+            i: tuple(s.beside[f"maps/{n}"] for n in wired)
+            for i, s in enumerate(chosen)
+            if all(f"maps/{n}" in s.beside for n in wired)
+        },
     )
+
+
+def _filters(snapshots: Sequence[Snapshot], wired: Sequence[str], nodes: int) -> np.ndarray:
+    if not all(f"filters/{n}" in s.beside for s in snapshots for n in wired):
+        return np.zeros((0, nodes, 9), np.int8)
+    rows = np.stack([np.concatenate([s.beside[f"filters/{n}"] for n in wired]) for s in snapshots]).astype(np.float32)
+    largest = np.maximum(np.abs(rows).max(axis=2, keepdims=True), 1e-12)
+    scaled: np.ndarray = np.round(127 * rows / largest).astype(np.int8)
+    return scaled
+
+
+def _new(before: Snapshot, after: Snapshot, parameters: Iterable[str]) -> int:
+    """How many edges of a snapshot an earlier one does not have."""
+    return sum(len(np.setdiff1d(after.edges[name], before.edges[name], assume_unique=True)) for name in parameters)
 
 
 def _shape(name: str, graph: Any) -> GraphShape:

@@ -2,21 +2,24 @@
 
 Contract: one small archive a snapshot, ``step-<steps>.npz``, written aside and renamed. Each holds, per wired parameter,
 the edges that came and went since the snapshot before (the first one holds all its edges as come) and the weights of all
-edges in half precision, in the order of their flat indices. Reading them in order gives every edge set exactly.
+edges in half precision, in the order of their flat indices. Reading them in order gives every edge set exactly. Other arrays
+may lie beside them (_inside.py).
 """
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dnw._files import write_whole
 from dnw._wiring import Wiring
+
+_BESIDE = "beside/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +31,14 @@ class Snapshot:
         epoch: epochs done; a fraction within an epoch.
         edges: flat indices of the active edges, sorted, int64 ``[edges]``, by parameter name.
         weights: their weights, float16 ``[edges]``, by parameter name.
+        beside: other arrays of that moment, by name.
     """
 
     step: int
     epoch: float
     edges: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
+    beside: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class SnapshotWriter:
@@ -56,8 +61,8 @@ class SnapshotWriter:
         for snapshot in read_snapshots(folder):
             self._edges, self._last_step = snapshot.edges, snapshot.step
 
-    def write(self, wiring: Wiring, step: int, epoch: float) -> None:
-        """Writes one snapshot; nothing where this step has one already.
+    def write(self, wiring: Wiring, step: int, epoch: float, beside: Mapping[str, np.ndarray] | None = None) -> None:
+        """Writes one snapshot, with other arrays beside it; nothing where this step has one already.
 
         Raises:
             OSError: the file cannot be written.
@@ -65,6 +70,7 @@ class SnapshotWriter:
         if step <= self._last_step:
             return
         arrays: dict[str, np.ndarray] = {"time": np.array([step, epoch])}
+        arrays |= {f"{_BESIDE}{name}": array for name, array in (beside or {}).items()}
         edges: dict[str, np.ndarray] = {}
         for name, parameter in wiring.items():
             flat = parameter.active.flatten().cpu()
@@ -92,6 +98,7 @@ def read_snapshots(folder: Path) -> Iterator[Snapshot]:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 step, epoch = archive["time"].tolist()
                 weights = {}
+                beside = {key.removeprefix(_BESIDE): archive[key] for key in archive.files if key.startswith(_BESIDE)}
                 for name in [key.removesuffix("/weight") for key in archive.files if key.endswith("/weight")]:
                     came, went = archive[f"{name}/came"].astype(np.int64), archive[f"{name}/went"].astype(np.int64)
                     kept = np.setdiff1d(edges.get(name, came[:0]), went, assume_unique=True)
@@ -101,7 +108,7 @@ def read_snapshots(folder: Path) -> Iterator[Snapshot]:
                         raise ValueError("an earlier snapshot is missing")
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable snapshot ({error})") from None
-        yield Snapshot(int(step), epoch, dict(edges), weights)
+        yield Snapshot(int(step), epoch, dict(edges), weights, beside)
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -1,0 +1,106 @@
+"""What is inside the nodes of a network's graphs: their 3x3 filters, and what a few images look like there.
+
+Contract: small arrays, whatever the size of the network: a map is shown with at most 8 by 8 places and 255 steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnw.graphs import StaticGraph
+
+_SIDE, _IMAGE_SIDE = 8, 48
+
+
+def inside(model: nn.Module, images: Tensor | None, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, np.ndarray]:
+    """Everything there is to store beside a snapshot; maps only where there are images, normalised by mean and std."""
+    found = {f"filters/{name}": rows for name, rows in filters_of(model).items()}
+    if images is not None and (maps := maps_of(model, images)):
+        found |= {f"maps/{name}": values for name, values in maps.items()}
+        found["images"] = pictures_of(images, mean, std)
+    return found
+
+
+def filters_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """The filters of each graph on maps, by the graph's name: float16 ``[nodes, 9]``, 0 for nodes that have none."""
+    found = {}
+    for name, graph in _graphs(model).items():
+        rows = torch.zeros(graph.num_nodes, 9)
+        first = 0
+        for conv in _convolutions(graph):
+            if isinstance(conv, nn.Conv2d) and conv.weight.shape[1:] == (1, 3, 3):
+                rows[first : first + len(conv.weight)] = conv.weight.detach().flatten(1).cpu()
+                first += len(conv.weight)
+        if first:
+            found[name] = rows.half().numpy()
+    return found
+
+
+@torch.no_grad()
+def maps_of(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+    """What each node sends when a network sees some images, by the graph's name: uint8 ``[images, nodes, h, w]``.
+
+    Each node has its own scale: 128 is 0, and 255 the largest magnitude over all images.
+
+    Args:
+        model: the network; it is run in eval mode and left as it was.
+        images: ``[images, channels, height, width]``, as the network takes them.
+    """
+    sent: dict[str, list[Tensor]] = {}
+    hooks = []
+
+    def keep(name: str, place: int) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            if output.ndim == 4:
+                parts = sent.setdefault(name, [])
+                parts[place:] = [_shrunk(output.float(), _SIDE)]
+
+        return hook
+
+    for name, graph in _graphs(model).items():
+        for place, module in enumerate([*graph.nodes, graph] if isinstance(graph, StaticGraph) else [graph.conv]):
+            hooks.append(module.register_forward_hook(keep(name, place)))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model(images)
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for name, parts in sent.items():
+        if len({part.shape[2:] for part in parts}) == 1:
+            values = torch.cat(parts, dim=1)
+            largest = values.abs().amax(dim=(0, 2, 3), keepdim=True).clamp_min(1e-12)
+            found[name] = (128 + 127 * values / largest).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return found
+
+
+def pictures_of(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Images as pixels to be seen: uint8 ``[images, channels, height, width]``, at most 48 pixels high and wide."""
+    shape = (-1, 1, 1)
+    pixels = images.detach().cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return (_shrunk(pixels, _IMAGE_SIDE) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _shrunk(maps: Tensor, side: int) -> Tensor:
+    """Maps ``[batch, channels, height, width]`` of at most so many places a side."""
+    return F.adaptive_avg_pool2d(maps, (min(side, maps.shape[2]), min(side, maps.shape[3])))
+
+
+def _graphs(model: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if hasattr(m, "edge_candidates") and getattr(m, "maps", True)}
+
+
+def _convolutions(graph: Any) -> list[Any]:
+    """The convolutions of its nodes, level by level."""
+    if isinstance(graph, StaticGraph):
+        return [getattr(node, "conv", None) for node in graph.nodes]
+    return [graph.conv]
