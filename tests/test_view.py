@@ -393,6 +393,32 @@ def test_hostile_names_do_nothing_in_a_browser(run, browser, tmp_path):
     assert page.problems == []
 
 
+def test_edges_are_summed_between_levels_until_one_zooms_in(run, browser):
+    page = opened(browser, run / "view.html", viewport={"width": 1280, "height": 800})
+    assert not page.is_checked("#sum"), "single edges say something where there are few"
+    one = run_record(run)
+    page.evaluate("show(5)")
+    settle(page)
+    page.check("#sum")
+    found = page.evaluate("graphs[0].levels().flatMap((l, a) => [...l.bands].map(([b, n]) => [a, b, ...n]))")
+    levels = [level for level, size in enumerate(one.graphs[0].levels) for _ in range(size)]
+    now, before, bands = edges_of(one, 5), edges_of(one, 4), {}
+    for e, (source, target) in enumerate(zip(one.sources.tolist(), one.targets.tolist(), strict=True)):
+        if (target, source) not in now | before:
+            continue
+        band = bands.setdefault((levels[source], levels[target]), [0, 0, 0, 0])
+        kind = 3 if (target, source) not in now else 2 if (target, source) not in before else int(one.strengths[5, e] < 0)
+        band[kind] += 1
+    assert {(a, b): n for a, b, *n in found} == bands
+    box = page.locator("canvas.graph").first.bounding_box()
+    place = box["x"] + page.evaluate("graphs[0].levels()[1].x"), box["y"] + box["height"] / 2
+    page.mouse.move(*place)
+    assert page.inner_text("#tip").startswith("level 1: ")
+    page.mouse.click(*place)
+    assert page.evaluate("[graphs[0].zoom, graphs[0].summed()]") == [6, False]
+    assert page.problems == []
+
+
 def test_a_hundred_snapshots_of_32_000_edges(browser, tmp_path):
     """How long a redraw takes is reported, not asserted."""
     model = tiny_cifar10()
