@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
     importing.set_defaults(run=_import)
 
-    for command in (train, resume, evaluate, sweeping, results, recipes, counting, compiling, importing):
+    for command in (train, resume, evaluate, sweeping, results, recipes, counting, compiling, viewing, importing):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -216,12 +216,17 @@ def _view(parsed: argparse.Namespace) -> None:
         raise ValueError(f"{len(parsed.paths)} runs: one is shown, or two beside each other")
     from dnw.train import run_record, view_runs
 
-    stills = [path for path in (parsed.svg, parsed.png) if path is not None]
+    stills = {kind: path for kind, path in (("svg", parsed.svg), ("png", parsed.png)) if path is not None}
     if stills:
         from dnw.view import write_still
 
+        if len(parsed.paths) > 1 or parsed.out or parsed.open:
+            raise ValueError("--svg and --png draw one run and write no page: leave out the second run, --out and --open")
+        for kind, path in stills.items():
+            if path.suffix.lower() != f".{kind}":
+                raise ValueError(f"--{kind} {path}: its name must end with .{kind}")
         one = run_record(parsed.paths[0])
-        for path in stills:
+        for path in stills.values():
             _say(f"{path}: {write_still(one, path, parsed.snapshot):,} bytes")
         return
     page = view_runs(parsed.paths, parsed.out)
@@ -331,9 +336,20 @@ def _is_users(error: Exception) -> bool:
     return type(error).__name__ == "TrainingStoppedError"
 
 
+_EXTRAS = {
+    "matplotlib": "plot",
+    "networkx": "edges",
+    "onnx": "onnx",
+    "scipy": "edges",
+    "torchdiffeq": "ode",
+    "torchvision": "vision",
+}
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; install the training extra: pip install 'dnw[train]'"
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "train")
+        return f"{error.name} is not installed; install its extra: pip install 'dnw[{extra}]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:

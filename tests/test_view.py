@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from dnw.graphs import DiscreteTimeGraph
 from dnw.models import GraphChain, Stage, tiny_cifar10, tiny_digits
 from dnw.recipes import digits
 from dnw.train import RunDirectory, load_trained, override, run_record, train, view_runs
-from dnw.train._build import load_data, make_batches
+from dnw.train._build import load_data, make_batches, make_model
 from dnw.train._view import Page
-from dnw.view import Record, SnapshotWriter, read_snapshots, record, write_page, write_still
+from dnw.view import Record, Snapshot, SnapshotWriter, read_snapshots, record, write_page, write_still
+from dnw.view._record import _thinned
 
 SHORT = ["epochs=3", "first_epoch_snapshots=2"]
 
@@ -113,6 +115,30 @@ def test_snapshots_are_thinned_where_there_are_too_many(tmp_path):
     assert few.steps[-1] == 39
     for i, step in enumerate(few.steps):
         assert edges_of(few, i) == edges_of(everything, step)
+    assert few.omitted == 40 - len(few.steps)
+    for most in range(2, 12):
+        for epochs in ([i / 9 for i in range(10)], [float(i) for i in range(30)], [i / 4 for i in range(30)]):
+            steps = [Snapshot(i, epoch, {}, {}) for i, epoch in enumerate(epochs)]
+            kept = [s.step for s in _thinned(steps, most)]
+            assert len(kept) == min(most, len(steps))
+            assert kept == sorted(set(kept))
+            assert kept[-1] == len(steps) - 1
+
+
+def test_snapshots_of_too_many_edges_are_left_out(tmp_path, monkeypatch):
+    model = tiny_digits()
+    snapshots_of(model, tmp_path, 3, num_edges=50)
+    snapshots = list(read_snapshots(tmp_path))
+    dense = replace(
+        snapshots[0],
+        edges={n: np.arange(900) for n in snapshots[0].edges},
+        weights={n: np.ones(900, np.float16) for n in snapshots[0].edges},
+    )
+    monkeypatch.setattr("dnw.view._record._EDGES", 500)
+    one = record(model, [dense, *snapshots[1:]], name="x")
+    assert (one.steps, one.omitted) == ((1, 2), 1)
+    with pytest.raises(ValueError, match="every snapshot has more than 500 edges, too many to show"):
+        record(model, [dense], name="x")
 
 
 def test_what_has_nothing_to_show(tmp_path):
@@ -171,16 +197,35 @@ def test_losses_that_are_no_numbers_do_not_break_a_page(run, tmp_path):
 def test_the_page_of_a_run_that_trains_reads_itself_again(run, tmp_path):
     one = run_record(run)
     write_page([one], tmp_path / "page.html", reload=30)
-    assert '<meta http-equiv="refresh" content="30">' in (tmp_path / "page.html").read_text()
-    assert "http-equiv" not in (run / "view.html").read_text()  # it has ended
-    page, member = Page(RunDirectory(run), RunDirectory(run).config()), run / "view.html"
+    assert unpacked(tmp_path / "page.html")[0]["reload"] == 30
+    assert unpacked(run / "view.html")[0]["reload"] is None  # it has ended
+    config, member = RunDirectory(run).config(), run / "view.html"
+    page = Page(RunDirectory(run), config, make_model(config, 10))
     before = member.read_bytes()
     page.refresh(last=False)
-    assert b"http-equiv" in member.read_bytes()
+    assert unpacked(member)[0]["reload"] == 30
     page._cost = 1e9
     member.write_bytes(before)
     page.refresh(last=False)  # too soon: it would take more than its share of the time
     assert member.read_bytes() == before
+    page.refresh(last=True)
+    assert unpacked(member)[0]["reload"] == 30  # it has a baseline, which is trained now
+    Page(RunDirectory(run / "baseline"), RunDirectory(run / "baseline").config(), make_model(config, 10)).refresh(last=True)
+    assert unpacked(member)[0]["reload"] is None
+    assert len(unpacked(member)[0]["runs"]) == 2
+
+
+def test_networks_without_graphs_and_pages_that_cannot_be_written(run, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "view.html").unlink()
+    config = RunDirectory(copy).config()
+    monkeypatch.setattr("dnw.train._view.read_snapshots", lambda folder: pytest.fail("nothing is to be read"))
+    Page(RunDirectory(copy), config, torch.nn.Linear(2, 2)).refresh(last=True)
+    monkeypatch.undo()
+    (copy / "view.html").mkdir()
+    with pytest.warns(UserWarning, match="no page of this run"):
+        Page(RunDirectory(copy), config, make_model(config, 10)).refresh(last=True)
 
 
 def test_a_training_run_leaves_its_page_and_its_baselines(run):
@@ -212,7 +257,7 @@ def test_missing_and_cut_off_snapshots_are_one_clear_error(run, tmp_path, capsys
     assert f"{snapshots[2]}: not a readable snapshot" in capsys.readouterr().err
     snapshots[2].unlink()
     assert main(["view", str(copy)]) == 1
-    assert "not a readable snapshot" in capsys.readouterr().err
+    assert f"{snapshots[3]}: not a readable snapshot (the snapshot of step" in capsys.readouterr().err
     shutil.rmtree(copy / "snapshots")
     assert main(["view", str(copy)]) == 1
     assert "no snapshots to show" in capsys.readouterr().err
@@ -234,8 +279,37 @@ def test_still_pictures(kind, run, tmp_path, capsys):
     capsys.readouterr()
     assert main(["view", str(run), f"--{kind}", str(file), "--snapshot", "99"]) == 1
     assert "snapshot 99: the run has 6, from 0 to 5" in capsys.readouterr().err
+    wrong = file.with_suffix(".jpg")
+    assert main(["view", str(run), f"--{kind}", str(wrong)]) == 1
+    assert f"--{kind} {wrong}: its name must end with .{kind}" in capsys.readouterr().err
+    assert main(["view", str(run), str(run), f"--{kind}", str(file)]) == 1
+    assert "leave out the second run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="pictures are written as"):
         write_still(run_record(run), tmp_path / "still.xyz")
+
+
+def test_many_edges_keep_their_colours_in_still_pictures(run, tmp_path):
+    """Thousands of faint lines over each other add up to the two colours, not to what rounding makes of them."""
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    one = run_record(run)
+    edges, ends = 6_000, np.random.default_rng(0)
+    one = replace(
+        one,
+        sources=ends.integers(0, one.graphs[0].levels[0], edges).astype(np.int32),
+        targets=ends.integers(len(one.live[0]) - one.graphs[0].levels[-1], len(one.live[0]), edges).astype(np.int32),
+        strengths=np.full((len(one.steps), edges), -3, np.int8),
+    )
+    write_still(one, tmp_path / "blue.png")
+    blue = np.asarray(image.open(tmp_path / "blue.png").convert("RGB")).astype(int)
+    coloured = blue[np.ptp(blue, axis=2) > 20]
+    assert len(coloured) > 10_000
+    assert (coloured[:, 2] > coloured[:, 1]).all()
+    assert (coloured[:, 1] > coloured[:, 0]).all()
+    write_still(one, tmp_path / "again.svg")
+    first = (tmp_path / "again.svg").read_bytes()
+    write_still(one, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == first
 
 
 def test_what_is_inside_the_nodes(run):
@@ -416,6 +490,63 @@ def test_edges_are_summed_between_levels_until_one_zooms_in(run, browser):
     assert page.inner_text("#tip").startswith("level 1: ")
     page.mouse.click(*place)
     assert page.evaluate("[graphs[0].zoom, graphs[0].summed()]") == [6, False]
+    assert page.problems == []
+
+
+def test_two_runs_share_their_time(run, browser, tmp_path):
+    """Where one is shorter it stays as it ended, without marks."""
+    one = run_record(run)
+    half = replace(
+        one, steps=one.steps[:4], epochs=one.epochs[:4], strengths=one.strengths[:4], live=one.live[:4], came=one.came[:4]
+    )
+    half = replace(half, name="half", active=one.active[:4], went=one.went[:4], filters=one.filters[:0], maps={}, images=None)
+    write_page([half, one], tmp_path / "two.html")
+    page = opened(browser, tmp_path / "two.html", viewport={"width": 1280, "height": 800})
+    assert page.get_attribute("#time", "max") == str(len(one.steps) - 1)
+    assert page.evaluate("[moment(runs[0]), moment(runs[1])]") == [3, len(one.steps) - 1]
+    assert page.evaluate("[marked(runs[0], 3), marked(runs[1], moment(runs[1]))]") == [False, True]
+    captions = page.locator("figcaption").all_inner_texts()
+    assert "ended; " in captions[0]
+    assert "ended; " not in captions[1]
+    assert "curves: half" in page.inner_text("#legend"), "the same rule and seed: told apart by name"
+    page.evaluate("pick(runs[1], 70)")
+    assert page.is_visible("#inside")
+    page.evaluate("pick(runs[0], 70)")
+    assert not page.is_visible("#inside"), "this run has no pictures of its nodes, and those of the other are not its"
+    assert page.problems == []
+
+
+def test_what_one_looks_at_stays(run, browser, tmp_path):
+    """When the time, the size of the window or the page itself changes."""
+    write_page([run_record(run)], tmp_path / "page.html", reload=3600)
+    page = opened(browser, tmp_path / "page.html", viewport={"width": 1280, "height": 800})
+    one = run_record(run)
+    edges = {i: edges_of(one, i) for i in range(len(one.steps))}
+    degree = {i: Counter(n for edge in edges[i] for n in edge) for i in edges}
+    node = max(range(one.live.shape[1]), key=lambda n: abs(degree[0][n] - degree[5][n]))
+    box, (x, y) = page.locator("canvas.graph").bounding_box(), page.evaluate(f"graphs[0].place({node})")
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    tip = page.inner_text("#tip")
+    page.evaluate("show(0)")
+    settle(page)
+    assert page.inner_text("#tip") != tip
+    assert sum(map(int, re.findall(r"(\d+) (?:in|out)", page.inner_text("#tip")))) == degree[0][node]
+
+    page.evaluate("graphs[0].zoomBy(5, graphs[0].width, graphs[0].height)")
+    page.set_viewport_size({"width": 600, "height": 500})
+    page.wait_for_function("graphs[0].width < 600")
+    places = "runs[0].x.map((_, n) => graphs[0].place(n))"
+    seen = f"{places}.filter(([x, y]) => x > 0 && y > 0 && x < graphs[0].width && y < graphs[0].height).length"
+    assert page.evaluate(seen) > 0
+
+    page.evaluate("pick(runs[0], 70)")
+    page.uncheck("#changes")
+    page.evaluate("show(2)")
+    before = page.evaluate("[state.now, state.picked.node, graphs[0].zoom, $('changes').checked]")
+    page.evaluate("remember()")
+    page.reload()
+    page.evaluate("ready")
+    assert page.evaluate("[state.now, state.picked.node, graphs[0].zoom, $('changes').checked]") == before
     assert page.problems == []
 
 

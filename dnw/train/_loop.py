@@ -189,7 +189,10 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         content = state.load(run.last)
         done, step = content["epoch"], content["step"]
     metrics = run.metrics()[:done]
+    page = Page(run, config, state.model)
     if done == config.epochs:
+        if fabric.is_global_zero:
+            page.refresh(last=True)
         return
     log.start(config, run.path, wiring.summary(), done)
     writer = SnapshotWriter(run.snapshots, step) if fabric.is_global_zero else None
@@ -197,7 +200,6 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         write_checkpoint(run.first, {"model": state.model.state_dict()})
     if writer and step == 0:
         writer.write(wiring, 0, 0.0, _inside(state, config, batches))
-    page = Page(run, config)
     early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
 
     for epoch in range(done, config.epochs):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+from torch import nn
 
 from dnw.train._build import make_model
 from dnw.train._config import Config
@@ -17,7 +20,7 @@ _SHARE = 0.05
 _SECONDS_TO_RELOAD = 30
 
 
-def view_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
+def view_runs(paths: Sequence[Path], out: Path | None = None, *, reload: int | None = None) -> Path:
     """Writes the page of a run, or of two beside each other.
 
     Of a run of several seeds the first is shown; where it has a baseline and no other run stands beside it, that does.
@@ -25,6 +28,7 @@ def view_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
     Args:
         paths: one run directory or two.
         out: where to write; by default ``view.html`` in the first run, or ``view-beside-<second>.html``.
+        reload: see :func:`dnw.view.write_page`.
 
     Raises:
         ValueError: no run directory, or one without snapshots, with damaged ones, or without a graph.
@@ -36,7 +40,7 @@ def view_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
     else:
         out = out or paths[0] / f"view-beside-{paths[1].resolve().name}.html"
         records = [_record(*next(iter(RunDirectory(path).members()))) for path in paths]
-    write_page(records, out)
+    write_page(records, out, reload=reload)
     return out
 
 
@@ -54,25 +58,32 @@ class Page:
 
     Args:
         run: whose page it is; the page of a baseline shows the run above it as well.
+        config: of the run.
+        model: where it has no graphs there is no page.
     """
 
-    def __init__(self, run: RunDirectory, config: Config) -> None:
+    def __init__(self, run: RunDirectory, config: Config, model: nn.Module) -> None:
         self._run, self._config = run, config
+        self._has_graphs = any(hasattr(module, "edge_candidates") for module in model.modules())
         self._cost, self._written = 0.0, -1e9
 
     def refresh(self, *, last: bool) -> None:
-        """After an epoch; the last time in any case. Where a network has no graphs there is no page."""
+        """After an epoch; the last time in any case. A page that cannot be written is a warning: training goes on."""
         started = time.monotonic()
-        if not last and started - self._written < self._cost / _SHARE:
+        if not self._has_graphs or (not last and started - self._written < self._cost / _SHARE):
             return
         path = self._run.path
+        reload = None if last else _SECONDS_TO_RELOAD
         try:
             if path.name == "baseline" and (path.parent / "view.html").exists():
-                view_runs([path.parent])
-            reload = None if last else _SECONDS_TO_RELOAD
+                view_runs([path.parent], reload=reload)
+            if last and (path / "baseline").is_dir():
+                reload = _SECONDS_TO_RELOAD  # the baseline comes now
             write_page([_record(self._run, self._config)], path / "view.html", reload=reload)
         except ValueError:  # nothing to show
-            return
+            pass
+        except OSError as error:
+            warnings.warn(f"no page of this run: {error}", stacklevel=2)
         self._written = time.monotonic()
         self._cost = self._written - started
 
@@ -87,12 +98,14 @@ def _with_baseline(run: RunDirectory) -> list[Record]:
 
 def _record(member: RunDirectory, config: Config) -> Record:
     (seed,) = config.seeds
-    name = member.path.parent.name if member.path.name in ("baseline", f"seed-{seed}") else member.path.resolve().name
+    top = member.path.resolve()
+    while top.name in ("baseline", f"seed-{seed}"):
+        top = top.parent
     snapshots = list(read_snapshots(member.snapshots))
     if not snapshots:
         raise ValueError(f"{member.path}: no snapshots to show; a run writes them while it trains")
     metrics = [dataclasses.asdict(m) for m in member.metrics()]
     try:
-        return record(make_model(config, 10), snapshots, name=name, about=f"{config.rule}, seed {seed}", metrics=metrics)
+        return record(make_model(config, 10), snapshots, name=top.name, about=f"{config.rule}, seed {seed}", metrics=metrics)
     except (ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"{member.path}: {error}") from None

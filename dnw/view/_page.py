@@ -36,12 +36,11 @@ def write_page(records: Sequence[Record], path: Path, *, reload: int | None = No
     block = bytearray()
     described = [_described(one, block) for one in records]
     data = base64.b64encode(gzip.compress(bytes(block), 6, mtime=0)).decode()
-    header = json.dumps({"runs": described}, allow_nan=False).replace("<", "\\u003c")
+    header = json.dumps({"runs": described, "reload": reload}, allow_nan=False).replace("<", "\\u003c")
     template = resources.files("dnw.view").joinpath("page.html").read_text()
     title = html.escape(" and ".join(dict.fromkeys(one.name for one in records)))
-    again = "" if reload is None else f'<meta http-equiv="refresh" content="{reload:d}">\n'
-    parts = {"@RELOAD@": again, "@TITLE@": title, "@HEADER@": header, "@DATA@": data}
-    content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template).encode()
+    parts = {"@TITLE@": title, "@HEADER@": header, "@DATA@": data}
+    content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template).encode(errors="replace")
     write_whole(path, content)
     return len(content)
 
@@ -64,6 +63,7 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         "graphs": [asdict(graph) for graph in one.graphs],
         "steps": one.steps,
         "epochs": one.epochs,
+        "omitted": one.omitted,
         "active": one.active,
         "came": one.came,
         "went": one.went,

@@ -20,6 +20,8 @@ from dnw.graphs import StaticGraph
 from dnw.view._snapshots import Snapshot
 
 _LEVELS_OF_STRENGTH = 31
+_EDGES = 1_000_000
+"""In one snapshot, at most."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Record:
         about: in a few words, such as its rule and seed.
         graphs: in order.
         steps, epochs: of each snapshot.
+        omitted: how many snapshots of the run are left out.
         sources, targets: nodes of every edge that some snapshot has, int32 ``[edges]``.
         strengths: of each edge in each snapshot, int8 ``[snapshots, edges]``: 0 where it is not active, else its sign
             and, from 1 to 31, where its magnitude lies between the least and the largest on a logarithmic scale.
@@ -65,6 +68,7 @@ class Record:
     graphs: tuple[GraphShape, ...]
     steps: tuple[int, ...]
     epochs: tuple[float, ...]
+    omitted: int
     sources: np.ndarray
     targets: np.ndarray
     strengths: np.ndarray
@@ -96,19 +100,23 @@ def record(
         snapshots: in order.
         name, about, metrics: see :class:`Record`.
         most: how many strengths it may hold; where there are more, snapshots are left out evenly, after the first epoch first.
+            Snapshots of more than a million edges, as a falling density begins with, are left out in any case.
 
     Raises:
-        ValueError: no snapshots, or none of a graph.
+        ValueError: no snapshots, none of a graph, or only such of more than a million edges.
     """
     graphs: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "edge_candidates")}
-    chosen = list(snapshots)
+    every = list(snapshots)
     parameters = {n: f"{n}.weight" if n else "weight" for n in graphs}
-    wired = [n for n in graphs if chosen and parameters[n] in chosen[0].edges]
-    if not chosen:
+    wired = [n for n in graphs if every and parameters[n] in every[0].edges]
+    if not every:
         raise ValueError("there are no snapshots to show; a run writes them while it trains")
     if not wired:
         raise ValueError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
     names = [parameters[n] for n in wired]
+    chosen = [s for s in every if sum(len(s.edges[name]) for name in names) <= _EDGES]
+    if not chosen:
+        raise ValueError(f"every snapshot has more than {_EDGES:,} edges, too many to show")
     ever = {n: _ever_active(chosen, parameters[n]) for n in wired}
     chosen = _thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
     magnitudes = [np.abs(s.weights[parameters[n]].astype(np.float32)) for s in chosen for n in wired]
@@ -137,6 +145,7 @@ def record(
         graphs=tuple(_shape(n, graphs[n]) for n in wired),
         steps=tuple(s.step for s in chosen),
         epochs=tuple(s.epoch for s in chosen),
+        omitted=len(every) - len(chosen),
         sources=np.concatenate(sources).astype(np.int32),
         targets=np.concatenate(targets).astype(np.int32),
         strengths=np.concatenate(strengths, axis=1),
@@ -189,10 +198,16 @@ def _thinned(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
         return snapshots
     early = [s for s in snapshots if s.epoch <= 1]
     later = [s for s in snapshots if s.epoch > 1]
-    room = max(1, most - len(early)) if later else 0
-    kept = [later[round(i * (len(later) - 1) / max(1, room - 1))] for i in range(room)] if room > 1 else later[-room:]
-    early = early if len(early) + len(kept) <= most else early[:: -(-len(early) // max(1, most - len(kept)))]
-    return [*early, *kept]
+    kept = _evenly(later, max(1, most - len(early)))
+    return [*_evenly(early, most - len(kept)), *kept] if kept else _evenly(early, most)
+
+
+def _evenly(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
+    """At most so many, the last among them, and the first where there is room for two."""
+    if len(snapshots) <= most:
+        return snapshots
+    last = len(snapshots) - 1
+    return [snapshots[round(i * last / (most - 1))] for i in range(most)] if most > 1 else snapshots[-1:]
 
 
 def _strengths(snapshot: Snapshot, parameter: str, flat: np.ndarray, least: float, largest: float) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 Contract: one small archive a snapshot, ``step-<steps>.npz``, written aside and renamed. Each holds, per wired parameter,
 the edges that came and went since the snapshot before (the first one holds all its edges as come) and the weights of all
-edges in half precision, in the order of their flat indices. Reading them in order gives every edge set exactly. Other arrays
-may lie beside them (_inside.py).
+edges in half precision, in the order of their flat indices; and the step of the snapshot before. Reading them in order gives
+every edge set exactly. Other arrays may lie beside them (_inside.py).
 """
 
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +68,7 @@ class SnapshotWriter:
         """
         if step <= self._last_step:
             return
-        arrays: dict[str, np.ndarray] = {"time": np.array([step, epoch])}
+        arrays: dict[str, np.ndarray] = {"time": np.array([step, epoch]), "before": np.array(self._last_step)}
         arrays |= {f"{_BESIDE}{name}": array for name, array in (beside or {}).items()}
         edges: dict[str, np.ndarray] = {}
         for name, parameter in wiring.items():
@@ -93,22 +92,27 @@ def read_snapshots(folder: Path) -> Iterator[Snapshot]:
         ValueError: a damaged or missing snapshot; the file is named.
     """
     edges: dict[str, np.ndarray] = {}
+    last = -1
     for path in _paths(folder):
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 step, epoch = archive["time"].tolist()
+                if "before" in archive.files and int(archive["before"]) != last:
+                    raise ValueError(f"the snapshot of step {int(archive['before'])}, which it continues, is missing")
                 weights = {}
                 beside = {key.removeprefix(_BESIDE): archive[key] for key in archive.files if key.startswith(_BESIDE)}
                 for name in [key.removesuffix("/weight") for key in archive.files if key.endswith("/weight")]:
                     came, went = archive[f"{name}/came"].astype(np.int64), archive[f"{name}/went"].astype(np.int64)
-                    kept = np.setdiff1d(edges.get(name, came[:0]), went, assume_unique=True)
-                    edges[name] = np.union1d(kept, came)
+                    if name not in edges or len(came) or len(went):
+                        kept = np.setdiff1d(edges.get(name, came[:0]), went, assume_unique=True)
+                        edges[name] = np.union1d(kept, came)
                     weights[name] = archive[f"{name}/weight"]
                     if len(weights[name]) != len(edges[name]):
                         raise ValueError("an earlier snapshot is missing")
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever damage makes of an archive's parts
             raise ValueError(f"{path}: not a readable snapshot ({error})") from None
-        yield Snapshot(int(step), epoch, dict(edges), weights, beside)
+        last = int(step)
+        yield Snapshot(last, epoch, dict(edges), weights, beside)
 
 
 def _paths(folder: Path) -> list[Path]:
