@@ -20,6 +20,9 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     part = path.with_name(path.name + ".part")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe is written to, not replaced
+            path.write_bytes(content)
+            return
         with part.open("wb") as file:
             file.write(content)
             file.flush()

@@ -18,4 +18,4 @@ export PYTHONPATH=$scratch:$scratch/tests ASAN_OPTIONS=detect_leaks=0 OMP_NUM_TH
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 "$python" -c "from dnw.compile._native import kernels; assert '$scratch' in kernels()._name, kernels()"
 "$python" -m pytest -q -p no:xdist -p no:cacheprovider -o timeout=600 tests/test_compile.py \
-  -k "random_chains or any_cache or digits_net or tiny or random_graphs or thread or batches or files_with or numpy or plain"
+  -k "random_chains or any_cache or digits_net or tiny or random_graphs or thread or batches or files_with or numpy or plain or elsewhere or defaults"

@@ -6,10 +6,14 @@ import copy
 import itertools
 import json
 import math
+import os
+import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +28,7 @@ from dnw.compile import Plan, Program, Runtime, _measure, load_program, measured
 from dnw.compile import _native as native
 from dnw.compile._lower import Maps, _Space
 from dnw.compile._measure import summary
-from dnw.compile._program import Graph, tensors
+from dnw.compile._program import Graph, Pick, Restore, tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
     GraphChain,
@@ -137,6 +141,46 @@ def test_constant_nodes_differ_at_the_border():
     constant = found.apply(model).instructions[0].outputs.constant.maps()[0]
     assert not torch.allclose(constant[0, 0], constant[2, 2])
     assert torch.equal(constant[2, 2], constant[3, 3])
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def test_modules_that_are_used_twice():
+    relu, norm, conv = nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+    block = nn.Sequential(conv, norm, relu)
+    model = lively(nn.Sequential(nn.Conv2d(3, 4, 3), relu, block, nn.Identity(), block, relu, conv))
+    assert_equal_to_the_trained(model, (3, 9, 8))
+
+
+def test_pooled_and_flattened_maps():
+    pooled = (nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d((1, 1)), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5, 4))
+    assert_equal_to_the_trained(lively(nn.Sequential(nn.Conv2d(3, 5, 3), *pooled)), (3, 9, 8))
+    assert_equal_to_the_trained(lively(nn.Sequential(nn.Conv2d(3, 5, 8), nn.ReLU(), nn.Flatten(), nn.Linear(5, 4))), (3, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_another_precision(dtype):
+    """Compiled networks compute in float32 with the very weights of the model."""
+    model = thinned(lively(tiny_cifar10()), 3, num_edges=2_000).to(dtype)
+    found = plan(model, (3, 32, 32))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).float()(images)
+    torch.testing.assert_close(Runtime(found.apply(model))(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_that_nothing_reaches_and_inputs_that_nothing_reads():
@@ -266,6 +310,19 @@ class Odd(nn.Module):
         ),
         (tiny_digits, (3, 8, 8), "the network does not take inputs of 3x8x8"),
         (lambda: ContinuousTimeGraph(4, 1, 1), (1, 8, 8), "the model is a ContinuousTimeGraph"),
+        (lambda: nn.Sequential(Scaled(3, 4, 3)), (3, 8, 8), "0 is a Scaled with a forward of its own"),
+        (lambda: nn.Sequential(Residual(nn.Conv2d(3, 3, 1))), (3, 8, 8), "0 is a Residual with a forward of its own"),
+        (hooked, (3, 8, 8), "0 has forward hooks"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) places"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8), "a linear layer on maps"),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8), "a linear layer on maps"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)), (3, 8, 8), "ends with pooled maps"),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1)), (3, 8, 8), "a convolution after the maps"),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2)), (3, 8, 8), "0: pooling to 2 places"),
+        (lambda: nn.Sequential(nn.Flatten(0)), (3, 1, 1), "0: flattening from 0 to -1"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4)), (3, 8, 8), "a norm of 4 channels is given 3"),
+        (tiny_digits, (1, -8, 8), "expected channels, height and width, whole numbers from 1 on"),
+        (tiny_digits, (8, 8), "expected channels, height and width, whole numbers from 1 on"),
     ],
 )
 def test_what_is_not_compiled(make, size, message):
@@ -345,9 +402,9 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
 
     collect(header)
     holder, key = data.draw(st.sampled_from(range(len(places))).map(places.__getitem__))
-    holder[key] = data.draw(
-        st.sampled_from([-1, 0, 1, 7, 7.0, 2**40, 2**70, 1e300, None, "x", [], {}, [1, 2], {"array": "f4"}])
-    )
+    other = data.draw(st.sampled_from(range(len(places))).map(places.__getitem__))
+    values = [-1, 0, 1, 7, 7.0, 2**40, 2**70, 1e300, None, "x", [], {}, [1, 2], {"array": "f4"}]
+    holder[key] = data.draw(st.sampled_from([*values, *[copy.deepcopy(other[0][other[1]])] * 10]))
     text = json.dumps(header).encode()
     rest = text + whole[front.size + length :]
     path.write_bytes(front.pack(magic, version, len(text), hashlib.sha256(rest).digest()) + rest)
@@ -357,8 +414,34 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
         return
     size = changed.input_size
     if max(size) < 1000:
-        changed(torch.randn(1, *size))
-        Runtime(changed)(torch.randn(1, *size))
+        images = torch.randn(1, *size)
+        torch.testing.assert_close(Runtime(changed)(images), changed(images), rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_a_file_that_would_read_elsewhere_is_refused(tmp_path):
+    """Nodes that give fewer channels than they get, edges in another order, a graph without inputs of its own."""
+    program = plan(model := lively(nn.Sequential(StaticGraph((2, 3), 3))), (2, 6, 7)).apply(model)
+    (graph,) = program.instructions
+    ((edges, node),) = graph.levels
+    conv = node[-1]
+    wrong = [
+        replace(graph, inputs=()),
+        replace(graph, levels=((edges, (Pick(torch.tensor([0])), conv)),)),
+        replace(graph, levels=((edges, (replace(conv, weight=torch.randn(1, 3, 3, 3), groups=1),)),)),
+        replace(graph, levels=((edges, (graph,)),)),
+        replace(graph, levels=((replace(edges, sources=edges.sources.flip(0)), node),)),
+        replace(graph, levels=((replace(edges, weight=edges.sources), node),)),
+        replace(graph, levels=((conv, node),)),
+        replace(graph, outputs=conv),
+        replace(graph, outputs=replace(graph.outputs, constant=edges)),
+        replace(conv, groups=3, weight=torch.randn(3, 2, 3, 3)),
+        replace(conv, stride=(1 << 40, 1)),
+        Restore(torch.tensor([0, 1]), torch.zeros(2, 6, 7, 1)),
+    ]
+    for instruction in wrong:
+        save_program(Program((instruction,), (2, 6, 7)), tmp_path / "net.dnw")
+        with pytest.raises(ValueError, match=r"net\.dnw: not a valid compiled network"):
+            load_program(str(tmp_path / "net.dnw"))
 
 
 # --- as ONNX and as C ---
@@ -467,6 +550,8 @@ def test_the_tiny_classifiers_fit_microcontrollers(tmp_path):
 
 
 def test_what_c_refuses(program, tmp_path):
+    with pytest.raises(ValueError, match=r"net\.h: its name must end with \.c"):
+        save_c(program, tmp_path / "net.h")
     with pytest.raises(ValueError, match=r"my-net\.c: its stem becomes the prefix"):
         save_c(program, tmp_path / "my-net.c")
     with torch.no_grad():
@@ -616,18 +701,64 @@ def test_many_threads_may_use_one_runtime(program):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_forked_process_has_threads_of_its_own(program, threads, batch):
+    runtime, images = Runtime(program, threads=threads), torch.randn(batch, 3, 21, 18)
+    expected = runtime(images)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os._exit(0 if torch.equal(runtime(images), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(runtime(images), expected)
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pytorchs_defaults_change_nothing(program, threads):
+    images = torch.randn(3, 3, 21, 18)
+    expected = Runtime(program, threads=threads)(images)
+    model = thinned(lively(tiny_digits()), 3, num_edges=100)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.float16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(Runtime(program, threads=threads)(images), expected)
+            program_of_model = plan(model, (1, 8, 8)).apply(model)
+            assert {t.dtype for t in tensors(program_of_model)} <= {torch.float32, torch.int64}
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        assert torch.equal(Runtime(program, threads=threads)(images), expected)
+        plan(model, (1, 8, 8)).apply(model)
+
+
+@pytest.mark.parametrize("native_kernels", [None, False])
+def test_runtimes_are_pickled_and_copied(program, native_kernels):
+    runtime, images = Runtime(program, threads=2, native=native_kernels), torch.randn(3, 3, 21, 18)
+    for other in (pickle.loads(pickle.dumps(runtime)), copy.deepcopy(runtime)):
+        assert (other.kind, other.threads) == (runtime.kind, 2)
+        assert torch.equal(other(images), runtime(images))
+
+
 def test_numpy_in_numpy_out_and_other_memory_layouts(program):
     images = torch.randn(3, 3, 21, 18)
     runtime = Runtime(program)
     expected = runtime(images)
-    for array in (images.numpy(), images.double().numpy(), images.numpy()[:, :, ::-1][:, :, ::-1].copy()):
-        assert torch.equal(torch.from_numpy(runtime(array)), expected)
+    array = images.numpy()
+    backwards, readonly = array[:, :, ::-1].copy()[:, :, ::-1], array.copy()
+    readonly.setflags(write=False)
+    for other in (array, images.double().numpy(), backwards, array.astype(">f4"), array.astype("longdouble"), readonly):
+        assert torch.equal(torch.from_numpy(runtime(other)), expected)
     assert torch.equal(runtime(images.contiguous(memory_format=torch.channels_last)), expected)
     assert torch.equal(runtime(images.requires_grad_()), expected)
 
 
 def test_what_the_runtime_refuses(program):
-    for wrong in (torch.randn(1, 3, 21, 19), torch.randn(3, 21, 18), torch.zeros(1, 3, 21, 18, dtype=torch.int64)):
+    whole = torch.zeros(1, 3, 21, 18, dtype=torch.int64)
+    for wrong in (torch.randn(1, 3, 21, 19), torch.randn(3, 21, 18), whole, whole.numpy(), None, "images"):
         with pytest.raises(ValueError, match="expected floating-point images"):
             Runtime(program)(wrong)
     with pytest.raises(ValueError, match="threads=0"):

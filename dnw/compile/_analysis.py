@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnw._checks import listing
+from dnw._guard import EvaluationGuard
 from dnw._parameters import unwrap_model
 from dnw.compile._fold import folded
 from dnw.compile._program import (
@@ -35,6 +36,7 @@ from dnw.compile._program import (
     Restore,
 )
 from dnw.graphs import ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
+from dnw.graphs._node import Node
 from dnw.models import GraphChain, GraphClassifier, Window
 
 _SPARSE_BELOW = 0.5
@@ -48,15 +50,22 @@ class Channels:
     Attributes:
         varies: boolean ``[channels]``: whether a channel depends on the image.
         value: ``[channels, h, w]`` or ``[channels]``, double: of those that do not; 0 elsewhere.
+        pooled: whether numbers are maps of one place to PyTorch, until they are flattened.
     """
 
     varies: Tensor
     value: Tensor
+    pooled: bool = False
 
     @classmethod
-    def of(cls, varies: Tensor, value: Tensor) -> Channels:
+    def of(cls, varies: Tensor, value: Tensor, pooled: bool = False) -> Channels:
         mask = varies.view(-1, *[1] * (value.ndim - 1))
-        return cls(varies, value.masked_fill(mask, 0.0))
+        return cls(varies, value.masked_fill(mask, 0.0), pooled)
+
+    def require_maps(self, what: str) -> None:
+        """Raises ``ValueError`` where these are numbers."""
+        if self.value.ndim != 3:
+            raise ValueError(f"{what} after the maps have become numbers is not compiled")
 
 
 class Step(ABC):
@@ -87,9 +96,7 @@ class _Norm(Step):
         weight = torch.ones(size) if module.weight is None else module.weight
         bias = torch.zeros(size) if module.bias is None else module.bias
         self.scale, self.shift, self.eps = _double(weight), _double(bias), module.eps
-        if module.track_running_stats:
-            assert module.running_mean is not None
-            assert module.running_var is not None
+        if module.running_mean is not None and module.running_var is not None:
             self.instance = False
             self.scale = self.scale / (_double(module.running_var) + module.eps).sqrt()
             self.shift = self.shift - _double(module.running_mean) * self.scale
@@ -98,8 +105,13 @@ class _Norm(Step):
 
     def forward(self, x: Channels) -> Channels:
         self.source = x
-        value = self.normalised(x.value)
-        return Channels.of(x.varies & (self.scale != 0), value)
+        if len(self.scale) != len(x.varies):
+            raise ValueError(f"a norm of {len(self.scale)} channels is given {len(x.varies)}")
+        if self.instance:
+            x.require_maps("an instance norm")
+        if x.value.ndim == 1 and not x.pooled:
+            raise ValueError("a norm of maps is given numbers")
+        return Channels.of(x.varies & (self.scale != 0), self.normalised(x.value), x.pooled)
 
     def normalised(self, value: Tensor) -> Tensor:
         shape = (-1, *[1] * (value.ndim - 1))
@@ -116,7 +128,7 @@ class _Norm(Step):
 class _Relu(Step):
     def forward(self, x: Channels) -> Channels:
         self.source = x
-        return Channels(x.varies, x.value.relu())
+        return Channels(x.varies, x.value.relu(), x.pooled)
 
     def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
         yield Rectify()
@@ -131,6 +143,7 @@ class _Depthwise(Step):
 
     def forward(self, x: Channels) -> Channels:
         self.source = x
+        x.require_maps("a convolution")
         value = F.conv2d(
             x.value[None], self.weight, self.bias, stride=self.stride, padding=self.padding, groups=len(self.weight)
         )[0]
@@ -148,18 +161,26 @@ class _Mix(Step):
     """A convolution or a matrix from all channels to all channels; constant channels become part of what is added."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0)
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        on_numbers: bool = False,
     ):
         self.weight = _double(weight)
         self.bias = None if bias is None else _double(bias)
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding, self.on_numbers = stride, padding, on_numbers
         self.reads = self.weight != 0 if weight.ndim == 2 else self.weight.flatten(2).any(2)
 
     def forward(self, x: Channels) -> Channels:
         self.source = x
-        if self.weight.ndim == 2 and x.value.ndim == 1:
+        if self.on_numbers:
+            if x.value.ndim != 1 or x.pooled:
+                raise ValueError("a linear layer on maps is not compiled; flatten pooled maps with nn.Flatten()")
             self.constant = F.linear(x.value, self.weight, self.bias)
         else:
+            x.require_maps("a convolution")
             weight = self.weight[:, :, None, None] if self.weight.ndim == 2 else self.weight
             self.constant = F.conv2d(x.value[None], weight, self.bias, stride=self.stride, padding=self.padding)[0]
         return Channels.of(self.reads[:, x.varies].any(1), self.constant)
@@ -184,16 +205,34 @@ class _Mix(Step):
 class _Average(Step):
     """The mean over a square window, or over the whole map."""
 
-    def __init__(self, start: int, stop: int | None) -> None:
-        self.start, self.stop = start, stop
+    def __init__(self, start: int, stop: int | None, pooled: bool = False) -> None:
+        self.start, self.stop, self.pooled = start, stop, pooled
 
     def forward(self, x: Channels) -> Channels:
         self.source = x
+        x.require_maps("a mean over maps")
         self.end = max(x.value.shape[1:]) if self.stop is None else self.stop
-        return Channels(x.varies, x.value[:, self.start : self.end, self.start : self.end].mean(dim=(1, 2)))
+        if self.start >= min(self.end, *x.value.shape[1:]):
+            raise ValueError(f"a window from {self.start} to {self.end} has no place in maps of {tuple(x.value.shape[1:])}")
+        return Channels(x.varies, x.value[:, self.start : self.end, self.start : self.end].mean(dim=(1, 2)), self.pooled)
 
     def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
         yield Mean(self.start, self.end)
+
+
+class _Flatten(Step):
+    """From each channel's one number to a vector of them."""
+
+    def forward(self, x: Channels) -> Channels:
+        self.source = x
+        self.from_maps = x.value.ndim == 3
+        if self.from_maps and x.value.shape[1:] != (1, 1):
+            raise ValueError(f"flattening maps of {tuple(x.value.shape[1:])} places is not compiled; pool them first")
+        return Channels(x.varies, x.value.flatten())
+
+    def emit(self, taken: Tensor, given: Tensor) -> Iterator[Instruction]:
+        if self.from_maps:
+            yield Mean(0, 1)
 
 
 class _Begin(Step):
@@ -204,6 +243,7 @@ class _Begin(Step):
 
     def forward(self, x: Channels) -> Channels:
         self.source = x
+        x.require_maps("a graph")
         varies = torch.cat([x.varies, x.varies.new_zeros(self.more)])
         return Channels(varies, torch.cat([x.value, x.value.new_zeros(self.more, *x.value.shape[1:])]))
 
@@ -241,9 +281,12 @@ class GraphStep(Step):
         self.sizes, self.num_outputs = graph.levels.sizes, graph.levels.num_outputs
         self.matrix = graph.levels.node_matrix(_double(graph.weight))
         self.nodes = [list(_steps(node, f"{name}.nodes.{i}")) for i, node in enumerate(graph.nodes)]
+        if not all(isinstance(step, (_Norm, _Relu, _Depthwise)) for node in self.nodes for step in node):
+            raise ValueError(f"{name}: nodes that do more than normalise, rectify and convolve by themselves are not compiled")
 
     def forward(self, x: Channels) -> Channels:
         self.source = x
+        x.require_maps("a graph")
         states = _through(self.nodes[0], x)
         self.received, start = [x], self.sizes[0]
         for size, node in zip(self.sizes[1:], self.nodes[1:], strict=True):
@@ -326,24 +369,29 @@ def _steps(module: nn.Module, name: str) -> Iterator[Step]:
     Raises:
         ValueError: a module that is not compiled, by its name.
     """
-    if isinstance(module, GraphChain):
+    kind = next((kind for kind in _COMPILED if isinstance(module, kind)), None)
+    where = name.strip(".") or "the model"
+    if kind is None:
+        raise ValueError(f"{where} is a {type(module).__name__}, which is not compiled; {_what(module)}")
+    _require_nothing_of_its_own(module, kind, where)
+    if kind in _CHILDREN:
+        for child in _CHILDREN[kind]:
+            yield from _steps(getattr(module, child), f"{name}.{child}")
+    elif isinstance(module, GraphChain):
         for child in ("conv", "graphs", "norm", "relu"):
             yield from _steps(getattr(module, child), f"{name}.{child}")
         yield _Average(0, None)
         yield from _steps(module.classifier, f"{name}.classifier")
-    elif isinstance(module, GraphClassifier):
-        for child in ("stem", "graph", "pool", "classifier"):
-            yield from _steps(getattr(module, child), f"{name}.{child}")
     elif isinstance(module, nn.Sequential):
-        for child, inner in module.named_children():
+        for child, inner in module._modules.items():  # a module that stands there twice runs twice
+            assert inner is not None
             yield from _steps(inner, f"{name}.{child}")
     elif isinstance(module, StaticGraph):
         yield GraphStep(module, name.strip("."))
-    elif isinstance(module, DiscreteTimeGraph) and module.maps and module.activation is F.relu:
+    elif isinstance(module, DiscreteTimeGraph):
+        if not module.maps or module.activation is not F.relu:
+            raise ValueError(f"{where} is a {type(module).__name__}, which is not compiled; {_what(module)}")
         yield from _unrolled(module, name)
-    elif type(module).__name__ == "Node":
-        for child in ("norm", "relu", "conv"):
-            yield from _steps(getattr(module, child), f"{name}.{child}")
     elif isinstance(module, nn.Conv2d):
         yield _convolution(module, name)
     elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
@@ -351,15 +399,55 @@ def _steps(module: nn.Module, name: str) -> Iterator[Step]:
     elif isinstance(module, nn.ReLU):
         yield _Relu()
     elif isinstance(module, nn.Linear):
-        yield _Mix(module.weight, module.bias)
+        yield _Mix(module.weight, module.bias, on_numbers=True)
     elif isinstance(module, Window):
         yield _Average(module.start, module.stop)
-    elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-        yield _Average(0, None)
-    elif not isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten)):  # those do nothing to single numbers in eval mode
-        raise ValueError(
-            f"{name.strip('.') or 'the model'} is a {type(module).__name__}, which is not compiled; {_what(module)}"
-        )
+    elif isinstance(module, nn.AdaptiveAvgPool2d):
+        if module.output_size not in (1, (1, 1)):
+            raise ValueError(f"{where}: pooling to {module.output_size} places is not compiled; to one is")
+        yield _Average(0, None, pooled=True)
+    elif isinstance(module, nn.Flatten):
+        if (module.start_dim, module.end_dim) not in ((1, -1), (1, 3)):
+            raise ValueError(
+                f"{where}: flattening from {module.start_dim} to {module.end_dim} is not compiled; from 1 to -1 is"
+            )
+        yield _Flatten()
+
+
+_CHILDREN: dict[type[nn.Module], tuple[str, ...]] = {
+    GraphClassifier: ("stem", "graph", "pool", "classifier"),
+    Node: ("norm", "relu", "conv"),
+}
+"""Modules that run their children one after the other."""
+_COMPILED: tuple[type[nn.Module], ...] = (
+    *_CHILDREN,
+    GraphChain,
+    nn.Sequential,
+    StaticGraph,
+    DiscreteTimeGraph,
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.InstanceNorm2d,
+    nn.ReLU,
+    nn.Linear,
+    Window,
+    nn.AdaptiveAvgPool2d,
+    nn.Flatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+)
+
+
+def _require_nothing_of_its_own(module: nn.Module, kind: type[nn.Module], where: str) -> None:
+    """Raises ``ValueError`` where a module computes something else than its kind: by its class, or by hooks."""
+    for method in ("forward", "_conv_forward"):
+        own = module.__dict__.get(method) or getattr(type(module), method, None)
+        if own is not getattr(kind, method, None):
+            raise ValueError(f"{where} is a {type(module).__name__} with a {method} of its own, which is not compiled")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(not isinstance(hook, EvaluationGuard) for hook in hooks):
+        raise ValueError(f"{where} has forward hooks, which are not compiled; remove them first")
 
 
 def _what(module: nn.Module) -> str:
@@ -367,7 +455,7 @@ def _what(module: nn.Module) -> str:
         return "a graph in continuous time has as many evaluations as its solver takes; run it with PyTorch"
     if isinstance(module, DiscreteTimeGraph):
         return "compiled are graphs in discrete time on maps, with ReLU"
-    kinds = ("StaticGraph", "DiscreteTimeGraph", "Conv2d", "BatchNorm2d", "InstanceNorm2d", "ReLU", "Linear", "Window")
+    kinds = tuple(kind.__name__ for kind in _COMPILED if kind not in (*_CHILDREN, GraphChain, nn.Sequential))
     return f"compiled are networks in nn.Sequential of {listing(kinds)} and the networks of dnw.models"
 
 
@@ -390,7 +478,7 @@ def _convolution(module: nn.Conv2d, name: str) -> Step:
         )
     if _pair(module.dilation) != (1, 1) or module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise ValueError(f"{name.strip('.')}: only convolutions without dilation, padded with a number of zeros, are compiled")
-    if module.groups > 1:
+    if same:
         return _Depthwise(module)
     return _Mix(module.weight, module.bias, _pair(module.stride), _pair(module.padding))
 
@@ -428,6 +516,8 @@ class Analysis:
                 size = "x".join(map(str, input_size))
                 raise ValueError(f"the network does not take inputs of {size} ({str(error).splitlines()[0]})") from None
             self.interfaces.append(x)
+        if x.pooled:
+            raise ValueError("a network that ends with pooled maps is not compiled; end it with nn.Flatten()")
         self.kept = [x.varies]
         for step in reversed(self.steps):
             self.kept.insert(0, step.backward(self.kept[0]))

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dnw._files import write_whole
 from dnw.compile import _program
-from dnw.compile._program import Constant, Instruction, Program
+from dnw.compile._program import Constant, Edges, Instruction, Program
 
 _MAGIC = b"dnw-prog"
 _VERSION = 1
@@ -46,14 +47,14 @@ _INSTRUCTIONS: dict[str, Any] = {
 }
 
 
-def save_program(program: Program, path: Path) -> int:
+def save_program(program: Program, path: str | Path) -> int:
     """Writes a compacted network; returns the number of bytes."""
     arrays = bytearray()
     tree = [_plain(instruction, arrays) for instruction in program.instructions]
     header = json.dumps({"input_size": program.input_size, "instructions": tree}).encode()
     rest = header + bytes(arrays)
     content = _FRONT.pack(_MAGIC, _VERSION, len(header), hashlib.sha256(rest).digest()) + rest
-    write_whole(path, content)
+    write_whole(Path(path), content)
     return len(content)
 
 
@@ -81,9 +82,11 @@ def load_program(path: str | Path) -> Program:
         arrays = memoryview(bytearray(rest[length:]))
         instructions = tuple(_instruction(item, arrays) for item in header["instructions"])
         channels, height, width = (int(n) for n in header["input_size"])
+        if not _are_instructions(instructions):
+            raise ValueError("constants among the instructions")
         program = Program(instructions, (channels, height, width))
         program.output_size  # noqa: B018  (walks through all instructions and checks them)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise ValueError(
             f"{path}: not a valid compiled network ({str(error).splitlines()[0] if str(error) else error!r})"
         ) from None
@@ -138,7 +141,41 @@ def _instruction(item: Any, arrays: memoryview) -> Any:
         if key != "instruction":
             plain = (key == "eps" and isinstance(value, float)) or (key == "dense" and isinstance(value, bool))
             fields[key] = value if plain else _value(value, arrays)
-    return _INSTRUCTIONS[name](**fields)
+    made = _INSTRUCTIONS[name](**fields)
+    for field in dataclasses.fields(made):
+        if not _FITS[str(field.type)](getattr(made, field.name), field.name):
+            raise ValueError(f"{name} with another {field.name}")
+    return made
+
+
+def _is_whole(value: Any, *_: str) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _is_level(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Edges) and _are_instructions(value[1])
+
+
+def _are_instructions(value: Any, *_: str) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, Instruction) for item in value)
+
+
+_INDICES = ("starts", "sources", "channels", "rows", "columns")
+"""Fields of whole numbers; all other tensors are weights."""
+_FITS: dict[str, Callable[[Any, str], bool]] = {
+    "Tensor": lambda value, name: isinstance(value, Tensor) and value.is_floating_point() != (name in _INDICES),
+    "int": _is_whole,
+    "float": lambda value, _: isinstance(value, float),
+    "bool": lambda value, _: isinstance(value, bool),
+    "tuple[int, int]": lambda value, _: isinstance(value, tuple) and len(value) == 2 and all(map(_is_whole, value)),
+    "Constant | None": lambda value, _: value is None or isinstance(value, Constant),
+    "Edges": lambda value, _: isinstance(value, Edges),
+    "tuple[Instruction, ...]": _are_instructions,
+    "tuple[tuple[Edges, tuple[Instruction, ...]], ...]": lambda value, _: (
+        isinstance(value, tuple) and all(map(_is_level, value))
+    ),
+}
+"""Whether a value fits what a field is declared as."""
 
 
 def _tensor(item: dict[str, Any], arrays: memoryview) -> Tensor:

@@ -68,7 +68,7 @@ def _constant(constant: Constant | None, affine: Affine, sides: Size) -> Constan
     if constant is None:
         nothing = torch.empty(0, dtype=torch.int64)
         rows, columns = (torch.zeros(side, dtype=torch.int64) for side in sides)
-        return Constant(affine.shift, nothing, torch.zeros(0, 1, 1), rows, columns)
+        return Constant(affine.shift, nothing, affine.shift.new_zeros(0, 1, 1), rows, columns)
     base = constant.base.double() * affine.scale.double() + affine.shift.double()
     return replace(constant, base=base.float(), core=_times(constant.core, affine.scale[constant.channels]))
 

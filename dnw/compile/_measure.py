@@ -79,7 +79,7 @@ def _chosen(edges: Edges, size: Size, name: str, least: float, timings: list[Tim
     density = len(edges.weight) / (edges.num_targets * edges.num_sources)
     if density < least:
         return replace(edges, dense=False)
-    images = torch.randn(1, *size)
+    images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     sparse, dense = (_runner(replace(edges, dense=form), size) for form in (False, True))
     times = [[_seconds(run, images) for run in (sparse, dense)] for _ in range(_ROUNDS)]
     timing = Timing(name, density, min(t for t, _ in times), min(t for _, t in times))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -135,10 +136,19 @@ class Runtime:
         self.kind = "native" if native or (native is None and kernels() is not None) else "torch"
         self.output_size = program.output_size
         if self.kind == "native":
-            self._layout = _Layout(program)
-            self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-            self._crew = ThreadPoolExecutor(max(1, threads - 1))  # of one image; the calling thread is one of them
-            self._crew_is_busy = Lock()
+            with torch.device("cpu"):
+                self._layout = _Layout(program)
+            self._hire()
+
+    def _hire(self) -> None:
+        """Threads of this process: a process that is forked from one has none."""
+        self._process = os.getpid()
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+        self._crew = ThreadPoolExecutor(max(1, self.threads - 1))  # of one image; the calling thread is one of them
+        self._crew_is_busy = Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _runtime, (self.program, self.threads, self.kind)
 
     def __call__(self, images: Any) -> Any:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]`` in float32, as a tensor or as a NumPy array.
@@ -146,7 +156,7 @@ class Runtime:
         Raises:
             ValueError: another shape than the network was compiled for, or no floating-point numbers.
         """
-        given = images if isinstance(images, Tensor) else torch.as_tensor(images)
+        given = images if isinstance(images, Tensor) else self._from_numpy(images)
         self.program.check_images(given)
         if self.kind == "torch":
             outputs = self.program(given)
@@ -154,8 +164,19 @@ class Runtime:
             outputs = self._run(given.detach().to("cpu", torch.float32).contiguous())
         return outputs if isinstance(images, Tensor) else outputs.numpy()
 
+    def _from_numpy(self, images: Any) -> Tensor:
+        """An array of whatever strides, byte order and precision, as float32."""
+        import numpy as np
+
+        array = np.asarray(images)
+        if array.dtype.kind != "f":
+            raise ValueError(self.program.refusal(array.dtype, array.shape))
+        return torch.from_numpy(np.require(array, np.float32, ["C_CONTIGUOUS", "WRITEABLE"]))
+
     def _run(self, images: Tensor) -> Tensor:
-        outputs = torch.empty(len(images), *self.output_size)
+        if self._process != os.getpid():
+            self._hire()
+        outputs = _floats(len(images), *self.output_size)
         if self._pool is None or not len(images):
             self._layout.run(images, outputs)
         elif len(images) < self.threads:
@@ -168,7 +189,7 @@ class Runtime:
 
     def _together(self, images: Tensor, outputs: Tensor) -> None:
         """All threads on one image after the other. They wait for each other, so the crew serves one caller at a time."""
-        meeting = torch.zeros(2, dtype=torch.int32)
+        meeting = torch.zeros(2, dtype=torch.int32, device="cpu")
         arena = self._layout.take_arena()
         with self._crew_is_busy:
             work = images, outputs, arena
@@ -179,6 +200,16 @@ class Runtime:
             for done in others:
                 done.result()
         self._layout.give_arena(arena)
+
+
+def _runtime(program: Program, threads: int, kind: str) -> Runtime:
+    """One like a pickled one, on PyTorch where the kernels are not built here."""
+    return Runtime(program, threads=threads, native=None if kind == "native" else False)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory as the kernels take it, whatever PyTorch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 class _Layout:
@@ -198,7 +229,7 @@ class _Layout:
         try:
             return self._arenas.pop()
         except IndexError:
-            return torch.zeros(self.lowered.arena)
+            return _floats(self.lowered.arena).zero_()
 
     def give_arena(self, arena: Tensor) -> None:
         self._arenas.append(arena)
@@ -217,14 +248,14 @@ class _Layout:
         It does all the work on them, in an arena of its own, or a part of the work on each in one that is shared.
         """
         arena = self.take_arena() if shared is None else shared
-        scratch = torch.empty(self.lowered.scratch)
+        scratch = _floats(self.lowered.scratch)
         self._run(0, len(self._calls), images, outputs, arena, scratch, part, parts, meeting)
         if shared is None:
             self.give_arena(arena)
 
     def profile(self, image: Tensor, rounds: int = 20) -> list[tuple[Kernel, float]]:
         """Each call's kernel and the least seconds that it took on one image, in the calling thread."""
-        outputs, arena, scratch = torch.empty(1, self._sizes[1]), self.take_arena(), torch.empty(self.lowered.scratch)
+        outputs, arena, scratch = _floats(1, self._sizes[1]), self.take_arena(), _floats(self.lowered.scratch)
         seconds = [math.inf] * len(self._calls)
         for _ in range(rounds):
             for i in range(len(self._calls)):

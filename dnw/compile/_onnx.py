@@ -33,7 +33,7 @@ from dnw.compile._program import (
 _OPSET, _IR_VERSION = 18, 10
 
 
-def save_onnx(program: Program, path: Path) -> int:
+def save_onnx(program: Program, path: str | Path) -> int:
     """Writes a compacted network as an ONNX file of one input, ``images``, and one output; returns the number of bytes.
 
     Raises:
@@ -46,7 +46,7 @@ def save_onnx(program: Program, path: Path) -> int:
     model = _Writer(program).model()
     checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString()
-    write_whole(path, content)
+    write_whole(Path(path), content)
     return len(content)
 
 

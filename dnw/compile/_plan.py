@@ -76,7 +76,8 @@ class Plan:
         """
         if _digest(model) != self.digest:
             raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
-        return Analysis(model, self.input_size).program()
+        with torch.device("cpu"):
+            return Analysis(model, self.input_size).program()
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)})
@@ -132,18 +133,25 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
     Raises:
         ValueError: something in it is not compiled, or it does not take such inputs.
     """
-    channels, height, width = map(int, input_size)
-    analysis = Analysis(model, (channels, height, width))
+    sizes = tuple(input_size)
+    if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
+    with torch.device("cpu"):
+        return _plan(model, (sizes[0], sizes[1], sizes[2]))
+
+
+def _plan(model: nn.Module, input_size: tuple[int, int, int]) -> Plan:
+    analysis = Analysis(model, input_size)
     program = analysis.program()
     steps = analysis.graphs()
     inside = unwrap_model(model)
     active = {
         f"{name}.weight" if name else "weight": m.weight.detach() != 0 for name, m in inside.named_modules() if _has_edges(m)
     }
-    before = count(inside, (channels, height, width), active)
+    before = count(inside, input_size, active)
     rows = tuple(_row(step) for step in steps)
     return Plan(
-        input_size=(channels, height, width),
+        input_size=input_size,
         rows=rows,
         channels=tuple(tuple(kept.nonzero().flatten().tolist()) for kept in analysis.kept),
         parameters=sum(int(p.detach().count_nonzero()) for p in inside.parameters()),
@@ -187,8 +195,9 @@ def _size(program: Program) -> int:
 
 
 def _digest(model: nn.Module) -> str:
-    found = hashlib.sha256()
-    for name, value in unwrap_model(model).state_dict().items():
+    inside = unwrap_model(model)
+    found = hashlib.sha256(repr(inside).encode())  # strides, eps, steps
+    for name, value in inside.state_dict().items():
         found.update(name.encode())
-        found.update(raw_bytes(value))
+        found.update(raw_bytes(value) if isinstance(value, torch.Tensor) else b"")
     return found.hexdigest()

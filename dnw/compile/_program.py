@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -168,6 +168,9 @@ class Edges(Instruction):
             "edges that begin or end in the wrong place",
         )
         _require(not len(sources) or 0 <= int(sources.min()) <= int(sources.max()) < self.num_sources, "edges from no node")
+        first = torch.zeros(len(sources) + 1, dtype=torch.bool, device=sources.device)
+        first[starts] = True
+        _require(bool((first[1:-1] | (sources.diff() > 0)).all()), "edges in another order")
         given = (self.num_targets, *size[1:])
         if self.constant is not None:
             self.constant.check(given)
@@ -251,7 +254,8 @@ class Convolution(Instruction):
     def check(self, size: Size) -> Size:
         _require(len(size) == 3 and self.weight.ndim == 4, f"a convolution of {tuple(self.weight.shape)}, given {size}")
         targets, sources, *kernel = self.weight.shape
-        _require(self.groups in (1, targets), f"a convolution of {self.groups} groups")
+        _require(self.groups == 1 or (self.groups == targets and sources == 1), f"a convolution of {self.groups} groups")
+        _require(max(*self.stride, *self.padding) < 1 << 15, f"stride {self.stride}, padding {self.padding}")
         _require(sources * self.groups == size[0], f"a convolution of {sources * self.groups} maps, given {size}")
         _require(min(self.stride) > 0 and min(self.padding) >= 0, f"stride {self.stride}, padding {self.padding}")
         sides = zip(size[1:], kernel, self.stride, self.padding, strict=True)
@@ -324,19 +328,25 @@ class Graph(Instruction):
 
     def _walk(self, size: Size) -> Iterator[tuple[Instruction, Size]]:
         """Every instruction inside with the size that comes to it; checked on the way."""
-        states = size
-        for instruction in self.inputs:
-            yield instruction, states
-            states = instruction.check(states)
+        states = yield from self._node(self.inputs, size)
         for edges, node in self.levels:
             yield edges, states
-            new = edges.check(states)
-            for instruction in node:
-                yield instruction, new
-                new = instruction.check(new)
+            new = yield from self._node(node, edges.check(states))
             _require(new[1:] == states[1:], f"states {new} beside {states}")
             states = (states[0] + new[0], *states[1:])
         yield self.outputs, states
+
+    @staticmethod
+    def _node(node: tuple[Instruction, ...], size: Size) -> Generator[tuple[Instruction, Size], None, Size]:
+        """A node function, which ends with a convolution and keeps its channels apart."""
+        _require(bool(node) and isinstance(node[-1], Convolution), "nodes that do not end with a convolution")
+        for instruction in node:
+            known = isinstance(instruction, (Affine, InstanceNorm, Rectify))
+            apart = isinstance(instruction, Convolution) and instruction.weight.shape[:2] == (size[0], 1)
+            _require(known or apart, f"nodes with {type(instruction).__name__}")
+            yield instruction, size
+            size = instruction.check(size)
+        return size
 
     def check(self, size: Size) -> Size:
         given = size
@@ -388,6 +398,7 @@ class Restore(Instruction):
 
     def check(self, size: Size) -> Size:
         channels, shape = self.channels, tuple(self.constant.shape)
+        _require(len(shape) in (1, 3) and min(shape) > 0, f"constants of {shape}")
         _require(channels.dtype == torch.int64 and channels.ndim == 1, "channels of another type")
         if len(channels):
             _require((len(channels), *shape[1:]) == size, f"{len(channels)} of channels {shape}, given {size}")
@@ -427,10 +438,14 @@ class Program:
     def check_images(self, images: Tensor) -> None:
         """Raises ``ValueError`` unless images have the shape that the network was compiled for."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
-            raise ValueError(
-                f"expected floating-point images [batch, {', '.join(map(str, self.input_size))}], got {images.dtype} of shape "
-                f"{tuple(images.shape)}; compile again for another size"
-            )
+            raise ValueError(self.refusal(images.dtype, images.shape))
+
+    def refusal(self, dtype: object, shape: Sequence[int]) -> str:
+        """What is said of images of another dtype or shape."""
+        return (
+            f"expected floating-point images [batch, {', '.join(map(str, self.input_size))}], got {dtype} of shape "
+            f"{tuple(shape)}; compile again for another size"
+        )
 
     def walk(self) -> Iterator[tuple[Instruction, Size]]:
         """Every instruction with the size that comes to it.
@@ -439,9 +454,11 @@ class Program:
             ValueError: instructions that do not fit together.
         """
         size: Size = self.input_size
+        _require(min(size) > 0, f"inputs of {size}")
         for instruction in self.instructions:
             yield instruction, size
             size = instruction.check(size)
+            _require(math.prod(size) < 1 << 31, f"maps of {size}")
 
     @property
     def output_size(self) -> Size:

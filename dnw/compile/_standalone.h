@@ -57,9 +57,9 @@ static void affine(const float *in, float *out, int channels, int places, const 
 FUNCTION instance_norm
 static void instance_norm(const float *in, float *out, int channels, int places, const float *scale, const float *shift, float eps) {
   for (int c = 0; c < channels; c++, in += places, out += places) {
-    float sum = 0.0f, squares = 0.0f;
-    for (int p = 0; p < places; p++) sum += in[p];
-    const float mean = sum / (float)places;
+    float sum = 0.0f, squares = 0.0f; /* of what differs from the first place: few digits are lost where a map hardly varies */
+    for (int p = 0; p < places; p++) sum += in[p] - in[0];
+    const float mean = in[0] + sum / (float)places;
     for (int p = 0; p < places; p++) squares += (in[p] - mean) * (in[p] - mean);
     const float factor = scale[c] / sqrtf(squares / (float)places + eps);
     for (int p = 0; p < places; p++) out[p] = (in[p] - mean) * factor + shift[c];

@@ -36,7 +36,7 @@ class Needs:
     ram: int
 
 
-def save_c(program: Program, path: Path) -> Needs:
+def save_c(program: Program, path: str | Path) -> Needs:
     """Writes a compacted network as ``path`` (``net.c``) and its header beside it (``net.h``).
 
     The header declares ``void net_run(const float *image, float *outputs)``. It is compiled with any C99 compiler: ``cc -O3``.
@@ -48,6 +48,9 @@ def save_c(program: Program, path: Path) -> Needs:
     Raises:
         ValueError: the name of the file is no name in C, or a weight is no finite number.
     """
+    path = Path(path)
+    if path.suffix != ".c":
+        raise ValueError(f"{path.name}: its name must end with .c; the header is written beside it")
     name = path.stem
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise ValueError(f"{path.name}: its stem becomes the prefix of names in C; take letters, digits and _, such as net.c")
@@ -108,7 +111,7 @@ class _Writer:
             f'#include "{self.name}.h"\n\n#include <math.h>\n#include <stdint.h>\n\ntypedef uint{8 * self._wide}_t index_t;\n',
             *functions,
             *self._arrays,
-            f"static float arena[{self.name.upper()}_ARENA];\n",
+            *([f"static float arena[{self.name.upper()}_ARENA];\n"] if any("arena" in line for line in self._lines) else []),
             f"void {self.name}_run(const float *image, float *outputs) {{",
             *(f"  {line}" for line in self._lines),
             "}\n",
@@ -137,7 +140,9 @@ class _Writer:
             self._call("affine", there, to, channels, places, self._floats(source.scale), self._floats(source.shift))
         elif op.kind == "instance_norm":
             arrays = [self._floats(source.scale), self._floats(source.shift)]
-            self._call("instance_norm", there, to, channels, places, *arrays, _number(source.eps))
+            self._call(
+                "instance_norm", there, to, channels, places, *arrays, _number(max(source.eps, torch.finfo(torch.float32).tiny))
+            )
         elif op.kind == "mean":
             self._call("mean", there, to, channels, maps.height, maps.width, source.start, source.stop)
         elif op.kind == "linear":

@@ -103,7 +103,7 @@ def count(
     Multiply-adds are those of matrix products and convolutions; norms, activations, additions and pooling are left out.
 
     Args:
-        model: any module that takes one batch of float32 inputs; it is not changed.
+        model: any module that takes one batch of inputs in the dtype of its parameters; it is not changed.
         input_size: shape of one input, without the batch: (3, 224, 224).
         active: its wiring, or masks of active edges by parameter name; None where nothing is wired.
         evaluations: how often the right-hand side of a graph in continuous time counts, where its solver is adaptive.
@@ -123,7 +123,8 @@ def count(
         hooks.append(module.register_forward_hook(lambda *_: ledger.modules.pop() and None, always_call=True))
     try:
         with torch.no_grad(), ledger:
-            ghost(torch.empty((1, *input_size), device="meta"))
+            dtype = next((p.dtype for p in ghost.parameters() if p.is_floating_point()), torch.float32)
+            ghost(torch.empty((1, *input_size), device="meta", dtype=dtype))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         shape = "x".join(map(str, input_size))
         raise ValueError(f"the model does not take an input of {shape} ({str(error).splitlines()[0]})") from None

@@ -66,7 +66,7 @@ class DynamicGraph(nn.Module, ABC):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def edge_candidates(self) -> dict[str, Tensor]:
-        return {"weight": torch.ones(self.weight.shape, dtype=torch.bool)}
+        return {"weight": torch.ones(self.weight.shape, dtype=torch.bool, device="cpu")}
 
     def node_matrix(self, weight: Tensor) -> Tensor:
         """A weight or mask as a matrix between the nodes: itself."""

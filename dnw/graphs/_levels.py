@@ -78,8 +78,8 @@ class Levels:
 
     def level_of_node(self) -> Tensor:
         """The level of every node, int64 ``[nodes]``; outputs stand on a level after the last."""
-        sizes = torch.tensor([*self.sizes, self.num_outputs])
-        return torch.arange(len(sizes)).repeat_interleave(sizes)
+        sizes = torch.tensor([*self.sizes, self.num_outputs], device="cpu")
+        return torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
 
     def node_matrix(self, weight: Tensor) -> Tensor:
         """The weight ``[targets, sources]`` as a matrix between nodes ``[nodes, nodes]``, 0 where the graph reads nothing.
@@ -111,8 +111,8 @@ class Levels:
 
     def candidates(self) -> Tensor:
         """Mask of the candidate edges, boolean ``[targets, sources]``: the entries of the weight that the graph reads."""
-        full = self.node_matrix(torch.ones(self.shape, dtype=torch.bool))
-        mask = torch.zeros(self.shape, dtype=torch.bool)
+        full = self.node_matrix(torch.ones(self.shape, dtype=torch.bool, device="cpu"))
+        mask = torch.zeros(self.shape, dtype=torch.bool, device="cpu")
         mask[self.first_row :][: self.num_inner] = full[self.num_inputs : self.num_sources, : self.num_sources]
         mask[-self.num_outputs :] |= full[self.num_sources :, : self.num_sources]
         return mask

@@ -75,7 +75,9 @@ class StaticGraph(nn.Module):
         return self.levels.num_outputs
 
     def edge_candidates(self) -> dict[str, Tensor]:
-        mask = torch.ones(self.levels.shape, dtype=torch.bool) if self.rank_all_entries else self.levels.candidates()
+        mask = (
+            torch.ones(self.levels.shape, dtype=torch.bool, device="cpu") if self.rank_all_entries else self.levels.candidates()
+        )
         return {"weight": mask}
 
     def node_matrix(self, weight: Tensor) -> Tensor:
