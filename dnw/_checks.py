@@ -45,7 +45,7 @@ def check_seed(value: object) -> int:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns '; did you mean ...?' for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -7,6 +7,7 @@ only where something is trained or tested.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:  # of a reader such as head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if parsed.traceback or not _is_users(error):
             raise
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "target", metavar="MODEL|RECIPE|RUN", help="name of a network or recipe, path of a config.json, or run directory"
     )
     counting.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
-    counting.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the recipe's)")
+    counting.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the recipe's or network's)")
     counting.set_defaults(run=_count)
 
     compiling = commands.add_parser("compile", help="make a trained network smaller, exactly", description=_compile.__doc__)
@@ -106,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
     viewing = commands.add_parser("view", help="a page in which the wiring changes", description=_view.__doc__)
     viewing.add_argument("paths", type=Path, metavar="RUN", nargs="+", help="run directory; two are put beside each other")
-    viewing.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: view.html in the run)")
+    viewing.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: in the first run)")
     for kind in ("svg", "png"):
         viewing.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write one snapshot as {kind.upper()} instead")
-    viewing.add_argument("--snapshot", type=int, default=-1, metavar="N", help="which one, from 0 on (default: the last)")
+    viewing.add_argument("--snapshot", type=int, metavar="N", help="which one, from 0 on (default: the last)")
     viewing.add_argument("--open", action="store_true", help="open it in a browser")
     viewing.set_defaults(run=_view)
 
@@ -171,7 +175,8 @@ def _count(parsed: argparse.Namespace) -> None:
 
     size = _input_size(parsed.input) if parsed.input else None
     if parsed.target in MODEL_NAMES:
-        colours, height, _ = size or (3, 224, 224)
+        size = size or _INPUTS.get(parsed.target, (3, 224, 224))
+        colours, height, _ = size
         _say(str(count_config(override(config_of_model(parsed.target, colours, height), parsed.overrides), size)))
     elif Path(parsed.target).is_dir():
         if parsed.overrides:
@@ -192,6 +197,8 @@ def _compile(parsed: argparse.Namespace) -> None:
     from dnw.train import compile_run
 
     found, program = compile_run(parsed.path, _input_size(parsed.input) if parsed.input else None, parsed.checkpoint)
+    if parsed.path.is_dir():
+        _say_seed(parsed.path)
     _say(str(found))
     if parsed.out is None or parsed.out.suffix not in (".c", ".onnx"):
         program, timings = measured(program)
@@ -207,6 +214,15 @@ def _compile(parsed: argparse.Namespace) -> None:
         _say(f"{parsed.out}: {save_program(program, parsed.out):,} bytes   (dnw.compile.load_program reads it)")
 
 
+def _say_seed(path: Path) -> None:
+    """Of a run of several seeds: which one is taken."""
+    from dnw.train import RunDirectory
+
+    first, *others = RunDirectory(path).config().seeds
+    if others:
+        _say(f"{path}: seed {first}; there are also {', '.join(f'seed-{seed}' for seed in others)} in it")
+
+
 def _view(parsed: argparse.Namespace) -> None:
     """Write one HTML file that shows a run's graph over time, and print its path. It needs no network.
 
@@ -216,6 +232,8 @@ def _view(parsed: argparse.Namespace) -> None:
         raise ValueError(f"{len(parsed.paths)} runs: one is shown, or two beside each other")
     from dnw.train import run_record, view_runs
 
+    if parsed.snapshot is not None and not (parsed.svg or parsed.png):
+        raise ValueError(f"--snapshot {parsed.snapshot}: the page shows all; it is for --svg and --png")
     stills = {kind: path for kind, path in (("svg", parsed.svg), ("png", parsed.png)) if path is not None}
     if stills:
         from dnw.view import write_still
@@ -226,10 +244,13 @@ def _view(parsed: argparse.Namespace) -> None:
             if path.suffix.lower() != f".{kind}":
                 raise ValueError(f"--{kind} {path}: its name must end with .{kind}")
         one = run_record(parsed.paths[0])
+        _say_seed(parsed.paths[0])
         for path in stills.values():
-            _say(f"{path}: {write_still(one, path, parsed.snapshot):,} bytes")
+            _say(f"{path}: {write_still(one, path, -1 if parsed.snapshot is None else parsed.snapshot):,} bytes")
         return
     page = view_runs(parsed.paths, parsed.out)
+    for path in parsed.paths:
+        _say_seed(path)
     _say(str(page))
     if parsed.open:
         import webbrowser
@@ -336,6 +357,9 @@ def _is_users(error: Exception) -> bool:
     return type(error).__name__ == "TrainingStoppedError"
 
 
+_INPUTS = {"tiny_digits": (1, 8, 8), "tiny_mnist": (1, 28, 28), "resnet18_cifar": (3, 32, 32)}
+_INPUTS |= {f"tiny_cifar10{kind}": (3, 32, 32) for kind in ("", "_discrete", "_continuous")}
+"""Of networks by their names; those that are not here are counted for 224 px."""
 _EXTRAS = {
     "matplotlib": "plot",
     "networkx": "edges",

@@ -242,6 +242,10 @@ def test_sweep_trains_side_by_side_goes_on_and_plots(tmp_path, capsys):
     assert (tmp_path / "sweep" / "density-0.1" / "last.pt").stat().st_mtime_ns == first  # it was finished
     assert RunDirectory(tmp_path / "sweep" / "density-0.2").metrics()
     capsys.readouterr()
+    assert main(["results", str(tmp_path / "sweep")]) == 0  # as dnw results runs/* meets it
+    assert capsys.readouterr().out.count("| `digits` `density=0.") == 3
+    assert main(["view", str(tmp_path / "sweep")]) == 1
+    assert f"; {tmp_path / 'sweep' / 'density-0.01'} is one" in capsys.readouterr().err
     assert main([*arguments, "batch_size=64", "--over", "density=0.1"]) == 1
     assert "a run with other settings is there already" in capsys.readouterr().err
     assert main([*arguments, "--over", "density=0.1,2"]) == 1

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -323,6 +324,7 @@ class Odd(nn.Module):
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), (3, 8, 8), "a norm of 4 channels is given 3"),
         (tiny_digits, (1, -8, 8), "expected channels, height and width, whole numbers from 1 on"),
         (tiny_digits, (8, 8), "expected channels, height and width, whole numbers from 1 on"),
+        (tiny_digits, 32, "expected channels, height and width, whole numbers from 1 on"),
     ],
 )
 def test_what_is_not_compiled(make, size, message):
@@ -336,6 +338,7 @@ def test_what_is_not_compiled(make, size, message):
 def test_inputs_of_another_shape_or_type_are_refused():
     program = plan(model := lively(tiny_digits()), (1, 8, 8)).apply(model)
     assert program(torch.randn(0, 1, 8, 8)).shape == (0, 10)
+    assert re.fullmatch(r"Program\(1x8x8 to 10: \d+ instructions, [\d,]+ parameters, [\d,]+ multiply-adds\)", repr(program))
     for wrong in (torch.randn(2, 1, 8, 9), torch.randn(1, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"expected floating-point images \[batch, 1, 8, 8\]"):
             program(wrong)
@@ -587,7 +590,7 @@ def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path,
     assert main(["compile", str(tmp_path)]) == 1
     assert "not a run directory" in capsys.readouterr().err
     assert main(["compile", str(run / "best.pt"), "--checkpoint", "last"]) == 1
-    assert "expected a run directory or its best.pt or last.pt" in capsys.readouterr().err
+    assert "best.pt is the best checkpoint; leave --checkpoint last out" in capsys.readouterr().err
 
 
 # --- the runtime ---
@@ -761,6 +764,11 @@ def test_what_the_runtime_refuses(program):
     for wrong in (torch.randn(1, 3, 21, 19), torch.randn(3, 21, 18), whole, whole.numpy(), None, "images"):
         with pytest.raises(ValueError, match="expected floating-point images"):
             Runtime(program)(wrong)
+    for run in (program, Runtime(program, native=False)):
+        with pytest.raises(ValueError, match="expected floating-point images"):
+            run("images")
+    with pytest.raises(ValueError, match="a str is not a compacted network"):
+        Runtime("net.dnw")
     with pytest.raises(ValueError, match="threads=0"):
         Runtime(program, threads=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -204,6 +205,8 @@ def test_settings_that_differ_from_the_recipe_stand_in_the_table(tmp_path):
     assert "| `digits` | dnw | 1 | 0 |" in table
     assert "| `digits` `optim.lr=0.05` | dnw | 1 | 0 |" in table
     assert "- changed in all rows: `num_edges=150 batch_size=64`" in table
+    again = shutil.copytree(runs[0], tmp_path / "again")  # the same seed again is no second seed
+    assert results_table([*runs, again], RECIPES).count("| `digits` | dnw | 1 | 0 |") == 2
 
 
 def test_a_table_is_put_into_its_place_in_a_page(tmp_path, capsys):

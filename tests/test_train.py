@@ -304,6 +304,15 @@ def test_settings_that_do_not_fit_leave_nothing_behind(overrides, message, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_torchrun_without_processes_is_refused(tmp_path, monkeypatch, capsys):
+    """Each process would train a run of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun has started 2 processes, but processes=1; give processes=2" in fails(capsys, "train", "digits")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_command_errors(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "no recipe 'digit'; did you mean 'digits'" in fails(capsys, "train", "digit")

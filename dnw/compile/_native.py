@@ -124,10 +124,12 @@ class Runtime:
         kind: "native" or "torch".
 
     Raises:
-        ValueError: kernels are asked for that are not built, or no whole number of threads.
+        ValueError: no compacted network, kernels that are not built, or no whole number of threads.
     """
 
     def __init__(self, program: Program, *, threads: int = 1, native: bool | None = None) -> None:
+        if not isinstance(program, Program):
+            raise ValueError(f"a {type(program).__name__} is not a compacted network; plan(...).apply or load_program give one")
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads={threads!r}: a whole number from 1 on")
         if native and kernels() is None:

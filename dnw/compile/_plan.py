@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
     Raises:
         ValueError: something in it is not compiled, or it does not take such inputs.
     """
-    sizes = tuple(input_size)
+    sizes = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
     with torch.device("cpu"):

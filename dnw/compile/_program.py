@@ -413,7 +413,7 @@ def run(instructions: tuple[Instruction, ...], x: Tensor) -> Tensor:
     return x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """A compacted network.
 
@@ -424,6 +424,11 @@ class Program:
 
     instructions: tuple[Instruction, ...]
     input_size: tuple[int, int, int]
+
+    def __repr__(self) -> str:
+        sizes = ("x".join(map(str, size)) for size in (self.input_size, self.output_size))
+        numbers = f"{self.num_parameters:,} parameters, {self.multiply_adds:,} multiply-adds"
+        return f"Program({' to '.join(sizes)}: {len(self.instructions)} instructions, {numbers})"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -437,6 +442,8 @@ class Program:
 
     def check_images(self, images: Tensor) -> None:
         """Raises ``ValueError`` unless images have the shape that the network was compiled for."""
+        if not isinstance(images, Tensor):
+            raise ValueError(self.refusal(type(images).__name__, getattr(images, "shape", ())))
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
             raise ValueError(self.refusal(images.dtype, images.shape))
 
@@ -444,7 +451,7 @@ class Program:
         """What is said of images of another dtype or shape."""
         return (
             f"expected floating-point images [batch, {', '.join(map(str, self.input_size))}], got {dtype} of shape "
-            f"{tuple(shape)}; compile again for another size"
+            f"{tuple(shape)}; a network is compiled for one size, and takes batches"
         )
 
     def walk(self) -> Iterator[tuple[Instruction, Size]]:

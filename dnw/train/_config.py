@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dnw._checks import did_you_mean
+from dnw._checks import did_you_mean, listing
 
 RuleName = Literal[
     "dnw",
@@ -223,16 +223,17 @@ class Config(_Frozen):
             raise ValueError(f"pattern={self.pattern}: rule={self.rule} chooses no edges; leave the pattern out")
         if self.pattern is not None and ":" in self.pattern:
             if self.num_edges is not None or self.density is not None:
-                raise ValueError(f"pattern={self.pattern} fixes the number of edges; leave num_edges and density out")
+                raise ValueError(
+                    f"pattern={self.pattern} fixes the number of edges; leave num_edges and density out (num_edges=null)"
+                )
             rules = set()
         is_chain = self.model.startswith("mobilenet_v1_graphs")
         budgets = [self.num_edges, self.density, *([self.width] if is_chain else [])]
         if rules and sum(b is not None for b in budgets) != 1:
-            raise ValueError(
-                "a budget is needed: give width, num_edges or density, one of the three"
-                if is_chain
-                else "a budget is needed: give num_edges or density, one of the two"
-            )
+            names = ("width", "num_edges", "density")[not is_chain :]
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+            much = f"given are {given}; take one off, as in {given.partition('=')[0]}=null" if given else "none is given"
+            raise ValueError(f"a budget is one of {listing(names)}; {much}")
         if self.width is not None and not self.model.startswith("mobilenet_v1"):
             raise ValueError(f"width={self.width}: model={self.model} has no width")
         if is_chain and self.width is not None and self.width > 1:

@@ -6,6 +6,7 @@ is written after every epoch, and a resumed run ends in exactly the state of an 
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
         ValueError, OSError: missing or damaged data, or a run directory that cannot be made.
         TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
     """
+    _check_launcher(config)
     data = load_data(config, data_dir)
     check_fit(config, data)
     for seed in config.seeds if config.rule == "ticket" else ():  # before anything is written
@@ -81,6 +83,7 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     """
     run = RunDirectory(path)
     config = run.config()
+    _check_launcher(config)
     data_dir = run.data_dir() if data_dir is None else data_dir
     data = load_data(config, data_dir)
     check_fit(config, data)
@@ -135,6 +138,15 @@ class _State:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
         return content
+
+
+def _check_launcher(config: Config) -> None:
+    """Raises ``ValueError`` where torchrun has started another number of processes: each would train a run of its own."""
+    started = os.environ.get("WORLD_SIZE", "") if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    if started and started != str(config.processes):
+        raise ValueError(
+            f"torchrun has started {started} processes, but processes={config.processes}; give processes={started} as well"
+        )
 
 
 def _launch(config: Config) -> Fabric:

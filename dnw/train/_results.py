@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dnw._checks import listing
 from dnw._files import write_whole
 from dnw.train._config import Config, changes
-from dnw.train._run import EpochMetrics, RunDirectory
+from dnw.train._run import EpochMetrics, RunDirectory, runs_inside
 
 _SHOWN = ("recipe", "rule", "baseline", "epochs", "seeds", "first_epoch_snapshots")  # in columns of their own, or no matter
 
 
 def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Config]]) -> str:
-    """A Markdown table with one row per recipe, rule and settings over all given runs, and what is behind it.
+    """A Markdown table with one row per recipe, rule and settings over the seeds of all given runs, and what is behind it.
 
     Runs that stopped early are left out and named. What was changed of a recipe is given in its row, or below the table if
     it was changed alike in all rows; so are data, machine and commit.
 
     Args:
-        paths: run directories; their seeds and baselines count as runs of their own.
+        paths: run directories, or directories of sweeps; their seeds and baselines count as runs of their own. A seed that
+            was run again stands in a row of its own.
         recipes: what the runs' settings are compared with, by name.
 
     Raises:
         ValueError: no run directory, a damaged one, or none that is finished.
     """
-    rows: dict[str, list[tuple[RunDirectory, Config, list[EpochMetrics]]]] = {}
+    rows: dict[tuple[str, int], list[tuple[RunDirectory, Config, list[EpochMetrics]]]] = {}
     unfinished = []
-    for path in paths:
-        for member, config in RunDirectory(path).members():
+    seen: Counter[str] = Counter()
+    for run in (run for path in paths for run in _runs(path)):
+        for member, config in RunDirectory(run).members():
             metrics = member.metrics()
             if len(metrics) < config.epochs:
                 unfinished.append(f"{member.path} ({len(metrics)} of {config.epochs} epochs)")
             else:
-                row = config.model_copy(update={"seeds": (0,)}).to_json()
-                rows.setdefault(row, []).append((member, config, metrics))
+                same = config.to_json()
+                alike = config.model_copy(update={"seeds": (0,)}).to_json()
+                rows.setdefault((alike, seen[same]), []).append((member, config, metrics))
+                seen[same] += 1
     if not rows:
         raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
     changed = {row: _changed(runs[0][1], recipes) for row, runs in rows.items()}
@@ -78,6 +83,11 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
     if unfinished:
         lines.append(f"- not finished, left out: {', '.join(unfinished)}")
     return "\n".join(lines)
+
+
+def _runs(path: Path) -> list[Path]:
+    """The run, or those of a sweep."""
+    return [path] if (path / "config.json").is_file() else runs_inside(path) or [path]
 
 
 def insert_table(page: Path, name: str, table: str) -> None:

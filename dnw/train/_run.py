@@ -65,6 +65,11 @@ class EpochMetrics:
     evaluations: float = 0.0
 
 
+def runs_inside(path: Path) -> list[Path]:
+    """The run directories in a directory, such as that of a sweep, by name."""
+    return sorted(found.parent for found in path.glob("*/config.json"))
+
+
 class RunDirectory:
     """One run on disk."""
 
@@ -123,7 +128,9 @@ class RunDirectory:
         """
         path = self.path / "config.json"
         if not path.is_file():
-            raise ValueError(f"{self.path}: not a run directory (it has no config.json)")
+            inside = runs_inside(self.path)
+            hint = f"; {inside[0]} is one" if inside else ""
+            raise ValueError(f"{self.path}: not a run directory (it has no config.json){hint}")
         return config_from_json(path.read_text(), str(path))
 
     def data_dir(self) -> Path:

@@ -79,7 +79,11 @@ def compile_run(
     """
     if path.is_file():
         named = {"best.pt": "best", "last.pt": "last"}.get(path.name)
-        if named is None or checkpoint not in (None, named):
+        if named is not None and checkpoint not in (None, named):
+            raise ValueError(
+                f"{path} is the {named} checkpoint; leave --checkpoint {checkpoint} out, or name the run directory"
+            )
+        if named is None:
             raise ValueError(
                 f"{path}: expected a run directory or its best.pt or last.pt (dnw import makes runs of foreign files)"
             )
