@@ -192,7 +192,7 @@ def test_the_table_of_results(tmp_path, capsys):
     assert "| `digits` | dnw | 2 | 0 |" in table
     assert f"- not finished, left out: {run / 'seed-1'} (1 of 2 epochs)" in table
     with pytest.raises(ValueError, match="not a run directory"):
-        results_table([tmp_path], RECIPES)
+        results_table([tmp_path / "nothing"], RECIPES)
 
 
 def test_settings_that_differ_from_the_recipe_stand_in_the_table(tmp_path):
