@@ -27,7 +27,7 @@ import dnw
 from dnw.cli import main
 from dnw.compile import Plan, Program, Runtime, _measure, load_program, measured, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
-from dnw.compile._lower import Maps, _Space
+from dnw.compile._lower import Maps, Space
 from dnw.compile._measure import summary
 from dnw.compile._program import Graph, Pick, Restore, tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
@@ -789,7 +789,7 @@ def test_places_in_the_arena_are_used_again(program):
     lowered = Runtime(program)._layout.lowered
     everything = sum(math.prod(size) for _, size in program.walk())
     assert lowered.arena < 4 * everything
-    space = _Space()
+    space = Space()
     places = [space.take(100) for _ in range(4)]
     for place in places[1:3]:
         space.free(place, 100)

@@ -190,7 +190,7 @@ class Lowered:
     scratch: int = 0
 
     def __post_init__(self) -> None:
-        self._space = _Space()
+        self._space = Space()
         self._numbers: dict[Operation, int] = {}
         found = list(operations(self.program))
         for operation in found:
@@ -556,7 +556,7 @@ def _mask(maps: Maps, top: int, bottom: int, left: int, right: int) -> Tensor:
     return maps.padded(inside)[0]
 
 
-class _Space:
+class Space:
     """Places in the arena, given out first-fit and taken back."""
 
     def __init__(self) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from dnw._parameters import unwrap_model
-from dnw.compile._analysis import Analysis, GraphStep
+from dnw.compile._analysis import Analysis
 from dnw.compile._file import raw_bytes
 from dnw.compile._program import Edges, Graph, Instruction, Program
-from dnw.count import count
+from dnw.compile._steps import GraphStep
+from dnw.count import count, graphs_of, parameter_of
 
 FORMAT = 1
 
@@ -145,9 +146,7 @@ def _plan(model: nn.Module, input_size: tuple[int, int, int]) -> Plan:
     program = analysis.program()
     steps = analysis.graphs()
     inside = unwrap_model(model)
-    active = {
-        f"{name}.weight" if name else "weight": m.weight.detach() != 0 for name, m in inside.named_modules() if _has_edges(m)
-    }
+    active = {parameter_of(name): graph.weight.detach() != 0 for name, graph in graphs_of(inside).items()}
     before = count(inside, input_size, active)
     rows = tuple(_row(step) for step in steps)
     return Plan(
@@ -162,10 +161,6 @@ def _plan(model: nn.Module, input_size: tuple[int, int, int]) -> Plan:
         kept_size=_size(program),
         digest=_digest(model),
     )
-
-
-def _has_edges(module: nn.Module) -> bool:
-    return hasattr(module, "edge_candidates")
 
 
 def _row(step: GraphStep) -> PlanRow:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dnw._files import write_whole
-from dnw.compile._lower import Maps, Operation, Part, _Space, operations
+from dnw.compile._lower import Maps, Operation, Part, Space, operations
 from dnw.compile._program import Constant, Convolution, Edges, Pick, Program
 
 
@@ -74,7 +74,7 @@ class _Writer:
         found = list(operations(program))[:-1]  # what the last one does, the last but one can do here
         self._largest = max([1, *(index for op in found for index in _largest(op))])
         self._wide = 2 if self._largest < 1 << 16 else 4
-        self._space, self._at = _Space(), dict[Maps, int]()
+        self._space, self._at = Space(), dict[Maps, int]()
         self._end = found[-1].writes.maps
         last = {part.maps: i for i, op in enumerate(found) for part in op.reads}
         for i, op in enumerate(found):

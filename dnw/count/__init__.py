@@ -1,7 +1,18 @@
 """Live nodes, parameters and multiply-adds of graphs and of any other model."""
 
 from dnw.count._count import Count, CountRow, count
-from dnw.count._live import Graph, live_by_graph, live_nodes, num_live_nodes
+from dnw.count._live import Graph, graphs_of, live_by_graph, live_nodes, num_live_nodes, parameter_of
 from dnw.count._published import published_count
 
-__all__ = ["Count", "CountRow", "Graph", "count", "live_by_graph", "live_nodes", "num_live_nodes", "published_count"]
+__all__ = [
+    "Count",
+    "CountRow",
+    "Graph",
+    "count",
+    "graphs_of",
+    "live_by_graph",
+    "live_nodes",
+    "num_live_nodes",
+    "parameter_of",
+    "published_count",
+]

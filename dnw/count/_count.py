@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dnw._wiring import Wiring
-from dnw.count._live import Graph, live_by_graph
+from dnw.count._live import graphs_of, live_by_graph
 from dnw.graphs import ContinuousTimeGraph, StaticGraph
 
 
@@ -115,7 +115,7 @@ def count(
     model = model.module if isinstance(model, torch.optim.swa_utils.AveragedModel) else model
     ghost, hooks = copy.deepcopy(model), []
     ghost = ghost.to("meta").eval()
-    graphs = {name: module for name, module in ghost.named_modules() if isinstance(module, Graph)}
+    graphs = graphs_of(ghost)
     times = _replace_solvers(ghost, evaluations)
     ledger = _Ledger(ghost)
     for name, module in ghost.named_modules():

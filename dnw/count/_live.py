@@ -25,6 +25,16 @@ class Graph(Protocol):
         ...
 
 
+def graphs_of(model: nn.Module) -> dict[str, Any]:
+    """The graphs of a model by their names, which are :class:`Graph` and ``nn.Module``."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Graph)}
+
+
+def parameter_of(graph: str) -> str:
+    """The name of the weight of a graph with a name."""
+    return f"{graph}.weight" if graph else "weight"
+
+
 def live_nodes(adjacency: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Which nodes of a graph lie on a path from an input to an output.
 
@@ -62,7 +72,7 @@ def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, T
     Returns:
         For each graph, by its name, a boolean mask ``[nodes]``.
     """
-    graphs: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Graph)}
+    graphs = graphs_of(model)
     result: dict[str, Tensor] = {}
     for chain in _chains(model, graphs):
         members: list[Graph] = [graphs[name] for name in chain]
@@ -100,7 +110,7 @@ def _chains(model: nn.Module, graphs: Mapping[str, nn.Module]) -> list[list[str]
 
 
 def _adjacency(name: str, graph: Graph, active: Mapping[str, Tensor]) -> Tensor:
-    mask = active.get(name, active.get(f"{name}.weight" if name else "weight"))
+    mask = active.get(name, active.get(parameter_of(name)))
     if mask is None:
         mask = torch.ones(graph.weight.shape, dtype=torch.bool)
     return graph.node_matrix(mask.bool())
@@ -109,7 +119,7 @@ def _adjacency(name: str, graph: Graph, active: Mapping[str, Tensor]) -> Tensor:
 def num_live_nodes(model: nn.Module, wiring: Wiring) -> tuple[int, int]:
     """Live nodes and all nodes over the wired graphs of a model; (0, 0) where it has none."""
     active = {name: wiring[name].active for name in wiring}
-    names = {f"{name}.weight" if name else "weight": name for name, m in model.named_modules() if isinstance(m, Graph)}
+    names = {parameter_of(name): name for name in graphs_of(model)}
     if not any(name in names for name in active):
         return 0, 0
     live = live_by_graph(model, active)

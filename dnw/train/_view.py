@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dnw.count import graphs_of
 from dnw.train._build import make_model
 from dnw.train._config import Config
 from dnw.train._run import RunDirectory
@@ -64,7 +65,7 @@ class Page:
 
     def __init__(self, run: RunDirectory, config: Config, model: nn.Module) -> None:
         self._run, self._config = run, config
-        self._has_graphs = any(hasattr(module, "edge_candidates") for module in model.modules())
+        self._has_graphs = bool(graphs_of(model))
         self._cost, self._written = 0.0, -1e9
 
     def refresh(self, *, last: bool) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnw.graphs import StaticGraph
+from dnw.count import graphs_of
+from dnw.graphs import DynamicGraph, StaticGraph
 
 _SIDE, _IMAGE_SIDE = 8, 48
 
@@ -96,7 +97,8 @@ def _shrunk(maps: Tensor, side: int) -> Tensor:
 
 
 def _graphs(model: nn.Module) -> dict[str, Any]:
-    return {n: m for n, m in model.named_modules() if hasattr(m, "edge_candidates") and getattr(m, "maps", True)}
+    known = (StaticGraph, DynamicGraph)
+    return {n: m for n, m in graphs_of(model).items() if isinstance(m, known) and getattr(m, "maps", True)}
 
 
 def _convolutions(graph: Any) -> list[Any]:

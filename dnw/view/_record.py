@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dnw.count import live_by_graph
+from dnw.count import graphs_of, live_by_graph, parameter_of
 from dnw.graphs import StaticGraph
 from dnw.view._snapshots import Snapshot
 
-_LEVELS_OF_STRENGTH = 31
+LEVELS_OF_STRENGTH = 31
 _EDGES = 1_000_000
 """In one snapshot, at most."""
 
@@ -105,9 +105,9 @@ def record(
     Raises:
         ValueError: no snapshots, none of a graph, or only such of more than a million edges.
     """
-    graphs: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "edge_candidates")}
+    graphs = graphs_of(model)
     every = list(snapshots)
-    parameters = {n: f"{n}.weight" if n else "weight" for n in graphs}
+    parameters = {n: parameter_of(n) for n in graphs}
     wired = [n for n in graphs if every and parameters[n] in every[0].edges]
     if not every:
         raise ValueError("there are no snapshots to show; a run writes them while it trains")
@@ -212,9 +212,9 @@ def _evenly(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
 
 def _strengths(snapshot: Snapshot, parameter: str, flat: np.ndarray, least: float, largest: float) -> np.ndarray:
     weights = snapshot.weights[parameter].astype(np.float32)
-    scale = np.log(max(largest / least, 1 + 1e-6)) / (_LEVELS_OF_STRENGTH - 1)
+    scale = np.log(max(largest / least, 1 + 1e-6)) / (LEVELS_OF_STRENGTH - 1)
     steps = np.log(np.maximum(np.abs(weights), least) / least) / scale
-    values = np.clip(np.round(steps), 0, _LEVELS_OF_STRENGTH - 1).astype(np.int8) + 1
+    values = np.clip(np.round(steps), 0, LEVELS_OF_STRENGTH - 1).astype(np.int8) + 1
     whole = np.zeros(len(flat), np.int8)
     whole[np.searchsorted(flat, snapshot.edges[parameter])] = np.where(weights < 0, -values, values)
     return whole
@@ -222,7 +222,7 @@ def _strengths(snapshot: Snapshot, parameter: str, flat: np.ndarray, least: floa
 
 def _live(model: nn.Module, snapshot: Snapshot, wired: Sequence[str]) -> np.ndarray:
     active = {}
-    for parameter in [f"{n}.weight" if n else "weight" for n in wired]:
+    for parameter in map(parameter_of, wired):
         edges = snapshot.edges[parameter]
         mask = torch.zeros(model.get_parameter(parameter).shape, dtype=torch.bool)
         mask.view(-1)[torch.from_numpy(edges)] = True

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dnw._files import write_whole
-from dnw.view._record import GraphShape, Record
+from dnw.view._record import LEVELS_OF_STRENGTH, GraphShape, Record
 
 PLUS, MINUS = "#c76a00", "#1769aa"
 _LINES = 3_000
@@ -63,7 +63,7 @@ def _draw(one: Record, snapshot: int, axes: Any) -> None:
     from matplotlib.collections import LineCollection
 
     x, y, middles = _places(one.graphs)
-    strengths = one.strengths[snapshot].astype(np.float32) / 31
+    strengths = one.strengths[snapshot].astype(np.float32) / LEVELS_OF_STRENGTH
     order = np.argsort(np.abs(strengths), kind="stable")
     order = order[strengths[order] != 0]
     light = float(np.clip(14 / np.sqrt(len(order) + 1), 0.1, 0.9))
