@@ -43,6 +43,7 @@ _PUBLIC = {
     "Channels": "dnw._patterns",
     "RULES": "dnw._rules",
     "Uniform": "dnw._budgets",
+    "Floor": "dnw._budgets",
     "Global": "dnw._budgets",
     "ErdosRenyiKernel": "dnw._budgets",
     "num_edges": "dnw._budgets",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from dnw import train as train
     from dnw import view as view
     from dnw._budgets import ErdosRenyiKernel as ErdosRenyiKernel
+    from dnw._budgets import Floor as Floor
     from dnw._budgets import Global as Global
     from dnw._budgets import Uniform as Uniform
     from dnw._budgets import num_edges as num_edges

@@ -112,10 +112,38 @@ class ByName(Budget):
 
 
 @dataclass(frozen=True)
+class Floor:
+    """What every layer keeps at least, whatever share of a common budget its magnitudes would give it.
+
+    Args:
+        edges: active edges of a layer.
+        density: share of its candidate edges, in [0, 1]; the larger of both counts.
+        per_target: active edges of each target (row of a weight, output channel), or all its candidates where it has fewer.
+            It holds for layers with a budget of their own as well.
+    """
+
+    edges: int = 1
+    density: float = 0.0
+    per_target: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("edges", self.edges), ("per_target", self.per_target)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"Floor: {name}={value!r}: allowed is a whole number from 0 on")
+        if self.density != 0:
+            check_density(self.density, "Floor: density")
+
+    def of(self, candidates: int) -> int:
+        """How many edges a layer keeps of its candidates."""
+        share = num_edges(self.density, candidates) if self.density else 0
+        return min(candidates, max(self.edges, share))
+
+
+@dataclass(frozen=True)
 class Global(Budget):
     """One budget over all layers: the largest magnitudes of the whole model are active.
 
-    A layer may end with no active edge at all.
+    Every layer keeps at least one edge, or what ``wire(..., floor=dnw.Floor(...))`` says.
     """
 
     density: float

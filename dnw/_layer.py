@@ -100,6 +100,15 @@ class WiredLayer(Layer):
             grad = grad.redistribute(placements=parameter.placements)  # partial sums of replicated parameters, say
         return local(grad)
 
+    def num_not_finite_in_gradient(self) -> int:
+        """How many entries of the gradient are NaN or infinite; on all processes that hold a part of it."""
+        grad = self.local_grad()
+        if self.shard is None:
+            total = grad.sum(dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+            if bool(total.isfinite()):  # one pass and no temporaries; finite numbers may well add up to infinity
+                return 0
+        return self.total(~grad.isfinite())
+
     def see_state(self, state: Mapping[str, Any]) -> None:
         """Shows the rule what the optimizer keeps for the parameter."""
         self.state = {key: local(value) if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -8,6 +8,7 @@ that this process holds. The wiring calls, around each optimizer step, ``gradien
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,8 @@ class Layer:
         state: what the optimizer keeps for this parameter (momentum and the like).
         shard: which part of a sharded parameter all these tensors are; None where they are the whole.
         pattern: which edges stand or fall together; None where each stands for itself.
+        least: active edges that it keeps at least, where it shares a budget with others.
+        least_per_target: active edges that each of its targets keeps at least.
         notes: what the rule noted in ``prepare``. It is made anew where a run is resumed, so it need not be stored.
         step: number of completed optimizer steps when this layer was last projected; 0 before the first.
         seed: the wiring's seed.
@@ -53,6 +56,8 @@ class Layer:
     step: int = 0
     shard: Shard | None = None
     pattern: Pattern | None = None
+    least: int = 0
+    least_per_target: int = 0
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,6 +79,16 @@ class Layer:
     def num_candidates(self) -> int:
         """How many edges may exist."""
         return self.latent.numel() if self.candidates is None else int(self.candidates.count_nonzero())
+
+    def num_edges_of_targets(self) -> int:
+        """Active edges that the targets keep at least, all together."""
+        if not self.least_per_target:
+            return 0
+        if self.candidates is None:
+            shape = self.latent.shape if self.shard is None else self.shard.shape
+            return shape[0] * min(self.least_per_target, math.prod(shape[1:]))
+        kept = self.candidates.flatten(1).sum(1).clamp(max=self.least_per_target).sum()
+        return int(kept if self.shard is None else self.shard.sum(kept))
 
 
 @dataclass(eq=False)
@@ -114,19 +129,25 @@ class Pool:
         return ranking(self.layers, scores, self.k if k is None else k, among or [x.candidates for x in self.layers])
 
 
-def ranking(layers: Sequence[Layer], scores: Sequence[Tensor], k: int, among: Sequence[Tensor | None]) -> Ranking:
-    """Scores of some layers that compete for ``k`` edges, as units of the layers' patterns."""
+def ranking(
+    layers: Sequence[Layer], scores: Sequence[Tensor], k: int, among: Sequence[Tensor | None], *, floors: bool = True
+) -> Ranking:
+    """Scores of some layers that compete for ``k`` edges, as units of the layers' patterns; with or without their floors."""
     patterns = [x.pattern for x in layers]
     pattern = patterns[0]
+    least = [x.least for x in layers] if floors and len(layers) > 1 else []
     if pattern is None:
         shards = [x.shard for x in layers]
-        return Ranking(scores, k, among, shards if shards[0] is not None else ())
+        per_target = [x.least_per_target for x in layers] if floors else []
+        return Ranking(scores, k, among, shards if shards[0] is not None else (), least=least, least_per_target=per_target)
     shapes = [tuple(x.latent.shape) for x in layers]
+    unit = pattern.unit(shapes[0])
     return Ranking(
         [pattern.scores(score) for score in scores],
-        k // pattern.unit(shapes[0]),
+        k // unit,
         [None if mask is None else pattern.units(mask) for mask in among],
         spread=[partial(pattern.edges, shape=shape) for shape in shapes],
+        least=[-(-number // unit) for number in least],
     )
 
 
@@ -159,6 +180,11 @@ class Rule:
 
     def fits(self, pattern: Pattern) -> bool:
         """Whether the rule's edges may have a pattern."""
+        return True
+
+    @property
+    def fits_floors(self) -> bool:
+        """Whether each target may keep a least number of edges (``dnw.Floor``)."""
         return True
 
     @property

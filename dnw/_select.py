@@ -33,6 +33,8 @@ class Ranking:
         candidates: one boolean mask per layer, of the shape of its scores, or None where every entry is a candidate.
         shards: for each layer the part of it that the scores are, or None where they are the whole.
         spread: for each layer what makes its edge set of a mask of the shape of its scores, where those are not of edges.
+        least: for each layer how many of its entries are chosen at least; none where it is empty.
+        least_per_target: the same for each target, which are the rows of its scores (the first dimension).
     """
 
     scores: Sequence[Tensor]
@@ -40,6 +42,8 @@ class Ranking:
     candidates: Sequence[Tensor | None]
     shards: Sequence[Shard | None] = ()
     spread: Sequence[Callable[[Tensor], Tensor]] = ()
+    least: Sequence[int] = ()
+    least_per_target: Sequence[int] = ()
 
     @property
     def shard(self) -> Shard | None:
@@ -56,10 +60,18 @@ class Ranking:
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def split(self, mask: Tensor) -> list[Tensor]:
-        """A flat mask over all layers as one mask per layer."""
+        """A flat mask over all layers as one mask per layer, of the shape of its scores."""
         parts = mask.split([s.numel() for s in self.scores])
-        masks = [part.view(score.shape) for part, score in zip(parts, self.scores, strict=True)]
+        return [part.view(score.shape) for part, score in zip(parts, self.scores, strict=True)]
+
+    def edges(self, masks: list[Tensor]) -> list[Tensor]:
+        """The edge sets of masks of the shapes of the scores."""
         return [spread(mask) for spread, mask in zip(self.spread, masks, strict=True)] if self.spread else masks
+
+    def totals(self, masks: Sequence[Tensor]) -> list[int]:
+        """How many entries of each layer are true, over all processes."""
+        counts = torch.stack([mask.count_nonzero() for mask in masks])
+        return (counts if self.shard is None else self.shard.sum(counts)).tolist()
 
     def flat_index(self, index: Tensor) -> Tensor:
         """Local flat indices over all layers as flat indices over all whole layers."""
@@ -89,7 +101,17 @@ def top_k(scores: Sequence[Tensor], k: int, candidates: Sequence[Tensor | None])
 
 
 def top_k_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
-    """:func:`top_k` of several rankings at once, batched wherever launches or messages between processes count."""
+    """:func:`top_k` of several rankings at once, batched wherever launches or messages between processes count.
+
+    Where a ranking says what each layer or target has at least, those have their largest entries first, and the largest of
+    all others fill the budget.
+    """
+    masks = _largest_each(rankings)
+    return [ranking.edges(_with_floors(ranking, chosen)) for ranking, chosen in zip(rankings, masks, strict=True)]
+
+
+def _largest_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
+    """Of each ranking the k largest, as masks of the shapes of the scores."""
     results: list[list[Tensor]] = [[] for _ in rankings]
     batches: dict[tuple, list[int]] = {}
     for i, ranking in enumerate(rankings):
@@ -105,6 +127,67 @@ def top_k_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
         for i, ranking, mask in zip(members, batch, _rank_by_histograms(batch), strict=True):
             results[i] = ranking.split(mask)
     return results
+
+
+def _with_floors(ranking: Ranking, chosen: list[Tensor]) -> list[Tensor]:
+    """The k largest, unless a layer or a target has too few among them: then its largest come first."""
+    if not any(ranking.least) and not any(ranking.least_per_target):
+        return chosen
+    if not _is_short(ranking, chosen):
+        return chosen
+    per_target = ranking.least_per_target or [0] * len(chosen)
+    first = [
+        _largest_of_targets(score, among, least) if least else torch.zeros_like(mask)
+        for score, among, least, mask in zip(ranking.scores, ranking.candidates, per_target, chosen, strict=True)
+    ]
+    shards = ranking.shards or [None] * len(chosen)
+    missing = [least - have for least, have in zip(ranking.least or [0] * len(chosen), ranking.totals(first), strict=True)]
+    short = [i for i, number in enumerate(missing) if number > 0]
+    of_layer = [
+        Ranking([ranking.scores[i]], missing[i], [_but(ranking.candidates[i], first[i])], [shards[i]] if ranking.shards else ())
+        for i in short
+    ]
+    for i, (mask,) in zip(short, _largest_each(of_layer), strict=True):
+        first[i] = first[i] | mask
+    left = ranking.k - sum(ranking.totals(first))
+    if not left:
+        return first
+    among = [_but(candidates, mask) for candidates, mask in zip(ranking.candidates, first, strict=True)]
+    (rest,) = _largest_each([Ranking(ranking.scores, left, among, ranking.shards)])
+    return [a | b for a, b in zip(first, rest, strict=True)]
+
+
+def _is_short(ranking: Ranking, chosen: Sequence[Tensor]) -> bool:
+    """Whether a layer or a target has fewer entries than it keeps; the same on all processes."""
+    if any(have < least for have, least in zip(ranking.totals(chosen), ranking.least, strict=False)):
+        return True
+    short = [
+        (mask.flatten(1).sum(1) < _at_most(least, mask, among)).any()
+        for mask, among, least in zip(chosen, ranking.candidates, ranking.least_per_target, strict=False)
+        if least
+    ]
+    if not short:
+        return False
+    found = torch.stack(short).count_nonzero()
+    return bool(found if ranking.shard is None else ranking.shard.sum(found))
+
+
+def _at_most(least: int, mask: Tensor, among: Tensor | None) -> Tensor | int:
+    """How many entries each target keeps: no more than it may have."""
+    return min(least, mask[0].numel()) if among is None else among.flatten(1).sum(1).clamp(max=least)
+
+
+def _largest_of_targets(score: Tensor, among: Tensor | None, least: int) -> Tensor:
+    """A mask of the largest entries of each row, the lowest indices first among equals."""
+    bits = magnitude_bits(score.detach())
+    bits = (bits if among is None else bits.masked_fill(~among, -1)).flatten(1)
+    first = bits.sort(dim=1, descending=True, stable=True).indices[:, :least]
+    mask = torch.zeros_like(bits, dtype=torch.bool).scatter_(1, first, True) & (bits >= 0)
+    return mask.view(score.shape)
+
+
+def _but(candidates: Tensor | None, mask: Tensor) -> Tensor:
+    return ~mask if candidates is None else candidates & ~mask
 
 
 def magnitude_bits(values: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ class Shard:
     _mesh: Any
     _placements: tuple[Any, ...]
 
+    @property
+    def splits_rows(self) -> bool:
+        """Whether rows (entries of one first index) lie on several processes."""
+        return any(len(places) != size for size, places in zip(self.shape[1:], self.places[1:], strict=True))
+
     def cut(self, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor of the parameter's shape."""
         for dim, places in enumerate(self.places):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,19 @@ import torch
 from torch.optim import Optimizer
 
 
-def steps_on_the_stack(optimizer: Optimizer) -> int:
-    """How many calls of ``optimizer.step`` this call is made from: 0 outside a step, more than 1 in a nested one."""
-    count, frame = 0, sys._getframe(1)
+def steps_on_the_stack(optimizer: Optimizer, thread: int | None = None) -> int:
+    """How many calls of ``optimizer.step`` a thread is in: 0 outside a step, more than 1 in a nested one.
+
+    Args:
+        optimizer: whose step is looked for.
+        thread: identifier of the thread; by default this one. Of a thread that has ended: 0.
+    """
+    count = 0
+    frame = sys._getframe(1) if thread in (None, threading.get_ident()) else sys._current_frames().get(thread or 0)
     while frame is not None:
         if frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer:
             count += 1
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return count
 
 

@@ -13,18 +13,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dnw._budgets import Budget, ByName, Shape, Uniform, share_out
+from dnw._budgets import Budget, ByName, Floor, Shape, Uniform, share_out
 from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._layer import WiredLayer
-from dnw._parameters import Selector, Wirable, find_parameters
+from dnw._membership import owner_of
+from dnw._parameters import Selector, Wirable, find_parameters, unwrap_model
 from dnw._patterns import Pattern
 from dnw._rule import Pool, Rule
 from dnw._rules import DNW, Frozen
 from dnw._schedules import DensitySchedule
 from dnw._shards import local, shard_of
-from dnw._state import check_finite
-from dnw._wiring import WIRED, Wiring
+from dnw._state import check_finite as require_finite
+from dnw._wiring import Wiring
 
 
 def wire(
@@ -34,6 +35,7 @@ def wire(
     *,
     num_edges: int | Mapping[str, int] | None = None,
     rule: Rule | None = None,
+    floor: Floor | None = None,
     schedule: DensitySchedule | None = None,
     pattern: Pattern | None = None,
     include: str | type[nn.Module] | Sequence[Selector] | None = None,
@@ -42,6 +44,7 @@ def wire(
     dormant: Dormant | None = None,
     latent_dtype: torch.dtype | None = None,
     check_ranks: bool = True,
+    check_finite: bool | None = None,
 ) -> Wiring:
     """Wires a model: from the next step on, its weights are sparse and which edges they have is learned.
 
@@ -55,6 +58,7 @@ def wire(
             budget such as ``dnw.ErdosRenyiKernel(0.1)`` or ``dnw.Global(0.1)``.
         num_edges: exact number of active edges: for each layer, or by name pattern (beside ``density`` if wanted).
         rule: how active edges are chosen; ``dnw.DNW()`` by default.
+        floor: what every layer, or every target of a layer, keeps at least; ``dnw.Floor(edges=1)`` by default.
         schedule: how the number of active edges falls to the budget's during training; it is constant by default.
         pattern: which edges stand or fall together: ``dnw.NOfM(2, 4)``, which needs no budget, ``dnw.Blocks(4, 4)`` or
             ``dnw.Channels()``.
@@ -68,6 +72,8 @@ def wire(
             parameters makes the optimizer step, and keep its state, in float32.
         check_ranks: whether the first step in a process group compares the processes' latent weights, which takes one
             small message from all of them.
+        check_finite: whether every step first looks for NaN and infinity among the gradients, which it then refuses. By
+            default it does for parameters on a CPU, where that takes little; on accelerators it waits for the device.
 
     Returns:
         The wiring. It need not be kept: the optimizer keeps it alive.
@@ -99,6 +105,7 @@ def wire(
     layers = [WiredLayer(f, seed, latent_dtype, pattern) for f in found]
     pools = [Pool([layers[i] for i in indices], k, budget=k) for indices, k in shares]
     _check_shards(layers, pools)
+    _set_floors(Floor() if floor is None else floor, rule, pattern, pools)
     if schedule is not None:
         for pool in pools:
             pool.k = schedule.num_edges(0, pool.k // pool.unit, pool.num_candidates // pool.unit) * pool.unit
@@ -106,7 +113,8 @@ def wire(
         _check_units(rule, layers)
         if schedule is not None:
             _begin_together(schedule, pools)
-    return Wiring(optimizer, rule, layers, pools, left, dormant or rule.dormant, schedule, check_ranks)
+    chosen = dormant or rule.dormant
+    return Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, chosen, schedule, check_ranks, check_finite)
 
 
 def _check_rule(
@@ -190,6 +198,34 @@ def _check_units(rule: Rule, layers: Sequence[WiredLayer]) -> None:
         )
 
 
+def _set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequence[Pool]) -> None:
+    """Tells the layers what they keep at least; raises ``ValueError`` where a budget is too small for it."""
+    if not isinstance(floor, Floor):
+        raise ValueError(f"floor: expected dnw.Floor(...), got {floor!r}")
+    if floor.per_target and (pattern is not None or not rule.fits_floors):
+        what = repr(pattern) if pattern is not None else type(rule).__name__
+        raise ValueError(f"floor={floor!r}: {what} chooses its edges without regard to targets; leave per_target out")
+    shared = rule.redistributes or any(len(pool.layers) > 1 for pool in pools)
+    if not shared and (floor.edges > 1 or floor.density):
+        raise ValueError(f"floor={floor!r}: every layer has a budget of its own, so it would have no effect; leave it out")
+    for pool in pools:
+        needed = 0
+        for layer in pool.layers:
+            layer.least = floor.of(layer.num_candidates)
+            layer.least_per_target = max(layer.least_per_target, floor.per_target)
+            if layer.least_per_target and layer.shard is not None and layer.shard.splits_rows:
+                raise ValueError(
+                    f"{layer.name!r} is sharded within its targets, so each cannot keep {layer.least_per_target} edges; shard "
+                    "it along its first dimension, or leave per_target out"
+                )
+            needed += max(layer.least if shared else 0, layer.num_edges_of_targets())
+        if needed > pool.budget:
+            raise ValueError(
+                f"{listing(x.name for x in pool.layers)}: {pool.budget:,} edges are too few for what is kept at least, "
+                f"{needed:,} ({floor!r}); raise the density, lower the floor or exclude layers"
+            )
+
+
 def _begin_together(schedule: DensitySchedule, pools: Sequence[Pool]) -> None:
     """Shares what a schedule begins with out over pools that are one budget from then on."""
     unit = pools[0].unit
@@ -231,24 +267,19 @@ def _shape(found: Wirable) -> Shape:
     return Shape(found.name, found.module_name, tuple(found.parameter.shape), candidates)
 
 
-def _is_wired(found: Wirable) -> bool:
-    reference = WIRED.get(found.parameter)
-    return reference is not None and reference() is not None
-
-
 def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(_is_wired(f) for f in found):
+    if any(owner_of(f.parameter) is not None for f in found):
         gc.collect()  # the wiring of an optimizer that is gone lives until its cycle is collected
     for f in found:
-        if _is_wired(f):
+        if owner_of(f.parameter) is not None:
             raise ValueError(
                 f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
                 "out with exclude"
             )
         if not f.parameter.is_floating_point():
             raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
-        check_finite(f.name, local(f.parameter).detach(), shard_of(f.parameter))
+        require_finite(f.name, local(f.parameter).detach(), shard_of(f.parameter))
     missing = [f.name for f in found if id(f.parameter) not in held]
     if missing:
         raise ValueError(

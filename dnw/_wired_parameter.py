@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dnw._edges import Edges
 from dnw._layer import WiredLayer
-from dnw._state import check_finite
 
 if TYPE_CHECKING:
     from dnw._wiring import Wiring
@@ -40,16 +39,16 @@ class WiredParameter:
     @property
     def active(self) -> Tensor:
         """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
-        self._wiring._look()
-        assert self._layer.active is not None
-        return self._layer.whole(self._layer.active.clone())
+        with self._wiring._question():
+            assert self._layer.active is not None
+            return self._layer.whole(self._layer.active.clone())
 
     @property
     def entered(self) -> Tensor:
         """Boolean mask of the edges that became active at the last step."""
-        self._wiring._look()
-        assert self._layer.active is not None
-        return self._layer.whole(self._layer.active & ~self._layer.previous)
+        with self._wiring._question():
+            assert self._layer.active is not None
+            return self._layer.whole(self._layer.active & ~self._layer.previous)
 
     @property
     def latent(self) -> Tensor:
@@ -58,30 +57,26 @@ class WiredParameter:
         Raises:
             ValueError: an assigned tensor has another shape or is not finite.
         """
-        self._wiring._look()
-        return self._layer.whole(self._layer.latent.clone())
+        with self._wiring._question():
+            return self._layer.whole(self._layer.latent.clone())
 
     @latent.setter
     def latent(self, value: Tensor) -> None:
-        self._wiring._catch_up()
         layer = self._layer
         if layer not in self._wiring._layers:
             raise ValueError(f"{self.name!r} is not wired any more; write to the model's parameter instead")
         if tuple(value.shape) != layer.shape:
             raise ValueError(f"latent weights of {self.name!r}: expected shape {layer.shape}, got {tuple(value.shape)}")
-        part = layer.part(value.detach())
-        check_finite(self.name, part, layer.shard)
-        layer.latent.copy_(part)
-        self._wiring._select([layer])
+        self._wiring._write_latent(layer, value.detach())
 
     @property
     def weight(self) -> Tensor:
         """The effective weight: what the model holds."""
-        self._wiring._look()
         layer = self._layer
-        if not layer.exchanged:
-            return layer.parameter.detach().clone()
-        return layer.whole(self._wiring.rule.project(layer).to(layer.parameter_dtype))
+        with self._wiring._question():
+            if not layer.exchanged:
+                return layer.parameter.detach().clone()
+            return layer.whole(self._wiring.rule.project(layer).to(layer.parameter_dtype))
 
     @property
     def num_candidates(self) -> int:
@@ -91,9 +86,10 @@ class WiredParameter:
     @property
     def num_active(self) -> int:
         """How many edges are active."""
-        if self._layer.shard is None:
-            self._wiring._look()
-        return self._layer.count()
+        if self._layer.shard is not None:
+            return self._layer.count()
+        with self._wiring._question():
+            return self._layer.count()
 
     @property
     def density(self) -> float:

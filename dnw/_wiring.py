@@ -14,22 +14,24 @@ saved state, or any question to the wiring.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._edges import Summary, SummaryRow
 from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer
+from dnw._membership import WIRED, Members, gone, watch_other_optimizers
 from dnw._parameters import LeftOut, Wirable, parameters_named
 from dnw._patterns import Pattern
 from dnw._ranks import check_ranks, gathered, local_optimizer
@@ -37,11 +39,22 @@ from dnw._rule import Layer, Pool, Rule
 from dnw._schedules import DensitySchedule
 from dnw._shards import local
 from dnw._state import FORMAT, STATE_KEYS, check_entry
+from dnw._state import check_finite as require_finite
 from dnw._step import evaluate_closure, steps_on_the_stack
 from dnw._wired_parameter import WiredParameter
 
-WIRED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weak references to the wirings, by wired parameter, so that none is wired twice."""
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _exclusive(method: _Method) -> _Method:
+    """A method that changes a wiring: questions and changes of other threads wait for it."""
+
+    @wraps(method)
+    def run(self: Wiring, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, run)
 
 
 class Wiring(Mapping[str, WiredParameter]):
@@ -53,6 +66,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def __init__(
         self,
+        model: nn.Module,
         optimizer: Optimizer,
         rule: Rule,
         layers: list[WiredLayer],
@@ -61,11 +75,13 @@ class Wiring(Mapping[str, WiredParameter]):
         dormant: Dormant,
         schedule: DensitySchedule | None,
         check_ranks: bool,
+        check_finite: bool | None,
     ) -> None:
         self.rule = rule
         self.dormant = dormant
         self.schedule = schedule
         self.is_settled = False
+        self._members = Members(model, layers)
         self._optimizer = optimizer
         self._layers = layers
         first = pools
@@ -74,6 +90,8 @@ class Wiring(Mapping[str, WiredParameter]):
         self._pool_of = {id(layer): pool for pool in pools for layer in pool.layers}
         self._left = left
         self._step = 0
+        self._lock = threading.RLock()  # questions of other threads wait while a step is taken over
+        self._thread = 0  # that the open step runs in
         self._open = False
         self._nested = 0
         self._finishing: list[tuple[WiredLayer, Tensor]] = []
@@ -82,6 +100,8 @@ class Wiring(Mapping[str, WiredParameter]):
         self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._ranks_to_check = check_ranks
+        self._finite = check_finite
+        self._known_empty: set[str] = set()
         self._handles: list[Any] = []
         with torch.no_grad():
             for layer in layers:
@@ -92,8 +112,10 @@ class Wiring(Mapping[str, WiredParameter]):
                 assert layer.active is not None
                 layer.previous = layer.active.clone()
                 layer.write(rule.project(layer))
+        self._warn_of_empty(layers)
         self._register()
 
+    @_exclusive
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, pickled or deep, is a wiring of the copied parameters that steps with the copied optimizer.
 
@@ -109,8 +131,9 @@ class Wiring(Mapping[str, WiredParameter]):
         members = [([self._layers.index(x) for x in p.layers], p.k, p.budget) for p in pools]  # type: ignore[arg-type]
         found = [Wirable(x.name, "", x.module, x.parameter, x.candidates, x.is_graph) for x in self._layers]
         entries, patterns = [self._entry(layer) for layer in self._layers], [layer.pattern for layer in self._layers]
-        rest = (self._left, self.dormant, self.schedule, self._ranks_to_check)
-        return _copied, (self._optimizer, self.rule, found, entries, patterns, members, *rest)
+        floors = [(layer.least, layer.least_per_target) for layer in self._layers]
+        rest = (self._left, self.dormant, self.schedule, self._ranks_to_check, self._finite)
+        return _copied, (self._members.model, self._optimizer, self.rule, found, entries, patterns, floors, members, *rest)
 
     def _adopt(self, layer: WiredLayer) -> None:
         """Continues what a copied or unpickled optimizer carries for a parameter."""
@@ -168,9 +191,10 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def summary(self) -> Summary:
         """A table per layer: candidates, active, density; what was left out and why; the totals."""
-        if not any(x.shard is not None for x in self._layers):  # of sharded layers the number is known without messages
-            self._look()
-        rows = [SummaryRow(x.name, x.shape, x.num_candidates, x.count()) for x in self._layers]
+        self._warn_of_missing()
+        sharded = any(x.shard is not None for x in self._layers)  # then the numbers are known without messages
+        with nullcontext() if sharded else self._question():
+            rows = [SummaryRow(x.name, x.shape, x.num_candidates, x.count()) for x in self._layers]
         return Summary(tuple(rows), tuple(self._left))
 
     def to_json(self) -> str:
@@ -179,6 +203,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
         return json.dumps({"format": 1, "layers": [p.edges().to_dict() for p in self.values()]})
 
+    @_exclusive
     @torch.no_grad()
     def project(self, averaged: nn.Module | None = None) -> None:
         """Puts the effective weights in place now: takes over values written to the model, selects, projects.
@@ -215,6 +240,8 @@ class Wiring(Mapping[str, WiredParameter]):
                 step=layer.step,
                 shard=layer.shard,
                 pattern=layer.pattern,
+                least=layer.least,
+                least_per_target=layer.least_per_target,
             )
             copies[id(layer)] = copy
             targets.append((local(parameter), copy))
@@ -227,6 +254,7 @@ class Wiring(Mapping[str, WiredParameter]):
         for target, copy in targets:
             target.copy_(self.rule.settle(copy))
 
+    @_exclusive
     @torch.no_grad()
     def restart(self) -> None:
         """Starts from what the model holds now: its weights, zeros included, become the latent weights.
@@ -240,6 +268,7 @@ class Wiring(Mapping[str, WiredParameter]):
             layer.latent.copy_(layer.held)
         self._select(self._layers)
 
+    @_exclusive
     @torch.no_grad()
     def synchronize(self) -> None:
         """Gives every process the latent weights and edges of rank 0, as DistributedDataParallel does with parameters.
@@ -287,11 +316,13 @@ class Wiring(Mapping[str, WiredParameter]):
             self.is_settled = before
             self._write_all()
 
+    @_exclusive
     @torch.no_grad()
     def _write_all(self) -> None:
         for layer in self._layers:
             layer.write(self._effective(layer))
 
+    @_exclusive
     @torch.no_grad()
     def remove(self, keep: Literal["sparse", "latent"] = "sparse") -> None:
         """Takes the wiring off again: the optimizer goes on as a plain one, on dense parameters.
@@ -334,6 +365,7 @@ class Wiring(Mapping[str, WiredParameter]):
             guard = EvaluationGuard(self)
             modules = {id(layer.module): layer.module for layer in self._layers}.values()
             self._handles += [module.register_forward_pre_hook(guard) for module in modules]
+        watch_other_optimizers()
         for layer in self._layers:
             WIRED[layer.parameter] = weakref.ref(self)
             self._enter_state(layer)
@@ -345,18 +377,29 @@ class Wiring(Mapping[str, WiredParameter]):
             return args, kwargs
         if self.is_settled:
             raise RuntimeError("optimizer.step() inside `with wiring.settled():`; train outside it")
+        if self._thread != threading.get_ident() and self._in_a_step():
+            raise RuntimeError("optimizer.step() in two threads at once; an optimizer and its wiring take one after the other")
         self._roll_back()
         args, kwargs = evaluate_closure(args, kwargs)
+        self._exchange(optimizer)
+        return args, kwargs
+
+    @_exclusive
+    def _exchange(self, optimizer: Optimizer) -> None:
+        """Puts the latent weights of the parameters that have a gradient in place of the effective ones."""
         self._check_held()
+        if missing := self._members.missing(self._layers):
+            raise RuntimeError(gone(missing))
         if self._ranks_to_check:
             check_ranks(self._layers, {x.name: self._pool_of[id(x)].k for x in self._layers})
             self._ranks_to_check = False
         stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
+        self._check_gradients(stepping)
         competing = [layer for pool in self._pools_of(stepping) for layer in pool.layers]
         if written := [x for x in competing if isinstance(x, WiredLayer) and self._take_over_writes(x)]:
             self._select(written)
         scale = getattr(optimizer, "grad_scale", None)
-        self._open = True
+        self._open, self._thread = True, threading.get_ident()
         self._kept = {}
         for layer in stepping:
             given = layer.local_grad()
@@ -374,7 +417,23 @@ class Wiring(Mapping[str, WiredParameter]):
             if self.dormant.momentum == "hold":
                 assert layer.active is not None
                 self._kept[layer.name] = layer.active.clone(), self.dormant.kept(layer)
-        return args, kwargs
+
+    def _check_gradients(self, layers: Sequence[WiredLayer]) -> None:
+        """Raises ``FloatingPointError`` before a step would make latent weights that are not finite, and so rank first.
+
+        Where a fused optimizer takes part in gradient scaling, it skips such a step itself.
+        """
+        if getattr(self._optimizer, "found_inf", None) is not None:
+            return
+        for layer in layers:
+            wanted = layer.shard is None and layer.latent.device.type == "cpu" if self._finite is None else self._finite
+            bad = layer.num_not_finite_in_gradient() if wanted else 0
+            if bad:
+                raise FloatingPointError(
+                    f"the gradient of {layer.name!r} has {bad:,} entries that are NaN or infinite; the step is not taken and "
+                    "nothing has changed. Skip the step, lower the learning rate or clip gradients (wire(..., check_finite="
+                    "False) takes such steps)"
+                )
 
     def _check_held(self) -> None:
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
@@ -385,10 +444,15 @@ class Wiring(Mapping[str, WiredParameter]):
                     "wiring.remove() before exchanging parameters, and wire again"
                 )
 
+    def steps_with(self, optimizer: Optimizer) -> bool:
+        """Whether a step of an optimizer is a step of this wiring's own, or a part of one."""
+        return optimizer is self._optimizer or (self._open and self._thread == threading.get_ident())
+
     def _pools_of(self, layers: Sequence[WiredLayer]) -> list[Pool]:
         """The pools that hold one of the layers."""
         return list({id(pool): pool for pool in (self._pool_of[id(layer)] for layer in layers)}.values())
 
+    @_exclusive
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if self._nested:
@@ -452,6 +516,7 @@ class Wiring(Mapping[str, WiredParameter]):
             assert layer.active is not None
             self.dormant.apply(layer, *self._kept.get(layer.name, (layer.active, {})))
 
+    @_exclusive
     @torch.no_grad()
     def _roll_back(self) -> None:
         """Undoes an unfinished step: parameters get their effective weights back, latents were never touched.
@@ -501,7 +566,20 @@ class Wiring(Mapping[str, WiredParameter]):
                     changed.append(layer)  # it may have traded edges with a layer of its pool
                 layer.activate(mask)
             self._count(pool)
+            if stepped and len(pool.layers) > 1:
+                self._warn_of_empty([x for x in pool.layers if isinstance(x, WiredLayer) and not x.least])
         return changed
+
+    def _warn_of_empty(self, layers: Sequence[WiredLayer]) -> None:
+        """Warns, once for each, of layers without active edges: nothing passes them but biases."""
+        empty = [x.name for x in layers if x.name not in self._known_empty and not x.count()]
+        if empty:
+            self._known_empty.update(empty)
+            warnings.warn(
+                f"{listing(empty)} has no active edge left, so nothing passes it; give it a budget of its own, or a floor "
+                "(wire(..., floor=dnw.Floor(edges=1)))",
+                stacklevel=2,
+            )
 
     def _prepare(self, layers: Sequence[WiredLayer]) -> list[WiredLayer]:
         """Lets the rule note what it needs to know of whole pools; returns the layers that this may change."""
@@ -548,25 +626,46 @@ class Wiring(Mapping[str, WiredParameter]):
         """What the model holds: the weights to train with, or inside ``settled()`` those to evaluate with."""
         return self.rule.settle(layer) if self.is_settled else self.rule.project(layer)
 
-    def _look(self) -> None:
-        """Before a question: catches up, or, in the middle of a step, leaves everything as it was before that step."""
-        if not (self._open and steps_on_the_stack(self._optimizer)):
-            self._catch_up()
+    def _warn_of_missing(self) -> None:
+        if missing := self._members.missing(self._layers):
+            warnings.warn(gone(missing), stacklevel=3)
+
+    @contextmanager
+    def _question(self) -> Iterator[None]:
+        """Answers inside it are those after the last step, or, in the middle of one, those before it."""
+        with self._lock:
+            if not self._in_a_step():
+                self._catch_up()
+            yield
+
+    def _in_a_step(self) -> bool:
+        """Whether a step is in progress, in whatever thread; not so where it was interrupted."""
+        return self._open and steps_on_the_stack(self._optimizer, self._thread) > 0
 
     def _undo_open_step(self) -> None:
-        if self._open and steps_on_the_stack(self._optimizer):
+        if self._in_a_step():
             raise RuntimeError(
-                "the wiring cannot be changed or saved in the middle of optimizer.step(); a step hook that does so belongs "
-                "after the step"
+                "the wiring cannot be changed or saved in the middle of optimizer.step(); a step hook, or another thread, that "
+                "does so must wait until after the step"
             )
         self._roll_back()
 
+    @_exclusive
     def _catch_up(self) -> None:
         """Brings model and wiring together: undoes an unfinished step, takes over writes, selects where there were any."""
         self._undo_open_step()
         written = [layer for layer in self._layers if self._take_over_writes(layer)]
         if written:
             self._select(written)
+
+    @_exclusive
+    def _write_latent(self, layer: WiredLayer, value: Tensor) -> None:
+        """Puts other latent weights in place, and selects."""
+        self._catch_up()
+        part = layer.part(value)
+        require_finite(layer.name, part, layer.shard)
+        layer.latent.copy_(part)
+        self._select([layer])
 
     # --- what travels with the optimizer ---
 
@@ -600,10 +699,13 @@ class Wiring(Mapping[str, WiredParameter]):
             ids.update({id(p): key for p, key in zip(group["params"], packed["params"], strict=False)})
         return {layer.name: ids[id(layer.parameter)] for layer in self._layers if id(layer.parameter) in ids}
 
+    @_exclusive
     def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._check_held()
+        self._warn_of_missing()
         ids = self._packed_ids(state_dict)
         for layer in self._layers:
+            require_finite(f"{layer.name} (latent)", layer.latent, layer.shard)  # it could not be loaded again
             state_dict["state"][ids[layer.name]] = {
                 **state_dict["state"].get(ids[layer.name], {}),
                 **self._entry(layer),
@@ -615,6 +717,7 @@ class Wiring(Mapping[str, WiredParameter]):
                     if parameter.requires_grad:
                         state_dict["state"].setdefault(key, {})
 
+    @_exclusive
     def _take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Takes what is ours out of an incoming state dict, checked, before the base class casts or rejects it."""
         self._undo_open_step()
@@ -670,6 +773,7 @@ class Wiring(Mapping[str, WiredParameter]):
         _, step, layer.step, layer.seed, self._pool_of[id(layer)].k = entry["wiring"].tolist()
         self._step = max(self._step, step)
 
+    @_exclusive
     @torch.no_grad()
     def _loaded(self, optimizer: Optimizer) -> None:
         incoming, self._incoming = self._incoming or {}, None
@@ -702,24 +806,30 @@ class Wiring(Mapping[str, WiredParameter]):
 
 
 def _copied(
+    model: nn.Module | None,
     optimizer: Optimizer,
     rule: Rule,
     found: list[Wirable],
     entries: list[dict[str, Tensor]],
     patterns: list[Pattern | None],
+    floors: list[tuple[int, int]],
     members: list[tuple[list[int], int, int]],
     left: list[LeftOut],
     dormant: Dormant,
     schedule: DensitySchedule | None,
     check_ranks: bool,
+    check_finite: bool | None,
 ) -> Wiring:
     """Rebuilds a wiring from copied parts."""
     layers = [WiredLayer(f, 0, e["latent"].dtype, p) for f, e, p in zip(found, entries, patterns, strict=True)]
+    for layer, (least, least_per_target) in zip(layers, floors, strict=True):
+        layer.least, layer.least_per_target = least, least_per_target
     shown = [bool(optimizer.state.get(layer.parameter)) for layer in layers]
     for layer, entry in zip(layers, entries, strict=True):
         optimizer.state[layer.parameter].update(entry)  # to be adopted
     pools = [Pool([layers[i] for i in indices], k, budget=budget) for indices, k, budget in members]
-    wiring = Wiring(optimizer, rule, layers, pools, left, dormant, schedule, check_ranks)
+    model = nn.ModuleList([layer.module for layer in layers]) if model is None else model
+    wiring = Wiring(model, optimizer, rule, layers, pools, left, dormant, schedule, check_ranks, check_finite)
     for layer, beside in zip(layers, shown, strict=True):
         if not beside:
             del optimizer.state[layer.parameter]

@@ -16,6 +16,7 @@ FLOORS = [
     ["_parameters", "_rule"],
     ["_edges", "_step", "_guard", "_layer", "_rules"],
     ["_state", "_ranks"],
+    ["_membership"],
     ["_wired_parameter"],
     ["_wiring"],
     ["_wire"],

@@ -1,0 +1,171 @@
+"""What every layer and every target keeps at least, whatever a common budget would give it."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import rule_cases, small_net, train_steps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dnw
+from dnw._select import Ranking, top_k_each
+
+
+def slow_with_floors(
+    rows: list[list[list[float]]], k: int, candidates: list[list[list[bool]]], least: list[int], per_target: list[int]
+) -> list[list[list[bool]]]:
+    """By sorting: the largest of each row, then of each layer, then of all; the lowest index first among equals."""
+    entries = [
+        (-abs(rows[i][r][c]), i, r, c)
+        for i, r, c in ((i, r, c) for i, layer in enumerate(rows) for r, row in enumerate(layer) for c in range(len(row)))
+        if candidates[i][r][c]
+    ]
+    entries.sort()
+    chosen: set[tuple] = set()
+    for i, layer in enumerate(rows):
+        for r in range(len(layer)):
+            chosen |= set([e for e in entries if e[1:3] == (i, r)][: per_target[i]])
+        rest = [e for e in entries if e[1] == i and e not in chosen]
+        chosen |= set(rest[: max(0, least[i] - sum(e[1] == i for e in chosen))])
+    chosen |= set([e for e in entries if e not in chosen][: k - len(chosen)])
+    places = {e[1:] for e in chosen}
+    return [[[(i, r, c) in places for c in range(len(row))] for r, row in enumerate(layer)] for i, layer in enumerate(rows)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_equals_sorting_with_floors(data):
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=3))
+    value = st.sampled_from([0.0, 0.5, -0.5, 1.0, 2.0, -3.0])
+    rows = [[[data.draw(value) for _ in range(c)] for _ in range(r)] for r, c in shapes]
+    may = [[[data.draw(st.booleans()) for _ in range(c)] for _ in range(r)] for r, c in shapes]
+    number = [sum(map(sum, layer)) for layer in may]
+    if not all(number):
+        return
+    per_target = [data.draw(st.integers(0, 2)) for _ in shapes]
+    of_targets = [sum(min(n, sum(row)) for row in layer) for layer, n in zip(may, per_target, strict=True)]
+    least = [data.draw(st.integers(0, n)) for n in number]
+    needed = sum(max(a, b) for a, b in zip(least, of_targets, strict=True))
+    k = data.draw(st.integers(max(1, needed), sum(number)))
+    scores = [torch.tensor(layer) for layer in rows]
+    masks = [torch.tensor(layer) for layer in may]
+    (found,) = top_k_each([Ranking(scores, k, masks, least=least, least_per_target=per_target)])
+    assert [mask.tolist() for mask in found] == slow_with_floors(rows, k, may, least, per_target)
+
+
+def uneven_net() -> nn.Sequential:
+    """A network whose last layer has weights much smaller than the others'."""
+    net = small_net()
+    with torch.no_grad():
+        net[7].weight.mul_(1e-3)
+    return net
+
+
+def test_a_common_budget_leaves_no_layer_without_edges():
+    net = uneven_net()
+    wiring = dnw.wire(net, torch.optim.SGD(net.parameters(), lr=0.1), dnw.Global(0.1))
+    assert wiring["7.weight"].num_active == 1
+    assert wiring.num_active == dnw.num_edges(0.1, wiring.num_candidates)
+    assert net[7].weight.count_nonzero() == 1
+
+
+def test_without_a_floor_an_empty_layer_is_named():
+    net = uneven_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"'7\.weight' has no active edge"):
+        wiring = dnw.wire(net, optimizer, dnw.Global(0.1), floor=dnw.Floor(edges=0))
+    assert wiring["7.weight"].num_active == 0
+
+
+def test_a_layer_that_becomes_empty_is_named_once():
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    wiring = dnw.wire(net, optimizer, dnw.Global(0.1), floor=dnw.Floor(edges=0))
+    assert all(p.num_active for p in wiring.values())
+    wiring["7.weight"].latent = wiring["7.weight"].latent * 1e-6
+    with pytest.warns(UserWarning, match=r"'7\.weight' has no active edge") as warned:
+        train_steps(net, optimizer, range(3))
+    assert sum("no active edge" in str(w.message) for w in warned) == 1
+
+
+@pytest.mark.parametrize("floor", [dnw.Floor(), dnw.Floor(edges=3, density=0.05), dnw.Floor(per_target=1)], ids=repr)
+@pytest.mark.parametrize("name", ["dnw", "no_update", "magnitude_pruning", "random", "set", "rigl", "sparse_momentum"])
+def test_floors_hold_at_every_step(name, floor):
+    net = uneven_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    rule = rule_cases(net)[name].rule
+    wiring = dnw.wire(net, optimizer, dnw.Global(0.3), rule=rule, floor=floor)
+    total = dnw.num_edges(0.3, wiring.num_candidates)
+    for step in range(6):
+        for parameter in wiring.values():
+            assert parameter.num_active >= floor.of(parameter.num_candidates)
+            assert int(parameter.active.flatten(1).sum(1).min()) >= floor.per_target
+        assert wiring.num_active == total
+        train_steps(net, optimizer, range(step, step + 1))
+
+
+def test_floors_travel_with_copies_and_checkpoints():
+    net = uneven_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+    wiring = dnw.wire(net, optimizer, dnw.Global(0.2), floor=dnw.Floor(per_target=1))
+    copied, its_optimizer, its_wiring = copy.deepcopy((net, optimizer, wiring))
+    assert train_steps(net, optimizer, range(4)) == train_steps(copied, its_optimizer, range(4))
+    for name in wiring:
+        assert torch.equal(wiring[name].active, its_wiring[name].active)
+        assert bool(its_wiring[name].active.flatten(1).any(1).all())
+
+
+def test_an_average_keeps_the_floors():
+    net = uneven_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+    wiring = dnw.wire(net, optimizer, dnw.Global(0.1))
+    average = torch.optim.swa_utils.AveragedModel(net)
+    for step in range(3):
+        train_steps(net, optimizer, range(step, step + 1))
+        average.update_parameters(net)
+    wiring.project(average)
+    assert average.module[7].weight.count_nonzero() >= 1
+
+
+def test_targets_of_a_layer_with_its_own_budget_keep_edges():
+    net = small_net()
+    with torch.no_grad():
+        net[5].weight[2:5] *= 1e-4
+    wiring = dnw.wire(net, torch.optim.SGD(net.parameters(), lr=0.1), density=0.1, floor=dnw.Floor(per_target=2), include="5")
+    assert int(wiring["5.weight"].active.sum(1).min()) == 2
+    assert wiring["5.weight"].num_active == dnw.num_edges(0.1, 32 * 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": dnw.Global(0.002)}, r"2 edges are too few for what is kept at least, 3"),
+        ({"density": 0.05, "floor": dnw.Floor(per_target=2)}, r"'0\.weight'.*raise the density, lower the floor"),
+        ({"density": 0.1, "floor": dnw.Floor(density=0.05)}, "a budget of its own, so it would have no effect"),
+        ({"density": 0.1, "floor": 3}, r"expected dnw\.Floor"),
+        ({"density": 0.5, "floor": dnw.Floor(per_target=1), "pattern": dnw.Channels()}, "without regard to targets"),
+        ({"floor": dnw.Floor(per_target=1), "rule": dnw.Complete()}, "Complete chooses its edges without regard to targets"),
+    ],
+)
+def test_floors_that_do_not_fit_are_refused_and_nothing_is_changed(arguments, message):
+    net = small_net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        dnw.wire(net, torch.optim.SGD(net.parameters(), lr=0.1), **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"edges": -1}, {"edges": True}, {"density": 1.5}, {"per_target": 0.5}, {"density": "a"}], ids=repr
+)
+def test_impossible_floors_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        dnw.Floor(**arguments)
+
+
+def test_floors_of_all_kinds_of_layers():
+    assert [dnw.Floor(edges=2, density=0.1).of(n) for n in (1, 10, 100)] == [1, 2, 10]
+    assert all(dnw.Floor(edges=e, density=d).of(n) <= n for e, d, n in itertools.product((0, 5), (0, 0.5, 1), (1, 4, 9)))
