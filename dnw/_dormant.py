@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from dnw._rule import Layer
@@ -53,15 +54,46 @@ class Dormant:
         """The momentum to come back to, before a step."""
         return {key: value.clone() for key, value in _momentum(layer).items()} if self.momentum == "hold" else {}
 
-    def apply(self, layer: Layer, active: Tensor, kept: dict[str, Tensor]) -> None:
-        """Changes the momentum in place after a step and its selection, whose active edges were ``active`` before it."""
+    def apply(self, layer: Layer, active: Tensor | None = None, kept: Mapping[str, Tensor] | None = None) -> None:
+        """Changes the momentum in place after a step and its selection.
+
+        Args:
+            layer: whose momentum it is.
+            active: the active edges before the step; by default those after it.
+            kept: the momentum before the step, where it is held.
+        """
         if self.momentum == "update":
             return
         for key, value in _momentum(layer).items():
             if self.momentum == "zero":
                 value.masked_fill_(_dormant(layer), 0)
             else:
-                value.copy_(torch.where(active, value, kept[key] if key in kept else torch.zeros_like(value)))
+                before = layer.active if active is None else active
+                assert before is not None
+                value.copy_(torch.where(before, value, (kept or {}).get(key, torch.zeros_like(value))))
+
+
+_KEEP_ZEROS = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether an optimizer leaves a weight of 0 at 0 where gradient and momentum are 0 too, as those of torch do.
+
+    What mixes the entries of a parameter (Muon), or divides 0 by 0 (eps of 0), does not; of optimizers of others it is not
+    known.
+    """
+    return type(optimizer) in _KEEP_ZEROS and all(group.get("eps", 1) for group in optimizer.param_groups)
 
 
 def _dormant(layer: Layer) -> Tensor:

@@ -1,7 +1,8 @@
 """One wired parameter: its latent weights, and how they go into the parameter and come back around a step.
 
 Contract: outside a step the parameter holds the effective weight. Everything here works on the local part of a sharded
-parameter and writes in place, into the same storage.
+parameter and writes in place, into the same storage. Where dormant edges have no weights of their own, the effective weight is
+the latent one: the parameter is stepped in place, and nothing is exchanged but its gradient.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnw._dormant import Dormant
 from dnw._parameters import Wirable
 from dnw._patterns import Pattern
-from dnw._rule import Layer
+from dnw._rule import Layer, Rule
 from dnw._shards import local, shard_of
+
+
+def is_in_place(rule: Rule, dormant: Dormant) -> bool:
+    """Whether parameters hold their latent weights themselves: dormant edges have none, and nothing is held for them."""
+    return not rule.has_latent_weights and dormant.momentum != "hold"
 
 
 class WiredLayer(Layer):
@@ -28,6 +35,7 @@ class WiredLayer(Layer):
         dtype: of the latent weights; the parameter's by default. With a wider one the base optimizer steps in it, on
             latent weights of that dtype in place of the parameter's.
         pattern: which of its edges stand or fall together.
+        in_place: whether the parameter itself holds its latent weights.
     """
 
     parameter: nn.Parameter
@@ -42,20 +50,44 @@ class WiredLayer(Layer):
     """Whether the parameter holds latent weights because a step is in progress."""
     num_active: int
     """Number of active edges, of the whole parameter where it is sharded."""
+    taken: int
+    """How many entries of the latent weights are those of the step that is being taken over."""
+    threshold: int | None
+    """The smallest magnitude of an active edge at the last selection in one pass, as bits."""
 
-    def __init__(self, found: Wirable, seed: int, dtype: torch.dtype | None = None, pattern: Pattern | None = None) -> None:
+    def __init__(
+        self,
+        found: Wirable,
+        seed: int,
+        dtype: torch.dtype | None = None,
+        pattern: Pattern | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
+        self.parameter, self.module, self.is_graph = found.parameter, found.module, found.is_graph
         held = local(found.parameter).detach()
         shard = shard_of(found.parameter)
+        self.in_place = in_place and shard is None and dtype in (None, held.dtype)
         candidates = found.candidates
         self._num_candidates = math.prod(found.parameter.shape) if candidates is None else int(candidates.count_nonzero())
         if shard is not None and candidates is not None:
             candidates = shard.cut(candidates)
-        super().__init__(found.name, held.to(dtype or held.dtype, copy=True), candidates, seed, shard=shard, pattern=pattern)
-        self.parameter, self.module, self.is_graph = found.parameter, found.module, found.is_graph
+        latent = held if self.in_place else held.to(dtype or held.dtype, copy=True)
+        super().__init__(found.name, latent, candidates, seed, shard=shard, pattern=pattern)
         self.parameter_dtype = held.dtype
-        self.version, self.exchanged, self.num_active = -1, False, 0
+        self.version, self.exchanged, self.num_active, self.taken = -1, False, 0, 0
+        self.threshold = None
+        self._changed = False  # whether active edges may differ from the previous ones
         self._given_grad: Tensor | None = None
         self._storage: Tensor | None = None
+
+    @property
+    def latent(self) -> Tensor:
+        return self.held.detach() if self.in_place else self._latent
+
+    @latent.setter
+    def latent(self, value: Tensor) -> None:
+        self._latent = self.held[:0].detach() if self.in_place else value
 
     @property
     def num_candidates(self) -> int:
@@ -116,7 +148,17 @@ class WiredLayer(Layer):
     def write(self, value: Tensor) -> None:
         """Writes values into the parameter that are not to be taken for somebody else's."""
         self.held.copy_(value)
+        self.accept()
+
+    def accept(self) -> None:
+        """Takes what the parameter holds for its effective weight."""
         self.version = self._present_version()
+
+    def clear_dormant(self) -> None:
+        """Writes 0 to the dormant edges of the parameter."""
+        assert self.active is not None
+        self.held.masked_fill_(~self.active, 0)
+        self.accept()
 
     def _present_version(self) -> int:
         """Moves with every write to the parameter; a sharded one counts writes to it and to its local part apart."""
@@ -125,32 +167,48 @@ class WiredLayer(Layer):
 
     def activate(self, mask: Tensor) -> None:
         """Takes a new edge set, in place."""
+        self._changed = True
         if self.active is None:
             self.active = mask.clone()
         else:
             self.active.copy_(mask)
 
+    def begin_selection(self) -> Tensor:
+        """The mask of active edges, to be overwritten."""
+        assert self.active is not None
+        self._changed = True
+        return self.active
+
     def remember(self) -> None:
         """Makes the present edges the previous ones."""
         assert self.active is not None
-        self.previous.copy_(self.active)
+        if self._changed:
+            self.previous.copy_(self.active)
+            self._changed = False
 
     # --- the exchange ---
 
     def lend(self, value: Tensor, grad: Tensor | None = None) -> None:
         """Puts latent weights, and another gradient where there is one, into the parameter for the base optimizer."""
         self.exchanged = True
+        self.taken = 0
         given = self.parameter.grad
         widened = self.latent.dtype != self.parameter_dtype
         if widened:
             self._storage, self.parameter.data = self.parameter.data, value.clone()
             if grad is None and given is not None:
                 grad = given
-        else:
+        elif not self.in_place:
             self.held.copy_(value)
         if grad is not None:
             self._given_grad = given
             self.parameter.grad = self.whole(grad.to(self.latent.dtype))
+
+    def take(self, stepped: Tensor) -> None:
+        """Takes over latent weights that the base optimizer has made, as far as they are not yet."""
+        if not self.in_place:
+            self.latent.view(-1)[self.taken :].copy_(stepped.reshape(-1)[self.taken :])
+        self.taken = self.latent.numel()
 
     def take_back(self) -> None:
         """Ends the exchange: the parameter has its own storage, dtype and gradient again, its values are to be written."""
@@ -165,15 +223,15 @@ class WiredLayer(Layer):
     def follow(self) -> None:
         """Follows the parameter to another device; raises ``RuntimeError`` where it changed in another way."""
         held = self.held
-        if self.latent.device != held.device:
+        if self.previous.device != held.device:
             self.latent, self.previous = self.latent.to(held.device), self.previous.to(held.device)
             self.active = None if self.active is None else self.active.to(held.device)
             self.candidates = None if self.candidates is None else self.candidates.to(held.device)
             self.notes = {key: value.to(held.device) for key, value in self.notes.items()}
             self.shard = shard_of(self.parameter)
-        if self.parameter_dtype != held.dtype or self.latent.shape != held.shape:
+        if self.parameter_dtype != held.dtype or self.previous.shape != held.shape:
             raise RuntimeError(
-                f"the wired parameter {self.name!r} was {self.parameter_dtype} of shape {tuple(self.latent.shape)} when it "
+                f"the wired parameter {self.name!r} was {self.parameter_dtype} of shape {tuple(self.previous.shape)} when it "
                 f"was wired and is {held.dtype} of shape {tuple(held.shape)} now; convert the model before wiring it"
             )
 
@@ -202,7 +260,7 @@ class WiredLayer(Layer):
         seen = torch.stack([written.any(), grown.any(), pruned.any()]).to(torch.int64)
         any_written, any_grown, any_pruned = (seen if self.shard is None else self.shard.sum(seen)).tolist()
         replaced = bool(any_grown and any_pruned)
-        if any_written:
+        if any_written and not self.in_place:
             values = held.to(self.latent.dtype)
             self.latent.copy_(values if replaced else torch.where(written, latent_of(self, values), self.latent))
         return bool(any_written), replaced

@@ -100,12 +100,14 @@ class Pool:
         k: active edges over all of them. A density schedule changes it.
         stepped: whether this selection follows a step of the optimizer. It does not where weights were written by hand.
         budget: active edges in the end, where a density schedule leads to them.
+        num_active: how many the last selection gave; 0 before the first.
     """
 
     layers: list[Layer]
     k: int
     stepped: bool = False
     budget: int = 0
+    num_active: int = 0
 
     @property
     def num_candidates(self) -> int:
@@ -164,6 +166,20 @@ class Rule:
         return False
 
     @property
+    def has_latent_weights(self) -> bool:
+        """Whether dormant edges keep weights of their own. Where they do not, the parameter itself is stepped, in place."""
+        return True
+
+    @property
+    def needs_dormant_gradient(self) -> bool:
+        """Whether dormant edges get a gradient. If not, ``gradient`` must be 0 there, in every step."""
+        return True
+
+    def is_due(self, step: int) -> bool:
+        """Whether edges may change after so many steps. Where not, ``select`` is called only if the number of edges changes."""
+        return True
+
+    @property
     def dormant(self) -> Dormant:
         """What weight decay and momentum do to dormant edges, unless the user says otherwise."""
         return Dormant()
@@ -191,6 +207,12 @@ class Rule:
     def settles(self) -> bool:
         """Whether ``settle`` differs from ``project``, so that a model is evaluated inside ``wiring.settled()`` only."""
         return type(self).settle is not Rule.settle
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes the largest latent weights, as they are, and nothing else: then one pass over them does all."""
+        hooks = ("score", "select", "prepare", "project")
+        return not self.fixed and all(getattr(type(self), hook) is getattr(Rule, hook) for hook in hooks)
 
     @property
     def selects_by_gradient(self) -> bool:

@@ -60,6 +60,10 @@ class NoUpdate(Rule):
     Source: Wortsman et al., 2019, section 4.2, "no update rule". Weight decay still acts on all.
     """
 
+    @property
+    def needs_dormant_gradient(self) -> bool:
+        return False
+
     def gradient(self, layer: Layer) -> Tensor | None:
         return _only(layer.active, layer.grad)
 
@@ -102,6 +106,13 @@ class MagnitudePruning(NoUpdate):
 
     Source: Zhu, Gupta, "To prune, or not to prune", 2017, section 3, with ``schedule=dnw.DensitySchedule(...)``.
     """
+
+    @property
+    def has_latent_weights(self) -> bool:
+        return False
+
+    def is_due(self, step: int) -> bool:
+        return False
 
     @property
     def dormant(self) -> Dormant:
@@ -163,7 +174,11 @@ def _active_first(layer: Layer) -> Tensor:
 
 @dataclass(frozen=True)
 class Fixed(NoUpdate):
-    """A rule whose edges never change. Dormant edges get no gradient (weight decay, which they do feel, is harmless)."""
+    """A rule whose edges never change. Dormant edges get no gradient and have no weights."""
+
+    @property
+    def has_latent_weights(self) -> bool:
+        return False
 
     @property
     def fixed(self) -> bool:
@@ -182,6 +197,13 @@ class RandomGraph(Fixed):
 class Complete(Fixed):
     """Every candidate edge is active: dense training, with the wiring's book-keeping. It needs no budget."""
 
+    @property
+    def fits_floors(self) -> bool:
+        return False
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        return None
+
     def fits(self, pattern: Pattern) -> bool:
         return False
 
@@ -194,6 +216,10 @@ class Frozen(Fixed):
     """A given edge set, never changed: one boolean mask, of the parameter's shape, per parameter name. It needs no budget."""
 
     edges: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def fits_floors(self) -> bool:
+        return False
 
     def fits(self, pattern: Pattern) -> bool:
         return False
@@ -261,6 +287,13 @@ class PruneAndGrow(NoUpdate):
     @abstractmethod
     def growth(self, layer: Layer) -> Tensor:
         """The quantity of whose largest magnitudes edges are grown, of the shape of the layer."""
+
+    @property
+    def has_latent_weights(self) -> bool:
+        return False
+
+    def is_due(self, step: int) -> bool:
+        return self.fraction_at(step) > 0
 
     def fraction_at(self, step: int) -> float:
         """The share of the active edges that is exchanged after ``step`` steps."""
@@ -357,6 +390,10 @@ class SparseMomentum(PruneAndGrow):
 
     @property
     def needs_momentum(self) -> bool:
+        return True
+
+    @property
+    def needs_dormant_gradient(self) -> bool:
         return True
 
     @property

@@ -117,7 +117,7 @@ def _largest_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
     for i, ranking in enumerate(rankings):
         device, shard = ranking.scores[0].device, ranking.shard
         if device.type == "cpu" and shard is None:
-            results[i] = ranking.split(_rank_on_cpu(ranking.bits(), ranking.k))
+            results[i] = ranking.split(largest(ranking.bits(), ranking.k))
         else:
             wide = any(s.dtype == torch.float64 for s in ranking.scores)
             groups = () if shard is None else tuple(map(id, shard.groups))
@@ -206,8 +206,8 @@ def magnitude_bits(values: Tensor) -> Tensor:
 _SAMPLE = 1 << 16
 
 
-def _rank_on_cpu(bits: Tensor, k: int) -> Tensor:
-    """A flat mask of the k largest entries of a flat integer tensor, the lowest indices first among equals."""
+def largest(bits: Tensor, k: int) -> Tensor:
+    """A flat mask of the k largest entries of a flat integer tensor on a CPU, the lowest indices first among equals."""
     threshold = _kth_largest(bits, k)
     mask = bits >= threshold
     surplus = int(mask.count_nonzero()) - k

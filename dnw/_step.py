@@ -1,14 +1,51 @@
-"""Around one call of ``optimizer.step``: its closure, and whether a call is made from within it."""
+"""Around one call of ``optimizer.step``: what is known of it while it is open, its closure, and calls made from within it."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+from dnw._layer import WiredLayer
+
+
+@dataclass(eq=False)
+class OpenStep:
+    """A step between its two hooks, and while it is taken over.
+
+    Attributes:
+        optimizer: whose step it is.
+        number: how many steps are completed when it is.
+        thread: that it runs in.
+        depth: how many calls of a base class's ``step`` it has made that have not come back.
+        kept: by name, the edges and the momentum of layers before it, where momentum is held.
+        results: what the optimizer has made of the latent weights, once it has; then the step is taken over, and whatever
+            interrupts that, the next to come does it again.
+        selecting: whether edges may have been chosen already.
+    """
+
+    optimizer: Optimizer
+    number: int
+    thread: int = field(default_factory=threading.get_ident)
+    depth: int = 0
+    kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
+    results: list[tuple[WiredLayer, Tensor]] = field(default_factory=list)
+    selecting: bool = False
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether it runs in this thread."""
+        return self.thread == threading.get_ident()
+
+    def is_running(self) -> bool:
+        """Whether the optimizer is still in it; not so where it was interrupted."""
+        return steps_on_the_stack(self.optimizer, self.thread) > 0
 
 
 def steps_on_the_stack(optimizer: Optimizer, thread: int | None = None) -> int:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dnw._budgets import Budget, ByName, Floor, Shape, Uniform, share_out
 from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
-from dnw._layer import WiredLayer
+from dnw._layer import WiredLayer, is_in_place
 from dnw._membership import owner_of
 from dnw._parameters import Selector, Wirable, find_parameters, unwrap_model
 from dnw._patterns import Pattern
@@ -102,7 +102,8 @@ def wire(
             f"Frozen has edges for {unknown[0]!r}, which is not wired{did_you_mean(unknown[0], [s.name for s in shapes])}"
         )
     shares = _shares(rule, density, num_edges, shapes) if pattern is None else _shares_of(pattern, density, num_edges, shapes)
-    layers = [WiredLayer(f, seed, latent_dtype, pattern) for f in found]
+    dormant = dormant or rule.dormant
+    layers = [WiredLayer(f, seed, latent_dtype, pattern, in_place=is_in_place(rule, dormant)) for f in found]
     pools = [Pool([layers[i] for i in indices], k, budget=k) for indices, k in shares]
     _check_shards(layers, pools)
     _set_floors(Floor() if floor is None else floor, rule, pattern, pools)
@@ -113,8 +114,7 @@ def wire(
         _check_units(rule, layers)
         if schedule is not None:
             _begin_together(schedule, pools)
-    chosen = dormant or rule.dormant
-    return Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, chosen, schedule, check_ranks, check_finite)
+    return Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, dormant, schedule, check_ranks, check_finite)
 
 
 def _check_rule(

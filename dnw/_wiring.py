@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dnw import _one_pass
 from dnw._checks import did_you_mean, listing
-from dnw._dormant import Dormant
+from dnw._dormant import Dormant, keeps_zeros
 from dnw._edges import Summary, SummaryRow
 from dnw._guard import EvaluationGuard
-from dnw._layer import WiredLayer
+from dnw._layer import WiredLayer, is_in_place
 from dnw._membership import WIRED, Members, gone, watch_other_optimizers
 from dnw._parameters import LeftOut, Wirable, parameters_named
 from dnw._patterns import Pattern
@@ -40,7 +41,7 @@ from dnw._schedules import DensitySchedule
 from dnw._shards import local
 from dnw._state import FORMAT, STATE_KEYS, check_entry
 from dnw._state import check_finite as require_finite
-from dnw._step import evaluate_closure, steps_on_the_stack
+from dnw._step import OpenStep, evaluate_closure, steps_on_the_stack
 from dnw._wired_parameter import WiredParameter
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -91,13 +92,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._left = left
         self._step = 0
         self._lock = threading.RLock()  # questions of other threads wait while a step is taken over
-        self._thread = 0  # that the open step runs in
-        self._open = False
-        self._nested = 0
-        self._finishing: list[tuple[WiredLayer, Tensor]] = []
-        self._finished_step = 0
-        self._selecting = False
-        self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._open: OpenStep | None = None
         self._incoming: dict[str, dict[str, Tensor]] | None = None
         self._ranks_to_check = check_ranks
         self._finite = check_finite
@@ -112,6 +107,8 @@ class Wiring(Mapping[str, WiredParameter]):
                 assert layer.active is not None
                 layer.previous = layer.active.clone()
                 layer.write(rule.project(layer))
+        for pool in self._pools_of(layers):
+            pool.num_active = pool.k
         self._warn_of_empty(layers)
         self._register()
 
@@ -368,16 +365,17 @@ class Wiring(Mapping[str, WiredParameter]):
         watch_other_optimizers()
         for layer in self._layers:
             WIRED[layer.parameter] = weakref.ref(self)
+            self._clear_momentum(layer)
             self._enter_state(layer)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self._open and steps_on_the_stack(optimizer) > 1:  # a subclass's step has called that of its base class
-            self._nested += 1
+        if self._open and self._open.is_mine and steps_on_the_stack(optimizer) > 1:
+            self._open.depth += 1  # a subclass's step has called that of its base class
             return args, kwargs
         if self.is_settled:
             raise RuntimeError("optimizer.step() inside `with wiring.settled():`; train outside it")
-        if self._thread != threading.get_ident() and self._in_a_step():
+        if self._open and not self._open.is_mine and self._open.is_running():
             raise RuntimeError("optimizer.step() in two threads at once; an optimizer and its wiring take one after the other")
         self._roll_back()
         args, kwargs = evaluate_closure(args, kwargs)
@@ -399,24 +397,24 @@ class Wiring(Mapping[str, WiredParameter]):
         if written := [x for x in competing if isinstance(x, WiredLayer) and self._take_over_writes(x)]:
             self._select(written)
         scale = getattr(optimizer, "grad_scale", None)
-        self._open, self._thread = True, threading.get_ident()
-        self._kept = {}
+        self._open = step = OpenStep(optimizer, self._step + 1)
+        due = self.rule.is_due(step.number)
         for layer in stepping:
             given = layer.local_grad()
             layer.see_state(self._state.get(layer.parameter, {}))
             layer.grad = given if scale is None else given / scale
             grad = self.rule.gradient(layer)
-            if not self.rule.selects_by_gradient:
+            if not (due and self.rule.selects_by_gradient):
                 layer.grad = None
             elif scale is None:  # some optimizers change the gradient in place
                 layer.grad = given.clone()
             if grad is not None and scale is not None:
                 grad = grad * scale
             self._leave_state(layer)
-            layer.lend(self.dormant.shown(layer), grad)
+            layer.lend(layer.latent if layer.in_place else self.dormant.shown(layer), grad)
             if self.dormant.momentum == "hold":
                 assert layer.active is not None
-                self._kept[layer.name] = layer.active.clone(), self.dormant.kept(layer)
+                step.kept[layer.name] = layer.active.clone(), self.dormant.kept(layer)
 
     def _check_gradients(self, layers: Sequence[WiredLayer]) -> None:
         """Raises ``FloatingPointError`` before a step would make latent weights that are not finite, and so rank first.
@@ -446,7 +444,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether a step of an optimizer is a step of this wiring's own, or a part of one."""
-        return optimizer is self._optimizer or (self._open and self._thread == threading.get_ident())
+        return optimizer is self._optimizer or (self._open is not None and self._open.is_mine)
 
     def _pools_of(self, layers: Sequence[WiredLayer]) -> list[Pool]:
         """The pools that hold one of the layers."""
@@ -455,10 +453,11 @@ class Wiring(Mapping[str, WiredParameter]):
     @_exclusive
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._nested:
-            self._nested -= 1
+        step = self._open
+        if step is None:
             return
-        if not self._open:
+        if step.depth:
+            step.depth -= 1
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -478,29 +477,46 @@ class Wiring(Mapping[str, WiredParameter]):
                 "no momentum",
                 stacklevel=2,
             )
-        self._finished_step = self._step + 1
-        self._finishing = [(layer, self.dormant.updated(layer, layer.held)) for layer in stepped]
-        self._finish_step()
+        step.results = [(x, x.held if x.in_place else self.dormant.updated(x, x.held)) for x in stepped]
+        self._finish(step)
 
-    def _finish_step(self) -> None:
+    def _finish(self, step: OpenStep) -> None:
         """Takes over what the base optimizer made. If it is interrupted, whatever comes next does it again."""
-        stepped = [layer for layer, _ in self._finishing]
-        for layer, latent in self._finishing:
-            layer.latent.copy_(latent)
-        self._finishing = [(layer, layer.latent) for layer in stepped]  # the parameters are written from here on
+        stepped = [layer for layer, _ in step.results]
+        again = step.selecting
+        for pool in self._pools_of(stepped):
+            self._schedule_pool(pool, step.number)
+            pool.num_active = 0 if again else pool.num_active  # whatever came of the first time is not to be believed
         for layer in self._layers:
-            if self._selecting:  # interrupted before: the same selection again, from the same edges
+            if again:  # the same selection once more, from the same edges
                 layer.activate(layer.previous)
             else:
                 layer.remember()
-        self._selecting = True
-        self._select(stepped, step=self._finished_step)
-        self._close(stepped)
-        self._step = self._finished_step
+        step.selecting = True
+        done = [] if again else [layer for layer in stepped if self._take_in_one_pass(layer)]
+        for layer, result in step.results:
+            layer.take(result)  # the parameters are written from here on
+        self._select([layer for layer in stepped if layer not in done], step=step.number)
+        for layer in done:
+            layer.step = step.number
+            layer.take_back()
+            layer.accept()
+        self._close(step, stepped)
+        self._step = step.number
         for layer in self._layers:
-            layer.grad = None
             self._enter_state(layer, even_alone=layer in stepped)
-        self._open, self._selecting, self._finishing = False, False, []
+        self._open = None
+        for layer in self._layers:  # not earlier: it takes gradients to select once more
+            layer.grad = None
+
+    def _take_in_one_pass(self, layer: WiredLayer) -> bool:
+        """Takes over, selects and projects a layer at once, where its rule and its tensors allow it."""
+        pool = self._pool_of[id(layer)]
+        plain = self.rule.is_plain and len(pool.layers) == 1 and self.dormant.weight_decay
+        if not (plain and _one_pass.fits(layer) and _one_pass.take_over(layer, pool.k)):
+            return False
+        pool.num_active = pool.k
+        return True
 
     def _is_template_step(self) -> bool:
         """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
@@ -509,12 +525,14 @@ class Wiring(Mapping[str, WiredParameter]):
             return False
         return not any(x.total(x.local_grad()) for x in self._layers if x.parameter.grad is not None)
 
-    def _close(self, stepped: Sequence[WiredLayer]) -> None:
+    def _close(self, step: OpenStep, stepped: Sequence[WiredLayer]) -> None:
         """Does to the momentum of dormant edges what is to be done, also in layers that traded edges without stepping."""
+        if self.dormant.momentum == "update":
+            return
         traded = [x for pool in self._pools_of(stepped) for x in pool.layers] if self.dormant.momentum == "zero" else stepped
         for layer in traded:
             assert layer.active is not None
-            self.dormant.apply(layer, *self._kept.get(layer.name, (layer.active, {})))
+            self.dormant.apply(layer, *step.kept.get(layer.name, (None, {})))
 
     @_exclusive
     @torch.no_grad()
@@ -523,9 +541,9 @@ class Wiring(Mapping[str, WiredParameter]):
 
         A step that the base optimizer has finished is finished here, too.
         """
-        if self._finishing:
-            self._finish_step()
-        self._open, self._nested, self._kept = False, 0, {}
+        if self._open and self._open.results:
+            self._finish(self._open)
+        self._open = None
         for layer in self._layers:
             layer.grad = None
             if layer.exchanged:
@@ -539,15 +557,35 @@ class Wiring(Mapping[str, WiredParameter]):
         pools = self._pools_of(layers)
         for layer in layers if step is not None else []:
             layer.step = step  # type: ignore[assignment]
-        for pool in pools if step is not None else []:
-            self._schedule_pool(pool, step)  # type: ignore[arg-type]
-        changed = self._choose(pools, stepped=step is not None) if not self.rule.fixed else []
+        due = [pool for pool in pools if self._is_due(pool, step)]
+        changed = self._choose(due, stepped=step is not None)
         changed += self._prepare(layers)
-        projected = {id(layer): layer for layer in [*layers, *changed]}.values()
-        for layer in projected:
+        due_layers = {id(layer) for pool in due for layer in pool.layers}
+        for layer in {id(layer): layer for layer in [*layers, *changed]}.values():
             if layer.exchanged:
                 layer.take_back()
-            layer.write(self._effective(layer))
+            if step is None or not layer.in_place or id(layer) in due_layers:
+                layer.write(self._effective(layer))
+            elif self._dormant_stay_zero():
+                layer.accept()
+            else:
+                layer.clear_dormant()
+
+    def _is_due(self, pool: Pool, step: int | None) -> bool:
+        """Whether a selection can change the edges of a pool: after a step, or after a write to its weights."""
+        if self.rule.fixed:
+            return False
+        return step is None or pool.k != pool.num_active or self.rule.is_due(step)
+
+    def _clear_momentum(self, layer: WiredLayer) -> None:
+        """Lets dormant edges without weights of their own, which get no gradient, begin without momentum too."""
+        if layer.in_place and not self.rule.needs_dormant_gradient:
+            layer.see_state(self._state.get(layer.parameter, {}))
+            Dormant(momentum="zero").apply(layer)
+
+    def _dormant_stay_zero(self) -> bool:
+        """Whether the base optimizer leaves at 0 what is 0 and has no gradient and no momentum."""
+        return not self.rule.needs_dormant_gradient and keeps_zeros(self._optimizer)
 
     def _choose(self, pools: Sequence[Pool], stepped: bool = False) -> list[WiredLayer]:
         """Gives the layers of some pools the edges that the rule chooses; returns those whose edges changed."""
@@ -565,6 +603,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 if len(pool.layers) > 1 and (layer.active is None or not torch.equal(mask, layer.active)):
                     changed.append(layer)  # it may have traded edges with a layer of its pool
                 layer.activate(mask)
+            pool.num_active = pool.k
             self._count(pool)
             if stepped and len(pool.layers) > 1:
                 self._warn_of_empty([x for x in pool.layers if isinstance(x, WiredLayer) and not x.least])
@@ -640,7 +679,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _in_a_step(self) -> bool:
         """Whether a step is in progress, in whatever thread; not so where it was interrupted."""
-        return self._open and steps_on_the_stack(self._optimizer, self._thread) > 0
+        return self._open is not None and self._open.is_running()
 
     def _undo_open_step(self) -> None:
         if self._in_a_step():
@@ -770,7 +809,9 @@ class Wiring(Mapping[str, WiredParameter]):
         else:
             layer.activate(active)
             layer.remember()
-        _, step, layer.step, layer.seed, self._pool_of[id(layer)].k = entry["wiring"].tolist()
+        pool = self._pool_of[id(layer)]
+        _, step, layer.step, layer.seed, pool.k = entry["wiring"].tolist()
+        pool.num_active = pool.k
         self._step = max(self._step, step)
 
     @_exclusive
@@ -799,6 +840,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._prepare(self._layers)
         for layer in self._layers:
             layer.write(self._effective(layer))
+            self._clear_momentum(layer)
             self._enter_state(layer)
         for pool in self._pools_of(self._layers):
             self._count(pool)
@@ -821,7 +863,10 @@ def _copied(
     check_finite: bool | None,
 ) -> Wiring:
     """Rebuilds a wiring from copied parts."""
-    layers = [WiredLayer(f, 0, e["latent"].dtype, p) for f, e, p in zip(found, entries, patterns, strict=True)]
+    in_place = is_in_place(rule, dormant)
+    layers = [
+        WiredLayer(f, 0, e["latent"].dtype, p, in_place=in_place) for f, e, p in zip(found, entries, patterns, strict=True)
+    ]
     for layer, (least, least_per_target) in zip(layers, floors, strict=True):
         layer.least, layer.least_per_target = least, least_per_target
     shown = [bool(optimizer.state.get(layer.parameter)) for layer in layers]

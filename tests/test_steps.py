@@ -2,7 +2,10 @@
 
 import copy
 import io
+import sys
 import threading
+from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -242,3 +245,75 @@ def test_another_optimizer_may_be_compiled_beside_a_wiring():
     before = other.weight.detach().clone()
     torch.compile(optimizer.step, backend="eager")()
     torch.testing.assert_close(other.weight.detach(), before - 0.1)
+
+
+# --- interrupts ---
+
+
+class Interrupting:
+    """Interrupts at the n-th line of the core that is run while a step is taken over; counts them."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.lines = at, 0
+
+    def __enter__(self) -> "Interrupting":
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def trace(self, frame: FrameType, event: str, _: object) -> object:
+        code = frame.f_code
+        if event == "call":
+            inside = Path(code.co_filename).name in ("_wiring.py", "_layer.py", "_one_pass.py", "_select.py", "_rules.py")
+            return self.trace if inside and steps_taken_over(frame) else None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def steps_taken_over(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "_finish":
+            return True
+        frame = frame.f_back
+    return False
+
+
+BROKEN = {
+    "dnw": (dnw.DNW(), 0.2),
+    "global": (dnw.DNW(), dnw.Global(0.2)),
+    "candidates of a common budget": (dnw.NoUpdate(), dnw.Global(0.3)),
+    "random": (dnw.RandomGraph(), 0.2),
+    "rigl": (dnw.RigL(every=2), 0.2),
+    "st3": (dnw.ST3(), 0.2),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_interrupt_anywhere_while_a_step_is_taken_over_finishes_it_later(name):
+    rule, density = BROKEN[name]
+
+    def make() -> tuple:
+        net = small_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+        wiring = dnw.wire(net, optimizer, density, rule=rule)
+        train_steps(net, optimizer, range(3))
+        return net, optimizer, wiring
+
+    whole = make()
+    with Interrupting() as counted:
+        train_steps(*whole[:2], range(3, 4))
+    assert counted.lines > 50
+    for at in sorted({1 + round(i * (counted.lines - 1) / 24) for i in range(25)}):
+        net, optimizer, wiring = make()
+        with pytest.raises(KeyboardInterrupt), Interrupting(at):
+            train_steps(net, optimizer, range(3, 4))
+        optimizer.state_dict()
+        assert wiring.step == 4, at
+        for n in wiring:
+            for what in ("latent", "active", "entered", "weight"):
+                assert torch.equal(getattr(wiring[n], what), getattr(whole[2][n], what)), (at, n, what)

@@ -1302,37 +1302,6 @@ def test_restart_takes_what_the_model_holds_zeros_included(edges):
     train_steps(model, base, range(1))
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("budget", [0.2, dnw.Global(0.2)], ids=["uniform", "global"])
-def test_an_interrupt_while_a_step_is_taken_over_finishes_it_later(call, budget, monkeypatch):
-    from dnw._layer import WiredLayer
-
-    def make():
-        model = small_net()
-        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, base, dnw.wire(model, base, budget)
-
-    model, base, wiring = make()
-    twin, twin_base, twin_wiring = make()
-    train_steps(twin, twin_base, range(3))
-    train_steps(model, base, range(2))
-    calls, activate = [], WiredLayer.activate
-
-    def interrupted(self, mask):
-        calls.append(self)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        activate(self, mask)
-
-    monkeypatch.setattr(WiredLayer, "activate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_steps(model, base, range(2, 3))
-    assert wiring.num_active == twin_wiring.num_active
-    assert same(wiring, twin_wiring)
-    assert wiring.step == 3
-    assert train_steps(model, base, range(3, 5)) == train_steps(twin, twin_base, range(3, 5))
-
-
 def test_an_average_of_a_model_whose_names_end_alike():
     model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6)))
     base = torch.optim.SGD(model.parameters(), lr=0.1)
