@@ -20,6 +20,9 @@ from dnw._patterns import Pattern
 from dnw._rule import Layer, Rule
 from dnw._shards import local, shard_of
 
+MARGIN = 1 << 16
+"""How far the k-th largest magnitude may move in a step, at first, in units of the last place of a float32: 0.8 %."""
+
 
 def is_in_place(rule: Rule, dormant: Dormant) -> bool:
     """Whether parameters hold their latent weights themselves: dormant edges have none, and nothing is held for them."""
@@ -50,10 +53,11 @@ class WiredLayer(Layer):
     """Whether the parameter holds latent weights because a step is in progress."""
     num_active: int
     """Number of active edges, of the whole parameter where it is sharded."""
-    taken: int
-    """How many entries of the latent weights are those of the step that is being taken over."""
+    progress: Tensor
+    """One number: how many entries of the latent weights are those of the step that is being taken over."""
     threshold: int | None
-    """The smallest magnitude of an active edge at the last selection in one pass, as bits."""
+    """The smallest magnitude of an active edge at the last selection in one pass, as bits, and how far it may move."""
+    margin: int
 
     def __init__(
         self,
@@ -75,8 +79,10 @@ class WiredLayer(Layer):
         latent = held if self.in_place else held.to(dtype or held.dtype, copy=True)
         super().__init__(found.name, latent, candidates, seed, shard=shard, pattern=pattern)
         self.parameter_dtype = held.dtype
-        self.version, self.exchanged, self.num_active, self.taken = -1, False, 0, 0
-        self.threshold = None
+        self.version, self.exchanged, self.num_active = -1, False, 0
+        self.progress = torch.zeros(1, dtype=torch.int64)
+        self.threshold, self.margin = None, MARGIN
+        self._buffer: Tensor | None = None
         self._changed = False  # whether active edges may differ from the previous ones
         self._given_grad: Tensor | None = None
         self._storage: Tensor | None = None
@@ -132,14 +138,12 @@ class WiredLayer(Layer):
             grad = grad.redistribute(placements=parameter.placements)  # partial sums of replicated parameters, say
         return local(grad)
 
-    def num_not_finite_in_gradient(self) -> int:
-        """How many entries of the gradient are NaN or infinite; on all processes that hold a part of it."""
+    def buffer(self) -> Tensor:
+        """Memory of the shape of the gradient, kept from step to step."""
         grad = self.local_grad()
-        if self.shard is None:
-            total = grad.sum(dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
-            if bool(total.isfinite()):  # one pass and no temporaries; finite numbers may well add up to infinity
-                return 0
-        return self.total(~grad.isfinite())
+        if self._buffer is None or self._buffer.shape != grad.shape or self._buffer.dtype != grad.dtype:
+            self._buffer = torch.empty_like(grad)
+        return self._buffer
 
     def see_state(self, state: Mapping[str, Any]) -> None:
         """Shows the rule what the optimizer keeps for the parameter."""
@@ -191,7 +195,7 @@ class WiredLayer(Layer):
     def lend(self, value: Tensor, grad: Tensor | None = None) -> None:
         """Puts latent weights, and another gradient where there is one, into the parameter for the base optimizer."""
         self.exchanged = True
-        self.taken = 0
+        self.progress.zero_()
         given = self.parameter.grad
         widened = self.latent.dtype != self.parameter_dtype
         if widened:
@@ -206,9 +210,10 @@ class WiredLayer(Layer):
 
     def take(self, stepped: Tensor) -> None:
         """Takes over latent weights that the base optimizer has made, as far as they are not yet."""
-        if not self.in_place:
-            self.latent.view(-1)[self.taken :].copy_(stepped.reshape(-1)[self.taken :])
-        self.taken = self.latent.numel()
+        done = int(self.progress)
+        if not self.in_place and done < self.latent.numel():
+            self.latent.view(-1)[done:].copy_(stepped.reshape(-1)[done:])
+        self.progress.fill_(self.latent.numel())
 
     def take_back(self) -> None:
         """Ends the exchange: the parameter has its own storage, dtype and gradient again, its values are to be written."""

@@ -172,7 +172,7 @@ class Rule:
 
     @property
     def needs_dormant_gradient(self) -> bool:
-        """Whether dormant edges get a gradient. If not, ``gradient`` must be 0 there, in every step."""
+        """Whether dormant edges get a gradient. If not, it is set to 0 there, whatever ``gradient`` says."""
         return True
 
     def is_due(self, step: int) -> bool:

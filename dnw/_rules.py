@@ -64,9 +64,6 @@ class NoUpdate(Rule):
     def needs_dormant_gradient(self) -> bool:
         return False
 
-    def gradient(self, layer: Layer) -> Tensor | None:
-        return _only(layer.active, layer.grad)
-
 
 @dataclass(frozen=True)
 class TargetedDropout(Rule):
@@ -143,7 +140,7 @@ class L1Anneal(MagnitudePruning):
 
     def gradient(self, layer: Layer) -> Tensor | None:
         assert layer.grad is not None
-        return _only(layer.active, layer.grad + self.penalty * layer.latent.sign())
+        return layer.grad + self.penalty * layer.latent.sign()
 
 
 def _clear_dormant(pools: Sequence[Pool]) -> None:
@@ -200,9 +197,6 @@ class Complete(Fixed):
     @property
     def fits_floors(self) -> bool:
         return False
-
-    def gradient(self, layer: Layer) -> Tensor | None:
-        return None
 
     def fits(self, pattern: Pattern) -> bool:
         return False
@@ -399,9 +393,6 @@ class SparseMomentum(PruneAndGrow):
     @property
     def redistributes(self) -> bool:
         return True
-
-    def gradient(self, layer: Layer) -> Tensor | None:
-        return None
 
     def growth(self, layer: Layer) -> Tensor:
         momentum = next((layer.state[key] for key in MOMENTUM_KEYS if isinstance(layer.state.get(key), Tensor)), None)

@@ -28,6 +28,7 @@ class OpenStep:
         results: what the optimizer has made of the latent weights, once it has; then the step is taken over, and whatever
             interrupts that, the next to come does it again.
         selecting: whether edges may have been chosen already.
+        exchanged: whether edges have been chosen anew.
     """
 
     optimizer: Optimizer
@@ -37,6 +38,7 @@ class OpenStep:
     kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
     results: list[tuple[WiredLayer, Tensor]] = field(default_factory=list)
     selecting: bool = False
+    exchanged: bool = False
 
     @property
     def is_mine(self) -> bool:

@@ -14,12 +14,13 @@ saved state, or any question to the wiring.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -43,6 +44,7 @@ from dnw._state import FORMAT, STATE_KEYS, check_entry
 from dnw._state import check_finite as require_finite
 from dnw._step import OpenStep, evaluate_closure, steps_on_the_stack
 from dnw._wired_parameter import WiredParameter
+from dnw.kernels._exchange import each, is_finite, masked
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -392,46 +394,80 @@ class Wiring(Mapping[str, WiredParameter]):
             check_ranks(self._layers, {x.name: self._pool_of[id(x)].k for x in self._layers})
             self._ranks_to_check = False
         stepping = [layer for layer in self._layers if layer.parameter.grad is not None]
-        self._check_gradients(stepping)
         competing = [layer for pool in self._pools_of(stepping) for layer in pool.layers]
         if written := [x for x in competing if isinstance(x, WiredLayer) and self._take_over_writes(x)]:
             self._select(written)
-        scale = getattr(optimizer, "grad_scale", None)
+        gradients = self._gradients(stepping, getattr(optimizer, "grad_scale", None))
         self._open = step = OpenStep(optimizer, self._step + 1)
-        due = self.rule.is_due(step.number)
-        for layer in stepping:
-            given = layer.local_grad()
-            layer.see_state(self._state.get(layer.parameter, {}))
-            layer.grad = given if scale is None else given / scale
-            grad = self.rule.gradient(layer)
-            if not (due and self.rule.selects_by_gradient):
-                layer.grad = None
-            elif scale is None:  # some optimizers change the gradient in place
-                layer.grad = given.clone()
-            if grad is not None and scale is not None:
-                grad = grad * scale
+        for layer, gradient in zip(stepping, gradients, strict=True):
             self._leave_state(layer)
-            layer.lend(layer.latent if layer.in_place else self.dormant.shown(layer), grad)
+            layer.lend(layer.latent if layer.in_place else self.dormant.shown(layer), gradient)
             if self.dormant.momentum == "hold":
                 assert layer.active is not None
                 step.kept[layer.name] = layer.active.clone(), self.dormant.kept(layer)
 
-    def _check_gradients(self, layers: Sequence[WiredLayer]) -> None:
-        """Raises ``FloatingPointError`` before a step would make latent weights that are not finite, and so rank first.
+    def _gradients(self, layers: Sequence[WiredLayer], scale: Tensor | None) -> list[Tensor | None]:
+        """The gradients that the base optimizer gets; None where it is the one that autograd gave.
 
-        Where a fused optimizer takes part in gradient scaling, it skips such a step itself.
+        Args:
+            layers: that have a gradient.
+            scale: by which a fused optimizer will find the gradients to be too large.
+
+        Raises:
+            FloatingPointError: one is NaN or infinite. The latent weight would be so too, and rank first.
         """
-        if getattr(self._optimizer, "found_inf", None) is not None:
-            return
+        is_due = self.rule.is_due(self._step + 1)
+        gradients: list[Tensor | None] = []
+        jobs: list[tuple[int, Callable[[], bool]]] = []
         for layer in layers:
-            wanted = layer.shard is None and layer.latent.device.type == "cpu" if self._finite is None else self._finite
-            bad = layer.num_not_finite_in_gradient() if wanted else 0
-            if bad:
-                raise FloatingPointError(
-                    f"the gradient of {layer.name!r} has {bad:,} entries that are NaN or infinite; the step is not taken and "
-                    "nothing has changed. Skip the step, lower the learning rate or clip gradients (wire(..., check_finite="
-                    "False) takes such steps)"
-                )
+            given = layer.local_grad()
+            layer.see_state(self._state.get(layer.parameter, {}))
+            layer.grad = given if scale is None else given / scale
+            gradient = self.rule.gradient(layer)
+            if not (is_due and self.rule.selects_by_gradient):
+                layer.grad = None
+            elif scale is None:  # some optimizers change the gradient in place
+                layer.grad = given.clone()
+            if gradient is not None and scale is not None:
+                gradient = gradient * scale
+            found = given if gradient is None else gradient
+            if self._is_masked(layer):
+                assert layer.active is not None
+                gradient = layer.buffer()
+                jobs.append((found.numel(), partial(masked, found, layer.active, gradient)))
+            else:
+                jobs.append((found.numel(), partial(is_finite, found) if self._checks(layer) else lambda: True))
+            gradients.append(gradient)
+        for layer, finite in zip(layers, each(jobs), strict=True):
+            if self._checks(layer):
+                self._require_finite_gradient(layer, finite)
+        return gradients
+
+    def _is_masked(self, layer: WiredLayer) -> bool:
+        """Whether the gradient of dormant edges, of which the layer has some, is kept from the base optimizer."""
+        return not self.rule.needs_dormant_gradient and not self._is_full(layer)
+
+    def _is_full(self, layer: WiredLayer) -> bool:
+        """Whether every entry is an active edge."""
+        pool = self._pool_of[id(layer)]
+        return len(pool.layers) == 1 and pool.k == math.prod(layer.shape)
+
+    def _checks(self, layer: WiredLayer) -> bool:
+        """Whether gradients are looked at. A fused optimizer that takes part in gradient scaling skips such steps itself."""
+        if getattr(self._optimizer, "found_inf", None) is not None:
+            return False
+        return layer.shard is None and layer.latent.device.type == "cpu" if self._finite is None else self._finite
+
+    def _require_finite_gradient(self, layer: WiredLayer, finite: bool) -> None:
+        if finite and layer.shard is None:
+            return
+        bad = layer.total(~layer.local_grad().isfinite())  # of a sharded one all processes must know
+        if bad or layer.shard is None:
+            raise FloatingPointError(
+                f"the gradient of {layer.name!r} has {bad:,} entries that are NaN or infinite; the step is not taken and "
+                "nothing has changed. Skip the step, lower the learning rate or clip gradients (wire(..., check_finite=False) "
+                "takes such steps)"
+            )
 
     def _check_held(self) -> None:
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
@@ -493,7 +529,7 @@ class Wiring(Mapping[str, WiredParameter]):
             else:
                 layer.remember()
         step.selecting = True
-        done = [] if again else [layer for layer in stepped if self._take_in_one_pass(layer)]
+        done = [] if again else self._take_in_one_pass(stepped)
         for layer, result in step.results:
             layer.take(result)  # the parameters are written from here on
         self._select([layer for layer in stepped if layer not in done], step=step.number)
@@ -509,14 +545,16 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._layers:  # not earlier: it takes gradients to select once more
             layer.grad = None
 
-    def _take_in_one_pass(self, layer: WiredLayer) -> bool:
-        """Takes over, selects and projects a layer at once, where its rule and its tensors allow it."""
-        pool = self._pool_of[id(layer)]
-        plain = self.rule.is_plain and len(pool.layers) == 1 and self.dormant.weight_decay
-        if not (plain and _one_pass.fits(layer) and _one_pass.take_over(layer, pool.k)):
-            return False
-        pool.num_active = pool.k
-        return True
+    def _take_in_one_pass(self, layers: Sequence[WiredLayer]) -> list[WiredLayer]:
+        """Takes over, selects and projects at once the layers that this is possible for; returns those for which it is done."""
+        if not self.rule.is_plain or not self.dormant.weight_decay:
+            return []
+        alone = [(layer, pool) for layer in layers if len((pool := self._pool_of[id(layer)]).layers) == 1]
+        fitting = [(layer, pool) for layer, pool in alone if _one_pass.fits(layer)]
+        done = each([(layer.latent.numel(), partial(_one_pass.take_over, layer, pool.k)) for layer, pool in fitting])
+        for (_, pool), is_done in zip(fitting, done, strict=True):
+            pool.num_active = pool.k if is_done else pool.num_active
+        return [layer for (layer, _), is_done in zip(fitting, done, strict=True) if is_done]
 
     def _is_template_step(self) -> bool:
         """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
@@ -527,7 +565,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _close(self, step: OpenStep, stepped: Sequence[WiredLayer]) -> None:
         """Does to the momentum of dormant edges what is to be done, also in layers that traded edges without stepping."""
-        if self.dormant.momentum == "update":
+        if self.dormant.momentum == "update" or (self._dormant_stay_zero() and not step.exchanged):
             return
         traded = [x for pool in self._pools_of(stepped) for x in pool.layers] if self.dormant.momentum == "zero" else stepped
         for layer in traded:
@@ -558,6 +596,8 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in layers if step is not None else []:
             layer.step = step  # type: ignore[assignment]
         due = [pool for pool in pools if self._is_due(pool, step)]
+        if self._open and due:
+            self._open.exchanged = True
         changed = self._choose(due, stepped=step is not None)
         changed += self._prepare(layers)
         due_layers = {id(layer) for pool in due for layer in pool.layers}
@@ -566,7 +606,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 layer.take_back()
             if step is None or not layer.in_place or id(layer) in due_layers:
                 layer.write(self._effective(layer))
-            elif self._dormant_stay_zero():
+            elif self._dormant_stay_zero() or self._is_full(layer):
                 layer.accept()
             else:
                 layer.clear_dormant()

@@ -11,7 +11,7 @@ import dnw
 
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
-    ["_checks", "_files", "_shards"],
+    ["_checks", "_files", "_shards", "kernels"],
     ["_budgets", "_schedules", "_patterns", "_select", "_dormant"],
     ["_parameters", "_rule"],
     ["_edges", "_guard", "_layer", "_rules"],
@@ -31,6 +31,9 @@ FLOORS = [
     ["cli"],
 ]
 CORE = {
+    "kernels",
+    "_one_pass",
+    "_membership",
     "_checks",
     "_files",
     "_shards",

@@ -1,0 +1,184 @@
+"""What surrounds an optimizer's step, in one pass over the memory of each parameter.
+
+Contract: the same numbers with and without the native code, for whatever tensors. Native are float32 tensors on a CPU, each in
+one piece; several of them are worked on at once, by as many threads as PyTorch uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_VERSION = 1
+_SMALL = 1 << 16
+"""Entries, in all, that are not worth waking threads for."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The native code; None where it is not built, or not for this version."""
+    for path in sorted(Path(__file__).parent.glob("_exchange_native*.so")):
+        try:
+            found = ctypes.CDLL(str(path))
+            if found.dnw_exchange_version() == _VERSION:
+                found.dnw_take.restype = found.dnw_take_n_of_m.restype = None
+                return found
+        except (OSError, AttributeError):  # of another machine, or no library of ours
+            continue
+    return None
+
+
+def is_native(*tensors: Tensor | None) -> bool:
+    """Whether the native code takes these tensors: float32 or masks, on a CPU, in one piece."""
+    return library() is not None and all(
+        t is None
+        or (t.device.type == "cpu" and t.dtype in (torch.float32, torch.bool) and t.is_contiguous() and not t.is_neg())
+        for t in tensors
+    )
+
+
+def each(jobs: Sequence[tuple[int, Callable[[], Any]]]) -> list[Any]:
+    """The results of some jobs, each with its size in entries, run at once by as many threads as PyTorch uses.
+
+    Returns only when none of them runs any more, also where it is interrupted.
+    """
+    threads = min(torch.get_num_threads(), len(jobs))
+    if threads < 2 or sum(size for size, _ in jobs) < _SMALL:
+        return [job() for _, job in jobs]
+    largest_first = sorted(range(len(jobs)), key=lambda i: -jobs[i][0])
+    futures = {i: _crew(os.getpid(), threads).submit(jobs[i][1]) for i in largest_first}
+    try:
+        return [futures[i].result() for i in range(len(jobs))]
+    finally:
+        wait(futures.values())
+
+
+@cache
+def _crew(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: one that is forked from it has none."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="dnw")
+
+
+def masked(values: Tensor, mask: Tensor, out: Tensor) -> bool:
+    """Writes values where a mask holds, else 0, to ``out``; returns whether all of it is finite.
+
+    Args:
+        values, mask, out: of one shape; the mask is boolean.
+    """
+    lib = library()
+    if lib is not None and is_native(values, mask, out):
+        return bool(lib.dnw_masked(_at(values), _at(mask), _at(out), ctypes.c_int64(values.numel())))
+    torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device), out=out)
+    return is_finite(out)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite."""
+    lib = library()
+    if lib is not None and is_native(values) and values.dtype == torch.float32:
+        return bool(lib.dnw_finite(_at(values), ctypes.c_int64(values.numel())))
+    # one pass and no temporaries, as a rule; finite numbers may well add up to infinity
+    total = values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    return bool(total.isfinite()) or bool(values.isfinite().all())
+
+
+def take(
+    held: Tensor, latent: Tensor, active: Tensor, candidates: Tensor | None, low: int, high: int, taken: Tensor
+) -> tuple[int, Tensor]:
+    """Makes what a parameter holds its latent weights; candidates of at least a magnitude become active, the others 0 in it.
+
+    Args:
+        held, latent: of one shape.
+        active, candidates: masks of that shape; the former is written. None where every entry is a candidate.
+        low, high: magnitudes, as bits of a float32.
+        taken: one number, int64: how many entries of ``latent`` are taken over, whenever this is interrupted.
+
+    Returns:
+        How many candidates lie above ``high``, and the flat places of those from ``low`` to ``high``, in order.
+    """
+    lib = library()
+    size = held.numel()
+    if lib is None or not is_native(held, latent, active, candidates):
+        return _take(held.view(-1), latent.view(-1), active.view(-1), candidates, low, high, taken)
+    places, found = torch.empty(size // 16 + 64, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+    lib.dnw_take(
+        _at(held),
+        _at(latent),
+        _at(active),
+        _at(candidates),
+        ctypes.c_int64(size),
+        ctypes.c_uint32(low),
+        ctypes.c_uint32(high),
+        _at(places),
+        ctypes.c_int64(len(places)),
+        _at(found),
+        _at(taken),
+    )
+    above, between = found.tolist()
+    if between > len(places):  # there was no room for all of them
+        places = _between(latent.view(-1), candidates, low, high)
+    return above, places[:between]
+
+
+_PIECE = 1 << 17
+"""Entries at a time: what fits into a second-level cache with all that is made of them."""
+
+
+def _take(
+    held: Tensor, latent: Tensor, active: Tensor, candidates: Tensor | None, low: int, high: int, taken: Tensor
+) -> tuple[int, Tensor]:
+    above, places = 0, []
+    for start in range(0, len(held), _PIECE):
+        piece, stop = held[start : start + _PIECE], min(start + _PIECE, len(held))
+        latent[start:stop].copy_(piece)
+        taken.fill_(stop)  # from here on the piece may be overwritten
+        bits = piece.view(torch.int32) & 0x7FFF_FFFF
+        if candidates is not None:
+            bits.masked_fill_(~candidates.view(-1)[start:stop], -1)
+        chosen = torch.ge(bits, low, out=active[start:stop])
+        over = bits > high
+        above += int(over.count_nonzero())
+        places.append((over ^ chosen).nonzero().squeeze(1) + start)
+        piece.masked_fill_(~chosen, 0)
+    return above, torch.cat(places)
+
+
+def _between(latent: Tensor, candidates: Tensor | None, low: int, high: int) -> Tensor:
+    bits = latent.view(torch.int32) & 0x7FFF_FFFF
+    between = (bits >= low) & (bits <= high)
+    return (between if candidates is None else between & candidates.view(-1)).nonzero().squeeze(1)
+
+
+def take_n_of_m(held: Tensor, latent: Tensor, active: Tensor, n: int, m: int, taken: Tensor) -> None:
+    """Makes what a parameter holds its latent weights; of every m sources the n largest become active, the others 0 in it.
+
+    Args:
+        held, latent, active: of one shape ``[targets, sources, ...]``, and such as :func:`is_native` says.
+        n, m: of m consecutive sources n, at each place of a kernel; among equals the first.
+        taken: as for :func:`take`.
+    """
+    lib = library()
+    assert lib is not None
+    kernel = held[0, 0].numel()
+    lib.dnw_take_n_of_m(
+        _at(held),
+        _at(latent),
+        _at(active),
+        ctypes.c_int64(held.numel() // (m * kernel)),
+        ctypes.c_int64(kernel),
+        ctypes.c_int32(n),
+        ctypes.c_int32(m),
+        _at(taken),
+    )
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
