@@ -58,6 +58,8 @@ class WiredLayer(Layer):
     threshold: int | None
     """The smallest magnitude of an active edge at the last selection in one pass, as bits, and how far it may move."""
     margin: int
+    aside: Tensor | None
+    """The dense weights between the parts of a step that perturbs them; None otherwise."""
 
     def __init__(
         self,
@@ -84,7 +86,9 @@ class WiredLayer(Layer):
         self.threshold, self.margin = None, MARGIN
         self._buffer: Tensor | None = None
         self._changed = False  # whether active edges may differ from the previous ones
+        self.aside: Tensor | None = None
         self._given_grad: Tensor | None = None
+        self._lent_grad: Tensor | None = None
         self._storage: Tensor | None = None
 
     @property
@@ -192,21 +196,39 @@ class WiredLayer(Layer):
 
     # --- the exchange ---
 
-    def lend(self, value: Tensor, grad: Tensor | None = None) -> None:
-        """Puts latent weights, and another gradient where there is one, into the parameter for the base optimizer."""
+    def lend(self, value: Tensor) -> None:
+        """Puts latent weights into the parameter for the base optimizer.
+
+        The parameter gets another storage for the time where they are of another dtype, or where the optimizer differentiates
+        through the gradient, which forbids to overwrite what the gradient was made of.
+        """
         self.exchanged = True
         self.progress.zero_()
-        given = self.parameter.grad
-        widened = self.latent.dtype != self.parameter_dtype
-        if widened:
+        grad = self.parameter.grad
+        if self.latent.dtype != self.parameter_dtype or (grad is not None and grad.grad_fn is not None):
             self._storage, self.parameter.data = self.parameter.data, value.clone()
-            if grad is None and given is not None:
-                grad = given
         elif not self.in_place:
             self.held.copy_(value)
+
+    def lend_gradient(self, grad: Tensor | None) -> None:
+        """Gives the base optimizer another gradient where there is one, in the dtype of the latent weights."""
+        given = self.parameter.grad
+        if grad is None and given is not None and given.dtype != self.latent.dtype:
+            grad = self.local_grad()
         if grad is not None:
             self._given_grad = given
-            self.parameter.grad = self.whole(grad.to(self.latent.dtype))
+            self._lent_grad = self.parameter.grad = self.whole(grad.to(self.latent.dtype))
+
+    def give_gradient_back(self) -> None:
+        """The parameter has its own gradient again, unless somebody has put another in the place of the one that was lent."""
+        if self._given_grad is not None and self.parameter.grad is self._lent_grad:
+            self.parameter.grad = self._given_grad
+        self._given_grad = self._lent_grad = None
+
+    @property
+    def has_other_storage(self) -> bool:
+        """Whether the parameter has another storage than its own for the time of a step."""
+        return self._storage is not None
 
     def take(self, stepped: Tensor) -> None:
         """Takes over latent weights that the base optimizer has made, as far as they are not yet."""
@@ -218,9 +240,10 @@ class WiredLayer(Layer):
     def take_back(self) -> None:
         """Ends the exchange: the parameter has its own storage, dtype and gradient again, its values are to be written."""
         if self._storage is not None:
+            if self.in_place:
+                self._storage.copy_(self.parameter.data)
             self.parameter.data, self._storage = self._storage, None
-        if self._given_grad is not None:
-            self.parameter.grad, self._given_grad = self._given_grad, None
+        self.give_gradient_back()
         self.exchanged = False
 
     # --- what surrounds it ---

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +23,7 @@ class OpenStep:
         number: how many steps are completed when it is.
         thread: that it runs in.
         depth: how many calls of a base class's ``step`` it has made that have not come back.
+        stepping: by id, the layers that have got a gradient.
         kept: by name, the edges and the momentum of layers before it, where momentum is held.
         results: what the optimizer has made of the latent weights, once it has; then the step is taken over, and whatever
             interrupts that, the next to come does it again.
@@ -35,6 +35,7 @@ class OpenStep:
     number: int
     thread: int = field(default_factory=threading.get_ident)
     depth: int = 0
+    stepping: dict[int, WiredLayer] = field(default_factory=dict)
     kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
     results: list[tuple[WiredLayer, Tensor]] = field(default_factory=list)
     selecting: bool = False
@@ -54,13 +55,13 @@ def steps_on_the_stack(optimizer: Optimizer, thread: int | None = None) -> int:
     """How many calls of ``optimizer.step`` a thread is in: 0 outside a step, more than 1 in a nested one.
 
     Args:
-        optimizer: whose step is looked for.
+        optimizer: whose step is looked for. What :func:`run_exchanged` runs counts as one.
         thread: identifier of the thread; by default this one. Of a thread that has ended: 0.
     """
     count = 0
     frame = sys._getframe(1) if thread in (None, threading.get_ident()) else sys._current_frames().get(thread or 0)
     while frame is not None:
-        if frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer:
+        if frame.f_code in (_STEP_WRAPPER, run_exchanged.__code__) and frame.f_locals.get("self") is optimizer:
             count += 1
         frame = frame.f_back
     return count
@@ -70,24 +71,21 @@ _STEP_WRAPPER = Optimizer.profile_hook_step(lambda *_: None).__code__
 """The code that PyTorch wraps around the ``step`` of every optimizer class, and that runs the hooks."""
 
 
-def evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Evaluates a closure given to ``step`` on the effective weights; the optimizer gets one that returns the known loss."""
-    positional = len(args) > 1  # the optimizer itself comes first
-    closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
-    if closure is None:
-        return args, kwargs
-    with torch.enable_grad():
-        loss = closure()
-    calls = 0
+def run_exchanged(
+    self: Optimizer, begin: Callable[[], None], method: Callable[..., Any], end: Callable[[], None], args: tuple, kwargs: dict
+) -> Any:
+    """Runs a method of an optimizer that writes to parameters as ``step`` does, between what its hooks would do."""
+    begin()
+    result = method(*args, **kwargs)
+    end()
+    return result
 
-    def known_loss() -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise RuntimeError(
-                "this optimizer evaluates its closure several times a step, each time on other weights; a wiring needs "
-                "one evaluation a step, so optimizers such as LBFGS cannot be wired"
-            )
-        return loss
 
-    return ((args[0], known_loss, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": known_loss})
+def closure_of(args: tuple, kwargs: dict) -> Callable[[], Any] | None:
+    """The closure given to ``step``; the optimizer itself is the first of its arguments."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
+def with_closure(args: tuple, kwargs: dict, closure: Callable[[], Any]) -> tuple[tuple, dict]:
+    """The same arguments with another closure."""
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dnw._budgets import Budget, ByName, Floor, Shape, Uniform, share_out
 from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
+from dnw._foreign import inside_launchers, refuse
 from dnw._layer import WiredLayer, is_in_place
 from dnw._membership import owner_of
 from dnw._parameters import Selector, Wirable, find_parameters, unwrap_model
@@ -81,10 +82,10 @@ def wire(
     Raises:
         ValueError: a budget, pattern, parameter or optimizer that does not fit; nothing has been changed then.
     """
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # the wrappers of launch libraries
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    given, optimizer = optimizer, inside_launchers(optimizer)  # type: ignore[assignment]
     if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(given).__name__}")
+    refuse(optimizer)
     rule = DNW() if rule is None else rule
     if not isinstance(rule, Rule):
         raise ValueError(f"rule: expected a rule such as dnw.DNW(), got {rule!r}")

@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal, TypeVar, cast
 
@@ -31,6 +32,15 @@ from dnw import _one_pass
 from dnw._checks import did_you_mean, listing
 from dnw._dormant import Dormant, keeps_zeros
 from dnw._edges import Summary, SummaryRow
+from dnw._foreign import (
+    averaging_methods,
+    chain,
+    evaluates_first,
+    has_state_hooks,
+    let_hooks_run,
+    loads_in_its_own_way,
+    parts,
+)
 from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer, is_in_place
 from dnw._membership import WIRED, Members, gone, watch_other_optimizers
@@ -42,7 +52,7 @@ from dnw._schedules import DensitySchedule
 from dnw._shards import local
 from dnw._state import FORMAT, STATE_KEYS, check_entry
 from dnw._state import check_finite as require_finite
-from dnw._step import OpenStep, evaluate_closure, steps_on_the_stack
+from dnw._step import OpenStep, closure_of, run_exchanged, steps_on_the_stack, with_closure
 from dnw._wired_parameter import WiredParameter
 from dnw.kernels._exchange import each, is_finite, masked
 
@@ -58,6 +68,21 @@ def _exclusive(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return cast(_Method, run)
+
+
+@dataclass(frozen=True, eq=False)
+class _Replaced:
+    """A method of one optimizer that a function stands in the place of."""
+
+    optimizer: Optimizer
+    name: str
+    own: Callable[..., Any] | None
+
+    def remove(self) -> None:
+        if self.own is None:
+            vars(self.optimizer).pop(self.name, None)
+        else:
+            setattr(self.optimizer, self.name, self.own)
 
 
 class Wiring(Mapping[str, WiredParameter]):
@@ -86,6 +111,8 @@ class Wiring(Mapping[str, WiredParameter]):
         self.is_settled = False
         self._members = Members(model, layers)
         self._optimizer = optimizer
+        self._chain = chain(optimizer)
+        self._loads_around = False
         self._layers = layers
         first = pools
         if rule.redistributes:
@@ -151,7 +178,7 @@ class Wiring(Mapping[str, WiredParameter]):
     @property
     def _state(self) -> dict[Tensor, dict[str, Any]]:
         """The optimizer's state on this process."""
-        return local_optimizer(self._optimizer).state
+        return local_optimizer(self._chain[-1]).state
 
     # --- what a user asks ---
 
@@ -352,14 +379,19 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _register(self) -> None:
         optimizer, uncompiled = self._optimizer, torch.compiler.disable
+        let_hooks_run(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
             optimizer.register_step_post_hook(uncompiled(self._after_step)),
-            optimizer.register_state_dict_pre_hook(lambda _: self._catch_up()),
-            optimizer.register_state_dict_post_hook(self._add_to_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._take_from_state_dict),
-            optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
+        for keeper in filter(has_state_hooks, self._chain):
+            self._handles += [
+                keeper.register_state_dict_pre_hook(lambda _: self._catch_up()),
+                keeper.register_state_dict_post_hook(self._add_to_state_dict),
+                keeper.register_load_state_dict_pre_hook(self._take_from_state_dict),
+                keeper.register_load_state_dict_post_hook(self._loaded),
+            ]
+        self._surround(optimizer)
         if self.rule.settles:
             guard = EvaluationGuard(self)
             modules = {id(layer.module): layer.module for layer in self._layers}.values()
@@ -370,23 +402,63 @@ class Wiring(Mapping[str, WiredParameter]):
             self._clear_momentum(layer)
             self._enter_state(layer)
 
+    def _surround(self, optimizer: Optimizer) -> None:
+        """Puts the exchange around the methods of an optimizer, beside its step, that write to parameters."""
+        names = parts(optimizer)
+        for name in names:
+            begin = partial(self._begin_part, name == names[0])
+            self._replace(name, begin, self._end_step if name == names[-1] else self._put_aside)
+        for name in averaging_methods(optimizer):
+            self._replace(name, self._begin_averaging, self._end_averaging)
+        if loads_in_its_own_way(optimizer):
+            load = optimizer.load_state_dict
+            self._put(optimizer, "load_state_dict", partial(self._load_around, load))
+
+    def _replace(self, name: str, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        optimizer, method = self._optimizer, getattr(self._optimizer, name)
+
+        def surrounded(*args: Any, **kwargs: Any) -> Any:
+            if self._open and self._open.is_mine and self._open.is_running():
+                return method(*args, **kwargs)  # a part of what is open already
+            return run_exchanged(optimizer, begin, method, end, args, kwargs)
+
+        self._put(optimizer, name, surrounded)
+
+    def _put(self, optimizer: Optimizer, name: str, function: Callable[..., Any]) -> None:
+        """Puts a function in the place of a method of one optimizer, until the wiring is taken off."""
+        own = vars(optimizer).get(name)
+        setattr(optimizer, name, function)
+        self._handles.append(_Replaced(optimizer, name, own))
+
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self._open and self._open.is_mine and steps_on_the_stack(optimizer) > 1:
             self._open.depth += 1  # a subclass's step has called that of its base class
             return args, kwargs
+        self._begin()
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            self._exchange()
+            return args, kwargs
+        if evaluates_first(optimizer):
+            with torch.enable_grad():
+                loss = closure()
+            self._exchange()
+            return with_closure(args, kwargs, lambda: loss)
+        self._exchange(all_of_them=True)
+        return with_closure(args, kwargs, partial(self._evaluate, closure))
+
+    def _begin(self) -> None:
+        """Before an exchange: what may not go on meanwhile, and what is left of the last one."""
         if self.is_settled:
             raise RuntimeError("optimizer.step() inside `with wiring.settled():`; train outside it")
         if self._open and not self._open.is_mine and self._open.is_running():
             raise RuntimeError("optimizer.step() in two threads at once; an optimizer and its wiring take one after the other")
         self._roll_back()
-        args, kwargs = evaluate_closure(args, kwargs)
-        self._exchange(optimizer)
-        return args, kwargs
 
     @_exclusive
-    def _exchange(self, optimizer: Optimizer) -> None:
-        """Puts the latent weights of the parameters that have a gradient in place of the effective ones."""
+    def _exchange(self, all_of_them: bool = False) -> None:
+        """Puts the latent weights of the parameters that have a gradient, or of all, in place of the effective ones."""
         self._check_held()
         if missing := self._members.missing(self._layers):
             raise RuntimeError(gone(missing))
@@ -397,26 +469,130 @@ class Wiring(Mapping[str, WiredParameter]):
         competing = [layer for pool in self._pools_of(stepping) for layer in pool.layers]
         if written := [x for x in competing if isinstance(x, WiredLayer) and self._take_over_writes(x)]:
             self._select(written)
-        gradients = self._gradients(stepping, getattr(optimizer, "grad_scale", None))
-        self._open = step = OpenStep(optimizer, self._step + 1)
-        for layer, gradient in zip(stepping, gradients, strict=True):
+        gradients = self._gradients(stepping)
+        self._open = step = OpenStep(self._optimizer, self._step + 1)
+        for layer in self._layers if all_of_them else stepping:
             self._leave_state(layer)
-            layer.lend(layer.latent if layer.in_place else self.dormant.shown(layer), gradient)
+            shown = layer.latent if layer.in_place else self.dormant.shown(layer)
+            layer.lend(shown if layer.aside is None else layer.aside)
             if self.dormant.momentum == "hold":
                 assert layer.active is not None
                 step.kept[layer.name] = layer.active.clone(), self.dormant.kept(layer)
+        self._lend_gradients(stepping, gradients)
 
-    def _gradients(self, layers: Sequence[WiredLayer], scale: Tensor | None) -> list[Tensor | None]:
-        """The gradients that the base optimizer gets; None where it is the one that autograd gave.
+    def _lend_gradients(self, layers: Sequence[WiredLayer], gradients: Sequence[Tensor | None]) -> None:
+        assert self._open is not None
+        for layer, gradient in zip(layers, gradients, strict=True):
+            layer.lend_gradient(gradient)
+            self._open.stepping[id(layer)] = layer
 
-        Args:
-            layers: that have a gradient.
-            scale: by which a fused optimizer will find the gradients to be too large.
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Evaluates a closure on the effective weights of what the parameters hold at this moment; the edges stay."""
+        lent = [layer for layer in self._layers if layer.exchanged]
+        present = self._show_effective(lent)
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            with torch.no_grad():
+                for layer, value in zip(lent, present, strict=True):
+                    layer.held.copy_(value)
+        with torch.no_grad():
+            stepping = [layer for layer in lent if layer.parameter.grad is not None]
+            self._lend_gradients(stepping, self._gradients(stepping))
+        return loss
+
+    @torch.no_grad()
+    def _show_effective(self, layers: Sequence[WiredLayer]) -> list[Tensor]:
+        """Puts effective weights in the place of dense ones that parameters hold; returns the latter."""
+        present = []
+        for layer in layers:
+            if layer.latent.dtype != layer.parameter_dtype:
+                raise RuntimeError(
+                    f"{type(self._optimizer).__name__} evaluates its closure within a step, when {layer.name!r} is in "
+                    f"the dtype of its latent weights, {layer.latent.dtype}; wire without latent_dtype"
+                )
+            layer.give_gradient_back()
+            present.append(layer.held.detach().clone())
+            layer.held.copy_(self._effective_of(layer, present[-1]))
+        return present
+
+    def _effective_of(self, layer: WiredLayer, dense: Tensor) -> Tensor:
+        """What the model would hold if these were a layer's latent weights, with the edges that it has."""
+        if layer.in_place:
+            return self._effective(layer)
+        kept, layer.latent = layer.latent, dense
+        try:
+            return self._effective(layer)
+        finally:
+            layer.latent = kept
+
+    # --- around other methods of the optimizer ---
+
+    @torch.no_grad()
+    def _begin_part(self, is_first: bool) -> None:
+        """Before a part of a step: its perturbation, or the step from where that has led."""
+        self._begin()
+        if is_first:
+            for layer in self._layers:
+                layer.aside = None
+        self._exchange()
+
+    @_exclusive
+    @torch.no_grad()
+    def _put_aside(self) -> None:
+        """After a part of a step that is not its last: the model holds what is perturbed, with the edges that it has."""
+        for layer in self._layers:
+            if layer.exchanged:
+                layer.aside = layer.held.detach().clone()
+                effective = self._effective_of(layer, layer.aside)
+                layer.take_back()
+                layer.write(effective)
+                self._enter_state(layer)
+        self._open = None
+
+    def _end_step(self) -> None:
+        self._after_step(self._optimizer, (), {})
+
+    @_exclusive
+    @torch.no_grad()
+    def _begin_averaging(self) -> None:
+        self._begin()
+        self._catch_up()
+        self._open = OpenStep(self._optimizer, self._step)
+        for layer in self._layers:
+            layer.lend(layer.latent)
+
+    @_exclusive
+    @torch.no_grad()
+    def _end_averaging(self) -> None:
+        """The average, or what comes in its place again, are the latent weights from here on."""
+        for layer in self._layers:
+            layer.take(layer.held.detach())
+        self._open = None
+        self._select(self._layers)
+        for layer in self._layers:
+            self._enter_state(layer)
+
+    def _load_around(self, load: Callable[[Any], Any], state_dict: dict[str, Any]) -> Any:
+        """Loads a state for an optimizer that does so in its own way, perhaps without running hooks."""
+        rest = self._take_from_state_dict(self._optimizer, state_dict)
+        self._loads_around = True
+        try:
+            result = load(rest)
+        finally:
+            self._loads_around = False
+        self._loaded(self._optimizer)
+        return result
+
+    def _gradients(self, layers: Sequence[WiredLayer]) -> list[Tensor | None]:
+        """The gradients that the base optimizer gets; None where it is the one that autograd gave. All layers have one.
 
         Raises:
             FloatingPointError: one is NaN or infinite. The latent weight would be so too, and rank first.
         """
         is_due = self.rule.is_due(self._step + 1)
+        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer finds them too large by this
         gradients: list[Tensor | None] = []
         jobs: list[tuple[int, Callable[[], bool]]] = []
         for layer in layers:
@@ -470,7 +646,7 @@ class Wiring(Mapping[str, WiredParameter]):
             )
 
     def _check_held(self) -> None:
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in self._chain[-1].param_groups for p in group["params"]}
         for layer in self._layers:
             if id(layer.parameter) not in held:
                 raise RuntimeError(
@@ -480,7 +656,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether a step of an optimizer is a step of this wiring's own, or a part of one."""
-        return optimizer is self._optimizer or (self._open is not None and self._open.is_mine)
+        return optimizer in self._chain or (self._open is not None and self._open.is_mine)
 
     def _pools_of(self, layers: Sequence[WiredLayer]) -> list[Pool]:
         """The pools that hold one of the layers."""
@@ -499,7 +675,11 @@ class Wiring(Mapping[str, WiredParameter]):
         if found_inf is not None and bool(found_inf):
             self._roll_back()  # a fused optimizer skipped this step
             return
-        stepped = [layer for layer in self._layers if layer.exchanged]
+        stepped = list(step.stepping.values())
+        for layer in self._layers:
+            if layer.exchanged and id(layer) not in step.stepping:  # it was lent for a closure that gave it no gradient
+                layer.take_back()
+                layer.write(self._effective(layer))
         if self._is_template_step():
             self._roll_back()
             for layer in stepped:
@@ -541,6 +721,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._step = step.number
         for layer in self._layers:
             self._enter_state(layer, even_alone=layer in stepped)
+            layer.aside = None
         self._open = None
         for layer in self._layers:  # not earlier: it takes gradients to select once more
             layer.grad = None
@@ -558,7 +739,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _is_template_step(self) -> bool:
         """Whether a step had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
-        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        rates = [group.get("lr") for group in self._chain[-1].param_groups]
         if any(lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0 for lr in rates):
             return False
         return not any(x.total(x.local_grad()) for x in self._layers if x.parameter.grad is not None)
@@ -625,7 +806,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _dormant_stay_zero(self) -> bool:
         """Whether the base optimizer leaves at 0 what is 0 and has no gradient and no momentum."""
-        return not self.rule.needs_dormant_gradient and keeps_zeros(self._optimizer)
+        return not self.rule.needs_dormant_gradient and len(self._chain) == 1 and keeps_zeros(self._optimizer)
 
     def _choose(self, pools: Sequence[Pool], stepped: bool = False) -> list[WiredLayer]:
         """Gives the layers of some pools the edges that the rule chooses; returns those whose edges changed."""
@@ -762,7 +943,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
         After a step an optimizer that has made no state never makes any, so ours may stand there alone.
         """
-        even_alone = even_alone and local_optimizer(self._optimizer) is self._optimizer
+        even_alone = even_alone and local_optimizer(self._optimizer) is self._chain[-1]
         if even_alone or self._state.get(layer.parameter):
             self._state[layer.parameter].update(self._entry(layer))
 
@@ -774,7 +955,7 @@ class Wiring(Mapping[str, WiredParameter]):
     def _packed_ids(self, state_dict: dict[str, Any]) -> dict[str, int]:
         """The key under which each wired parameter stands in an optimizer state dict of the same parameter groups."""
         ids = {}
-        for group, packed in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for group, packed in zip(self._chain[-1].param_groups, state_dict["param_groups"], strict=False):
             ids.update({id(p): key for p, key in zip(group["params"], packed["params"], strict=False)})
         return {layer.name: ids[id(layer.parameter)] for layer in self._layers if id(layer.parameter) in ids}
 
@@ -789,7 +970,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 **state_dict["state"].get(ids[layer.name], {}),
                 **self._entry(layer),
             }
-        if self._state and all(set(entry) == set(STATE_KEYS) for entry in self._state.values()):
+        if self._state and all(isinstance(x, dict) and set(x) == set(STATE_KEYS) for x in self._state.values()):
             # It has stepped and made no state. torch.distributed.checkpoint wants entries of all parameters or of none.
             for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
                 for parameter, key in zip(group["params"], packed["params"], strict=True):
@@ -799,6 +980,8 @@ class Wiring(Mapping[str, WiredParameter]):
     @_exclusive
     def _take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Takes what is ours out of an incoming state dict, checked, before the base class casts or rejects it."""
+        if self._loads_around:
+            return state_dict
         self._undo_open_step()
         self._incoming = None
         ids = self._packed_ids(state_dict)
@@ -827,7 +1010,7 @@ class Wiring(Mapping[str, WiredParameter]):
     def _drop_unwired(self, state: dict[Any, Any], state_dict: dict[str, Any]) -> None:
         """Takes the latent weights of parameters that no wiring holds out of an incoming state, with a warning."""
         dropped = []
-        for group, packed in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for group, packed in zip(self._chain[-1].param_groups, state_dict["param_groups"], strict=False):
             for parameter, key in zip(group["params"], packed["params"], strict=False):
                 if parameter not in WIRED and state.get(key) and STATE_KEYS[0] in state[key]:
                     state[key] = {k: v for k, v in state[key].items() if k not in STATE_KEYS}
@@ -857,6 +1040,8 @@ class Wiring(Mapping[str, WiredParameter]):
     @_exclusive
     @torch.no_grad()
     def _loaded(self, optimizer: Optimizer) -> None:
+        if self._loads_around:
+            return
         incoming, self._incoming = self._incoming or {}, None
         if local_optimizer(optimizer) is not optimizer:
             incoming = gathered(incoming)

@@ -11,7 +11,7 @@ import dnw
 
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
-    ["_checks", "_files", "_shards", "kernels"],
+    ["_checks", "_files", "_shards", "_foreign", "kernels"],
     ["_budgets", "_schedules", "_patterns", "_select", "_dormant"],
     ["_parameters", "_rule"],
     ["_edges", "_guard", "_layer", "_rules"],
@@ -33,6 +33,7 @@ FLOORS = [
 CORE = {
     "kernels",
     "_one_pass",
+    "_foreign",
     "_membership",
     "_checks",
     "_files",

@@ -57,7 +57,7 @@ def make(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_every_optimizer_is_here():
-    """SparseAdam takes sparse gradients only, which no wired parameter has; LBFGS is refused in a test of its own."""
+    """SparseAdam takes sparse gradients only, which no wired parameter has; LBFGS is among those that evaluate again."""
     known = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
     assert known - {"Optimizer", "SparseAdam", "LBFGS"} == {name.split()[0] for name in NAMES}
 
@@ -153,21 +153,6 @@ def test_one_parameter_in_two_optimizers():
         second.step()
     assert torch.equal(model[5].weight, weight)
     assert torch.equal(wiring["5.weight"].latent, before)
-
-
-def test_lbfgs_is_refused_when_it_evaluates_again():
-    model = matrices()
-    optimizer = torch.optim.LBFGS(model.parameters())
-    dnw.wire(model, optimizer, density=0.2)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = model(batch(0)[0]).square().mean()
-        loss.backward()
-        return loss
-
-    with pytest.raises(RuntimeError, match="optimizers such as LBFGS cannot be wired"):
-        optimizer.step(closure)
 
 
 # --- dormant edges ---

@@ -365,21 +365,6 @@ def test_closure(positional):
     assert same(wiring, expected_wiring)
 
 
-def test_an_optimizer_that_evaluates_its_closure_again_is_refused():
-    model = nn.Linear(4, 2)
-    base = torch.optim.LBFGS(model.parameters())
-    dnw.wire(model, base, density=0.5)
-
-    def closure():
-        base.zero_grad()
-        loss = model(torch.ones(1, 4)).square().sum()
-        loss.backward()
-        return loss
-
-    with pytest.raises(RuntimeError, match="LBFGS cannot be wired"):
-        base.step(closure)
-
-
 class Interrupted(torch.optim.SGD):
     """Updates half of the parameters, then raises."""
 
