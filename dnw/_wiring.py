@@ -410,9 +410,9 @@ class Wiring(Mapping[str, WiredParameter]):
             self._replace(name, begin, self._end_step if name == names[-1] else self._put_aside)
         for name in averaging_methods(optimizer):
             self._replace(name, self._begin_averaging, self._end_averaging)
-        if loads_in_its_own_way(optimizer):
-            load = optimizer.load_state_dict
-            self._put(optimizer, "load_state_dict", partial(self._load_around, load))
+        for keeper in self._chain:
+            if loads_in_its_own_way(keeper):
+                self._put(keeper, "load_state_dict", partial(self._load_around, keeper, keeper.load_state_dict))
 
     def _replace(self, name: str, begin: Callable[[], None], end: Callable[[], None]) -> None:
         optimizer, method = self._optimizer, getattr(self._optimizer, name)
@@ -574,15 +574,17 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._layers:
             self._enter_state(layer)
 
-    def _load_around(self, load: Callable[[Any], Any], state_dict: dict[str, Any]) -> Any:
+    def _load_around(self, keeper: Optimizer, load: Callable[[Any], Any], state_dict: dict[str, Any]) -> Any:
         """Loads a state for an optimizer that does so in its own way, perhaps without running hooks."""
-        rest = self._take_from_state_dict(self._optimizer, state_dict)
+        if not {"state", "param_groups"} <= set(state_dict):  # it holds that of the optimizer inside, which is loaded by itself
+            return load(state_dict)
+        rest = self._take_from_state_dict(keeper, state_dict)
         self._loads_around = True
         try:
             result = load(rest)
         finally:
             self._loads_around = False
-        self._loaded(self._optimizer)
+        self._loaded(keeper)
         return result
 
     def _gradients(self, layers: Sequence[WiredLayer]) -> list[Tensor | None]:
