@@ -50,7 +50,8 @@ class WiredLayer(Layer):
         self._num_candidates = math.prod(found.parameter.shape) if candidates is None else int(candidates.count_nonzero())
         if shard is not None and candidates is not None:
             candidates = shard.cut(candidates)
-        super().__init__(found.name, held.to(dtype or held.dtype, copy=True), candidates, seed, shard=shard, pattern=pattern)
+        latent = held.to(dtype or held.dtype, copy=True)
+        super().__init__(found.name, latent, candidates, seed, shard=shard, pattern=pattern, layout=found.layout)
         self.parameter, self.module, self.is_graph = found.parameter, found.module, found.is_graph
         self.parameter_dtype = held.dtype
         self.version, self.exchanged, self.num_active = -1, False, 0

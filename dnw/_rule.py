@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dnw._budgets import Shape
 from dnw._dormant import Dormant
+from dnw._layout import TARGETS_FIRST, Layout
 from dnw._patterns import Pattern
 from dnw._select import Ranking, top_k_each
 from dnw._shards import Shard
@@ -38,6 +39,7 @@ class Layer:
         state: what the optimizer keeps for this parameter (momentum and the like).
         shard: which part of a sharded parameter all these tensors are; None where they are the whole.
         pattern: which edges stand or fall together; None where each stands for itself.
+        layout: which dimensions of all these tensors are targets, and which are sources.
         notes: what the rule noted in ``prepare``. It is made anew where a run is resumed, so it need not be stored.
         step: number of completed optimizer steps when this layer was last projected; 0 before the first.
         seed: the wiring's seed.
@@ -53,6 +55,7 @@ class Layer:
     step: int = 0
     shard: Shard | None = None
     pattern: Pattern | None = None
+    layout: Layout = TARGETS_FIRST
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,6 +72,24 @@ class Layer:
     def cut(self, whole: Tensor) -> Tensor:
         """Of a tensor of the whole parameter's shape the part that this process holds."""
         return whole if self.shard is None else self.shard.cut(whole)
+
+    def sum_by_target(self, values: Tensor) -> Tensor:
+        """Sums over the edges of each target, in a shape that broadcasts over the layer's tensors.
+
+        Args:
+            values: of the layer's shape. Of a sharded parameter the sums are over all processes that hold a part of it, so ask
+                on all of them.
+        """
+        sums = self.layout.partial_sums(values)
+        if self.shard is None:
+            return self.layout.join(sums)
+        for dim in self.layout.target_dims:
+            size = [self.shard.shape[dim] if i == dim else n for i, n in enumerate(sums.shape)]
+            sums = sums.new_zeros(size).index_copy_(dim, self.shard.places[dim], sums)
+        sums = self.layout.join(self.shard.sum(sums))
+        for dim in self.layout.target_dims:
+            sums = sums.index_select(dim, self.shard.places[dim])
+        return sums
 
     @property
     def num_candidates(self) -> int:
@@ -101,7 +122,7 @@ class Pool:
     def unit(self) -> int:
         """How many edges stand or fall together by the layers' pattern."""
         first = self.layers[0]
-        return 1 if first.pattern is None else first.pattern.unit(tuple(first.latent.shape))
+        return 1 if first.pattern is None else first.pattern.unit(first.layout.shape(tuple(first.latent.shape)))
 
     def ranking(self, scores: Sequence[Tensor], k: int | None = None, among: Sequence[Tensor | None] = ()) -> Ranking:
         """Scores of the layers, one tensor each, that compete for the budget; what :func:`dnw.top_k_each` takes.
@@ -121,12 +142,16 @@ def ranking(layers: Sequence[Layer], scores: Sequence[Tensor], k: int, among: Se
     if pattern is None:
         shards = [x.shard for x in layers]
         return Ranking(scores, k, among, shards if shards[0] is not None else ())
-    shapes = [tuple(x.latent.shape) for x in layers]
+    shapes = [x.layout.shape(tuple(x.latent.shape)) for x in layers]
+
+    def edges(units: Tensor, layer: Layer, shape: tuple[int, ...]) -> Tensor:
+        return layer.layout.from_targets(pattern.edges(units, shape))
+
     return Ranking(
-        [pattern.scores(score) for score in scores],
+        [pattern.scores(x.layout.by_target(score)) for x, score in zip(layers, scores, strict=True)],
         k // pattern.unit(shapes[0]),
-        [None if mask is None else pattern.units(mask) for mask in among],
-        spread=[partial(pattern.edges, shape=shape) for shape in shapes],
+        [None if mask is None else pattern.units(x.layout.by_target(mask)) for x, mask in zip(layers, among, strict=True)],
+        spread=[partial(edges, layer=layer, shape=shape) for layer, shape in zip(layers, shapes, strict=True)],
     )
 
 

@@ -17,7 +17,7 @@ from dnw._budgets import Budget, ByName, Shape, Uniform, share_out
 from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._layer import WiredLayer
-from dnw._parameters import Selector, Wirable, find_parameters
+from dnw._parameters import Defaults, Selector, Wirable, find_parameters
 from dnw._patterns import Pattern
 from dnw._rule import Pool, Rule
 from dnw._rules import DNW, Frozen
@@ -36,7 +36,7 @@ def wire(
     rule: Rule | None = None,
     schedule: DensitySchedule | None = None,
     pattern: Pattern | None = None,
-    include: str | type[nn.Module] | Sequence[Selector] | None = None,
+    include: Selector | Sequence[Selector] | None = None,
     exclude: str | type[nn.Module] | Sequence[Selector] = (),
     seed: int = 0,
     dormant: Dormant | None = None,
@@ -60,6 +60,7 @@ def wire(
             ``dnw.Channels()``.
         include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
             ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
+            ``[dnw.DEFAULTS, "own.weight"]`` is the defaults and more.
         exclude: name patterns or module types to leave dense.
         seed: of random draws (random graph and the like).
         dormant: what weight decay and momentum do to dormant edges; by default what the rule says, in the paper's the same as
@@ -95,7 +96,11 @@ def wire(
         raise ValueError(
             f"Frozen has edges for {unknown[0]!r}, which is not wired{did_you_mean(unknown[0], [s.name for s in shapes])}"
         )
-    shares = _shares(rule, density, num_edges, shapes) if pattern is None else _shares_of(pattern, density, num_edges, shapes)
+    if pattern is None:
+        shares = _shares(rule, density, num_edges, shapes)
+    else:
+        by_target = [dataclasses.replace(s, shape=f.layout.shape(s.shape)) for s, f in zip(shapes, found, strict=True)]
+        shares = _shares_of(pattern, density, num_edges, by_target)
     layers = [WiredLayer(f, seed, latent_dtype, pattern) for f in found]
     pools = [Pool([layers[i] for i in indices], k, budget=k) for indices, k in shares]
     _check_shards(layers, pools)
@@ -143,7 +148,7 @@ def _check_pattern(rule: Rule, schedule: DensitySchedule | None, pattern: Patter
     if not rule.fits(pattern):
         raise ValueError(f"{type(rule).__name__} cannot choose edges of the pattern {pattern!r}; dnw.DNW() can")
     for f in found:
-        shape = tuple(f.parameter.shape)
+        shape = f.layout.shape(tuple(f.parameter.shape))
         pattern.check(f.name, shape)
         if f.candidates is not None and not bool(f.candidates.all()):
             raise ValueError(
@@ -222,8 +227,8 @@ def _check_shards(layers: Sequence[WiredLayer], pools: Sequence[Pool]) -> None:
             )
 
 
-def _as_list(selectors: str | type[nn.Module] | Sequence[Selector]) -> list[Selector]:
-    return [selectors] if isinstance(selectors, (str, type)) else list(selectors)
+def _as_list(selectors: Selector | Sequence[Selector]) -> list[Selector]:
+    return [selectors] if isinstance(selectors, (str, type, Defaults)) else list(selectors)
 
 
 def _shape(found: Wirable) -> Shape:
@@ -246,8 +251,6 @@ def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
                 f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
                 "out with exclude"
             )
-        if not f.parameter.is_floating_point():
-            raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
         check_finite(f.name, local(f.parameter).detach(), shard_of(f.parameter))
     missing = [f.name for f in found if id(f.parameter) not in held]
     if missing:

@@ -11,8 +11,8 @@ import dnw
 
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
-    ["_checks", "_files", "_shards"],
-    ["_budgets", "_schedules", "_patterns", "_select", "_dormant"],
+    ["_checks", "_files", "_layout", "_shards"],
+    ["_budgets", "_kinds", "_schedules", "_patterns", "_select", "_dormant"],
     ["_parameters", "_rule"],
     ["_edges", "_step", "_guard", "_layer", "_rules"],
     ["_state", "_ranks"],
@@ -31,6 +31,8 @@ FLOORS = [
 CORE = {
     "_checks",
     "_files",
+    "_kinds",
+    "_layout",
     "_shards",
     "_budgets",
     "_select",
