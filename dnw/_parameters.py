@@ -98,6 +98,7 @@ def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Paramete
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+_HINT = ": name it with include to wire it"
 _INNER_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
 
@@ -267,7 +268,7 @@ def find_parameters(
             )
         )
     if not wirable:
-        reasons = ", ".join(sorted({x.reason for x in left})) or "it has no parameters"
+        reasons = ", ".join(sorted({x.reason.removesuffix(_HINT) for x in left})) or "it has no parameters"
         raise ValueError(f"the model has nothing to wire ({reasons}); name what to wire with include")
     return wirable, left
 
@@ -286,7 +287,7 @@ def _reason(place: _Place, include: Sequence[Selector], exclude: Sequence[Select
     if picking:
         return "requires_grad=False"
     if kind.naming > Naming.NOT:
-        return f"{kind.reason}: name it with include to wire it" if kind.naming is Naming.BY_PATTERN else kind.reason
+        return f"{kind.reason}{_HINT}" if kind.naming is Naming.BY_PATTERN else kind.reason
     return "outside the graphs" if DEFAULTS in include else "not included"
 
 
