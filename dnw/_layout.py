@@ -53,7 +53,7 @@ class Layout:
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``(targets, sources of a target, *kernel)`` from the parameter's shape."""
-        return tuple(self.by_target(torch.empty(shape, device="meta")).shape)
+        return shape if self == TARGETS_FIRST else tuple(self.by_target(torch.empty(shape, device="meta")).shape)
 
     def partial_sums(self, values: Tensor) -> Tensor:
         """Sums over the dimensions that do not tell targets apart, which stay as 1; of a part of a parameter, too."""

@@ -60,7 +60,7 @@ def wire(
             ``dnw.Channels()``.
         include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
             ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
-            ``[dnw.DEFAULTS, "own.weight"]`` is the defaults and more.
+            ``[dnw.DEFAULTS, "own.weight"]`` is the defaults and more. What is not trained is wired only by its name.
         exclude: name patterns or module types to leave dense.
         seed: of random draws (random graph and the like).
         dormant: what weight decay and momentum do to dormant edges; by default what the rule says, in the paper's the same as
