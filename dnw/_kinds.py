@@ -162,9 +162,14 @@ def _kind_by_hook(module: nn.Module, attribute: str, parameter: nn.Parameter) ->
 
 
 def _direction(kind: Kind, dim: int) -> Kind:
-    """What a parameter is whose slices along a dimension (-1: which as a whole) a weight norm divides by their length."""
-    if dim == -1 or (not kind.layout.stacked and dim == (1 if kind.layout.transposed else 0)):
-        return replace(kind, least_per_target=1)  # a slice without edges would be 0 / 0
+    """What a parameter is whose slices along a dimension (-1: which as a whole) a weight norm divides by their length.
+
+    A slice without edges would be 0 / 0.
+    """
+    if dim == -1:
+        return kind  # every layer has an edge
+    if not kind.layout.stacked and dim == (1 if kind.layout.transposed else 0):
+        return replace(kind, least_per_target=1)
     return Kind(
         f"weight norm along dimension {dim}",
         max(kind.naming, Naming.BY_MODULE),
