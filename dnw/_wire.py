@@ -18,7 +18,7 @@ from dnw._checks import check_seed, did_you_mean, listing
 from dnw._dormant import Dormant
 from dnw._layer import WiredLayer
 from dnw._parameters import Defaults, Selector, Wirable, find_parameters
-from dnw._patterns import Pattern
+from dnw._patterns import NOfM, Pattern
 from dnw._rule import Pool, Rule
 from dnw._rules import DNW, Frozen
 from dnw._schedules import DensitySchedule
@@ -150,6 +150,11 @@ def _check_pattern(rule: Rule, schedule: DensitySchedule | None, pattern: Patter
     for f in found:
         shape = f.layout.shape(tuple(f.parameter.shape))
         pattern.check(f.name, shape)
+        if f.least_per_target and not isinstance(pattern, NOfM):
+            raise ValueError(
+                f"{f.name!r} is under a weight norm, where every target needs an edge, and {pattern!r} may take all of a "
+                "target's; leave it dense with exclude, or choose single edges"
+            )
         if f.candidates is not None and not bool(f.candidates.all()):
             raise ValueError(
                 f"{f.name!r} has entries that are no candidate edges, and patterns are for parameters all of whose entries "

@@ -82,6 +82,19 @@ def test_every_target_that_a_weight_norm_divides_needs_an_edge(kind, form):
     assert left[prefix + gain] == "gain of a weight norm"
 
 
+def test_patterns_under_a_weight_norm(form):
+    norm, _, direction = form
+    model = norm(nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for pattern in (dnw.Channels(), dnw.Blocks(2, 2)):
+        message = f"{direction!r} is under a weight norm, where every target needs an edge, and {pattern!r} may take all"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dnw.wire(model, optimizer, density=0.5, pattern=pattern)
+    wiring = dnw.wire(model, optimizer, pattern=dnw.NOfM(2, 4))
+    assert wiring[direction].active.view(4, 2, 4).sum(2).eq(2).all()
+    assert model(torch.randn(3, 8)).isfinite().all()
+
+
 def test_other_layers_need_no_edge_of_every_target():
     wired, _ = found(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(2, 2, 1)))
     assert [w.least_per_target for w in wired.values()] == [0, 0]
