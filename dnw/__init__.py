@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "wire": "dnw._wire",
+    "DEFAULTS": "dnw._parameters",
     "Wiring": "dnw._wiring",
     "WiredParameter": "dnw._wired_parameter",
     "Edges": "dnw._edges",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from dnw._dormant import Dormant as Dormant
     from dnw._edges import Edges as Edges
     from dnw._edges import Summary as Summary
+    from dnw._parameters import DEFAULTS as DEFAULTS
     from dnw._patterns import Blocks as Blocks
     from dnw._patterns import Channels as Channels
     from dnw._patterns import NOfM as NOfM

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from dnw._layout import Layout
 from dnw._parameters import LeftOut
 
 
@@ -19,8 +21,10 @@ from dnw._parameters import LeftOut
 class Edges:
     """The active edges of one wired parameter, in row order.
 
-    A weight is read as a matrix ``[targets, sources]``: its first dimension by all the others flattened (a 3x3
-    convolution from 16 channels has 144 sources). The matrix of a graph is that of its nodes, outputs included.
+    A weight is read as a matrix ``[targets, sources]``, whichever way round the parameter holds them. In a convolution each
+    place of the kernel is a source of its own: a 3x3 convolution from 16 channels has 144 sources, and source s is place s % 9
+    of channel s // 9. With groups its targets have the sources of their group alone; experts in one tensor count as groups.
+    The matrix of a graph is that of its nodes, outputs included.
 
     Attributes:
         name: the parameter's name.
@@ -43,6 +47,15 @@ class Edges:
         target, source = active.nonzero(as_tuple=True)
         values = weight[target, source].cpu()
         return cls(name, (weight.shape[0], weight.shape[1]), target.cpu(), source.cpu(), values, is_graph)
+
+    @classmethod
+    def from_weight(cls, name: str, weight: Tensor, active: Tensor, layout: Layout) -> Edges:
+        """The active entries of a weight, numbered as those of a matrix ``[targets, sources]``."""
+        rows = len(layout.by_target(active)) if active.ndim else 1
+        edges = cls.from_matrix(name, layout.by_target(weight).reshape(rows, -1), layout.by_target(active).reshape(rows, -1))
+        targets, width = edges.shape
+        group = edges.target // (targets // layout.groups)
+        return replace(edges, shape=(targets, width * layout.groups), source=edges.source + group * width)
 
     def __len__(self) -> int:
         return self.target.numel()
@@ -95,7 +108,10 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is wired, what was left dense and why, and the totals. ``print`` it."""
+    """What is wired, what was left dense and why, and the totals. ``print`` it.
+
+    Printed, each wired parameter has a line, and what was left dense a line for each reason.
+    """
 
     rows: tuple[SummaryRow, ...]
     left_out: tuple[LeftOut, ...]
@@ -113,7 +129,14 @@ class Summary:
     @property
     def dense(self) -> int:
         """Parameters left dense."""
-        return sum(math.prod(x.shape) for x in self.left_out)
+        return _total(self.left_out)
+
+    def _left_by_reason(self) -> list[tuple[str, list[LeftOut]]]:
+        """What was left dense, by reason, the most parameters first."""
+        found: dict[str, list[LeftOut]] = {}
+        for left in self.left_out:
+            found.setdefault(left.reason, []).append(left)
+        return sorted(found.items(), key=lambda item: -_total(item[1]))
 
     def __str__(self) -> str:
         wired = [(r.name, _size(r.shape), f"{r.candidates:,}", f"{r.active:,}", f"{r.density:.2%}") for r in self.rows]
@@ -121,10 +144,19 @@ class Summary:
         wired.append(("total", "", f"{self.candidates:,}", f"{self.active:,}", total_density))
         lines = _columns([("wired", "shape", "candidates", "active", "density"), *wired])
         if self.left_out:
-            left = [(x.name, _size(x.shape), f"{math.prod(x.shape):,}", x.reason) for x in self.left_out]
-            left.append(("total", "", f"{self.dense:,}", ""))
-            lines += ["", *_columns([("left dense", "shape", "parameters", "why"), *left], text_from=3)]
+            left = [(reason, str(len(x)), f"{_total(x):,}", _some(x)) for reason, x in self._left_by_reason()]
+            left.append(("total", str(len(self.left_out)), f"{self.dense:,}", ""))
+            lines += ["", *_columns([("left dense", "tensors", "parameters", "such as"), *left], text_from=3)]
         return "\n".join(lines)
+
+
+def _total(left: Sequence[LeftOut]) -> int:
+    return sum(math.prod(x.shape) for x in left)
+
+
+def _some(left: Sequence[LeftOut], most: int = 2) -> str:
+    names = [x.name for x in left]
+    return ", ".join(names if len(names) <= most else [*names[:most], "..."])
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -79,7 +79,8 @@ class WiredLayer(Layer):
         if shard is not None and candidates is not None:
             candidates = shard.cut(candidates)
         latent = held if self.in_place else held.to(dtype or held.dtype, copy=True)
-        super().__init__(found.name, latent, candidates, seed, shard=shard, pattern=pattern)
+        super().__init__(found.name, latent, candidates, seed, shard=shard, pattern=pattern, layout=found.layout)
+        self.least_per_target = found.least_per_target
         self.parameter_dtype = held.dtype
         self.version, self.exchanged, self.num_active = -1, False, 0
         self.progress = torch.zeros(1, dtype=torch.int64)

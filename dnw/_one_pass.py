@@ -25,7 +25,10 @@ def fits(layer: WiredLayer) -> bool:
         return False
     if not (held.dtype == latent.dtype == torch.float32 and held.is_contiguous()):
         return False
-    return layer.pattern is None or (isinstance(layer.pattern, NOfM) and _exchange.is_native(held, latent))
+    if layer.pattern is None:
+        return True
+    targets_first = not (layer.layout.transposed or layer.layout.stacked)
+    return isinstance(layer.pattern, NOfM) and targets_first and _exchange.is_native(held, latent)
 
 
 def take_over(layer: WiredLayer, k: int) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class Pattern(ABC):
-    """A structure that active edges have. Sources are the second dimension of a weight, targets the first.
+    """A structure that active edges have.
 
-    (In transposed convolutions it is the other way round, so a pattern there is one of their inputs.)
+    Shapes and tensors are ``[targets, sources of a target, *kernel]``, whichever way round a parameter holds them.
     """
 
     @abstractmethod

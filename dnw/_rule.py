@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dnw._budgets import Shape
 from dnw._dormant import Dormant
+from dnw._layout import TARGETS_FIRST, Layout
 from dnw._patterns import Pattern
 from dnw._select import Ranking, top_k_each
 from dnw._shards import Shard
@@ -41,6 +42,7 @@ class Layer:
         pattern: which edges stand or fall together; None where each stands for itself.
         least: active edges that it keeps at least, where it shares a budget with others.
         least_per_target: active edges that each of its targets keeps at least.
+        layout: which dimensions of all these tensors are targets, and which are sources.
         notes: what the rule noted in ``prepare``. It is made anew where a run is resumed, so it need not be stored.
         step: number of completed optimizer steps when this layer was last projected; 0 before the first.
         seed: the wiring's seed.
@@ -58,6 +60,7 @@ class Layer:
     pattern: Pattern | None = None
     least: int = 0
     least_per_target: int = 0
+    layout: Layout = TARGETS_FIRST
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,6 +78,24 @@ class Layer:
         """Of a tensor of the whole parameter's shape the part that this process holds."""
         return whole if self.shard is None else self.shard.cut(whole)
 
+    def sum_by_target(self, values: Tensor) -> Tensor:
+        """Sums over the edges of each target, in a shape that broadcasts over the layer's tensors.
+
+        Args:
+            values: of the layer's shape. Of a sharded parameter the sums are over all processes that hold a part of it, so ask
+                on all of them.
+        """
+        sums = self.layout.partial_sums(values)
+        if self.shard is None:
+            return self.layout.join(sums)
+        for dim in self.layout.target_dims:
+            size = [self.shard.shape[dim] if i == dim else n for i, n in enumerate(sums.shape)]
+            sums = sums.new_zeros(size).index_copy_(dim, self.shard.places[dim], sums)
+        sums = self.layout.join(self.shard.sum(sums))
+        for dim in self.layout.target_dims:
+            sums = sums.index_select(dim, self.shard.places[dim])
+        return sums
+
     @property
     def num_candidates(self) -> int:
         """How many edges may exist."""
@@ -85,9 +106,9 @@ class Layer:
         if not self.least_per_target:
             return 0
         if self.candidates is None:
-            shape = self.latent.shape if self.shard is None else self.shard.shape
+            shape = self.layout.shape(tuple(self.latent.shape if self.shard is None else self.shard.shape))
             return shape[0] * min(self.least_per_target, math.prod(shape[1:]))
-        kept = self.candidates.flatten(1).sum(1).clamp(max=self.least_per_target).sum()
+        kept = self.layout.by_target(self.candidates).flatten(1).sum(1).clamp(max=self.least_per_target).sum()
         return int(kept if self.shard is None else self.shard.sum(kept))
 
 
@@ -118,7 +139,7 @@ class Pool:
     def unit(self) -> int:
         """How many edges stand or fall together by the layers' pattern."""
         first = self.layers[0]
-        return 1 if first.pattern is None else first.pattern.unit(tuple(first.latent.shape))
+        return 1 if first.pattern is None else first.pattern.unit(first.layout.shape(tuple(first.latent.shape)))
 
     def ranking(self, scores: Sequence[Tensor], k: int | None = None, among: Sequence[Tensor | None] = ()) -> Ranking:
         """Scores of the layers, one tensor each, that compete for the budget; what :func:`dnw.top_k_each` takes.
@@ -141,14 +162,27 @@ def ranking(
     if pattern is None:
         shards = [x.shard for x in layers]
         per_target = [x.least_per_target for x in layers] if floors else []
-        return Ranking(scores, k, among, shards if shards[0] is not None else (), least=least, least_per_target=per_target)
-    shapes = [tuple(x.latent.shape) for x in layers]
+        layouts = [x.layout for x in layers]
+        return Ranking(
+            scores,
+            k,
+            among,
+            shards if shards[0] is not None else (),
+            least=least,
+            least_per_target=per_target,
+            layouts=layouts,
+        )
+    shapes = [x.layout.shape(tuple(x.latent.shape)) for x in layers]
     unit = pattern.unit(shapes[0])
+
+    def edges(units: Tensor, layer: Layer, shape: tuple[int, ...]) -> Tensor:
+        return layer.layout.from_targets(pattern.edges(units, shape))
+
     return Ranking(
-        [pattern.scores(score) for score in scores],
+        [pattern.scores(x.layout.by_target(score)) for x, score in zip(layers, scores, strict=True)],
         k // unit,
-        [None if mask is None else pattern.units(mask) for mask in among],
-        spread=[partial(pattern.edges, shape=shape) for shape in shapes],
+        [None if mask is None else pattern.units(x.layout.by_target(mask)) for x, mask in zip(layers, among, strict=True)],
+        spread=[partial(edges, layer=layer, shape=shape) for layer, shape in zip(layers, shapes, strict=True)],
         least=[-(-number // unit) for number in least],
     )
 

@@ -479,13 +479,8 @@ class ST3(Thresholded):
         super().prepare(pools)
         for layer in (x for pool in pools for x in pool.layers if self.rescale):
             size = layer.latent.abs() if layer.candidates is None else _only(layer.candidates, layer.latent.abs())
-            rows = torch.stack([x.reshape(len(x), -1).sum(1) for x in (_only(layer.active, size), size)])
-            if layer.shard is not None:
-                whole = rows.new_zeros(2, layer.shard.shape[0])
-                whole[:, layer.shard.places[0]] = rows
-                rows = layer.shard.sum(whole)[:, layer.shard.places[0]]
-            share = (rows[0] / rows[1]).nan_to_num(1.0)
-            layer.notes["scale"] = (1.01 / (share + 0.01)).view(-1, *[1] * (layer.latent.ndim - 1))
+            share = (layer.sum_by_target(_only(layer.active, size)) / layer.sum_by_target(size)).nan_to_num(1.0)
+            layer.notes["scale"] = 1.01 / (share + 0.01)
 
     def project(self, layer: Layer) -> Tensor:
         shrunk = layer.latent.sign() * (layer.latent.abs() - layer.notes["threshold"])

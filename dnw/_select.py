@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dnw._layout import TARGETS_FIRST, Layout
 from dnw._shards import Shard
 
 
@@ -34,7 +35,8 @@ class Ranking:
         shards: for each layer the part of it that the scores are, or None where they are the whole.
         spread: for each layer what makes its edge set of a mask of the shape of its scores, where those are not of edges.
         least: for each layer how many of its entries are chosen at least; none where it is empty.
-        least_per_target: the same for each target, which are the rows of its scores (the first dimension).
+        least_per_target: the same for each target.
+        layouts: for each layer which dimensions of its scores are targets; the first where it is empty.
     """
 
     scores: Sequence[Tensor]
@@ -44,6 +46,7 @@ class Ranking:
     spread: Sequence[Callable[[Tensor], Tensor]] = ()
     least: Sequence[int] = ()
     least_per_target: Sequence[int] = ()
+    layouts: Sequence[Layout] = ()
 
     @property
     def shard(self) -> Shard | None:
@@ -136,9 +139,12 @@ def _with_floors(ranking: Ranking, chosen: list[Tensor]) -> list[Tensor]:
     if not _is_short(ranking, chosen):
         return chosen
     per_target = ranking.least_per_target or [0] * len(chosen)
+    layouts = ranking.layouts or [TARGETS_FIRST] * len(chosen)
     first = [
-        _largest_of_targets(score, among, least) if least else torch.zeros_like(mask)
-        for score, among, least, mask in zip(ranking.scores, ranking.candidates, per_target, chosen, strict=True)
+        _largest_of_targets(score, among, least, layout) if least else torch.zeros_like(mask)
+        for score, among, least, layout, mask in zip(
+            ranking.scores, ranking.candidates, per_target, layouts, chosen, strict=True
+        )
     ]
     shards = ranking.shards or [None] * len(chosen)
     missing = [least - have for least, have in zip(ranking.least or [0] * len(chosen), ranking.totals(first), strict=True)]
@@ -161,9 +167,10 @@ def _is_short(ranking: Ranking, chosen: Sequence[Tensor]) -> bool:
     """Whether a layer or a target has fewer entries than it keeps; the same on all processes."""
     if any(have < least for have, least in zip(ranking.totals(chosen), ranking.least, strict=False)):
         return True
+    layouts = ranking.layouts or [TARGETS_FIRST] * len(chosen)
     short = [
-        (mask.flatten(1).sum(1) < _at_most(least, mask, among)).any()
-        for mask, among, least in zip(chosen, ranking.candidates, ranking.least_per_target, strict=False)
+        (_per_target(mask, layout) < _at_most(least, mask, among, layout)).any()
+        for mask, among, least, layout in zip(chosen, ranking.candidates, ranking.least_per_target, layouts, strict=False)
         if least
     ]
     if not short:
@@ -172,18 +179,25 @@ def _is_short(ranking: Ranking, chosen: Sequence[Tensor]) -> bool:
     return bool(found if ranking.shard is None else ranking.shard.sum(found))
 
 
-def _at_most(least: int, mask: Tensor, among: Tensor | None) -> Tensor | int:
+def _per_target(mask: Tensor, layout: Layout) -> Tensor:
+    """How many entries of each target are true."""
+    return layout.by_target(mask).flatten(1).sum(1)
+
+
+def _at_most(least: int, mask: Tensor, among: Tensor | None, layout: Layout) -> Tensor | int:
     """How many entries each target keeps: no more than it may have."""
-    return min(least, mask[0].numel()) if among is None else among.flatten(1).sum(1).clamp(max=least)
+    whole = torch.ones_like(mask) if among is None else among
+    return _per_target(whole, layout).clamp(max=least)
 
 
-def _largest_of_targets(score: Tensor, among: Tensor | None, least: int) -> Tensor:
-    """A mask of the largest entries of each row, the lowest indices first among equals."""
+def _largest_of_targets(score: Tensor, among: Tensor | None, least: int, layout: Layout) -> Tensor:
+    """A mask of the largest entries of each target, the lowest indices first among equals."""
     bits = magnitude_bits(score.detach())
-    bits = (bits if among is None else bits.masked_fill(~among, -1)).flatten(1)
-    first = bits.sort(dim=1, descending=True, stable=True).indices[:, :least]
-    mask = torch.zeros_like(bits, dtype=torch.bool).scatter_(1, first, True) & (bits >= 0)
-    return mask.view(score.shape)
+    bits = layout.by_target(bits if among is None else bits.masked_fill(~among, -1))
+    rows = bits.flatten(1)
+    first = rows.sort(dim=1, descending=True, stable=True).indices[:, :least]
+    mask = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, first, True) & (rows >= 0)
+    return layout.from_targets(mask.view(bits.shape))
 
 
 def _but(candidates: Tensor | None, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ whatever the placements (FSDP2, tensor parallel, both at once), and never gather
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,10 @@ class Shard:
     _mesh: Any
     _placements: tuple[Any, ...]
 
-    @property
-    def splits_rows(self) -> bool:
-        """Whether rows (entries of one first index) lie on several processes."""
-        return any(len(places) != size for size, places in zip(self.shape[1:], self.places[1:], strict=True))
+    def splits(self, dims: Collection[int]) -> bool:
+        """Whether entries that differ in none of these dimensions may lie on several processes."""
+        sizes = zip(self.shape, self.places, strict=True)
+        return any(len(places) != size for dim, (size, places) in enumerate(sizes) if dim not in dims)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor of the parameter's shape."""

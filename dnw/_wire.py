@@ -19,8 +19,8 @@ from dnw._dormant import Dormant
 from dnw._foreign import inside_launchers, refuse
 from dnw._layer import WiredLayer, is_in_place
 from dnw._membership import owner_of
-from dnw._parameters import Selector, Wirable, find_parameters, unwrap_model
-from dnw._patterns import Pattern
+from dnw._parameters import Defaults, Selector, Wirable, find_parameters, unwrap_model
+from dnw._patterns import NOfM, Pattern
 from dnw._rule import Pool, Rule
 from dnw._rules import DNW, Frozen
 from dnw._schedules import DensitySchedule
@@ -39,7 +39,7 @@ def wire(
     floor: Floor | None = None,
     schedule: DensitySchedule | None = None,
     pattern: Pattern | None = None,
-    include: str | type[nn.Module] | Sequence[Selector] | None = None,
+    include: Selector | Sequence[Selector] | None = None,
     exclude: str | type[nn.Module] | Sequence[Selector] = (),
     seed: int = 0,
     dormant: Dormant | None = None,
@@ -65,6 +65,7 @@ def wire(
             ``dnw.Channels()``.
         include: name patterns or module types: exactly what to wire. By default the weights of convolutions (depthwise
             ones apart), linear layers, RNN cells and attention projections; in a model with graphs, only their edges.
+            ``[dnw.DEFAULTS, "own.weight"]`` is the defaults and more. What is not trained is wired only by its name.
         exclude: name patterns or module types to leave dense.
         seed: of random draws (random graph and the like).
         dormant: what weight decay and momentum do to dormant edges; by default what the rule says, in the paper's the same as
@@ -102,7 +103,11 @@ def wire(
         raise ValueError(
             f"Frozen has edges for {unknown[0]!r}, which is not wired{did_you_mean(unknown[0], [s.name for s in shapes])}"
         )
-    shares = _shares(rule, density, num_edges, shapes) if pattern is None else _shares_of(pattern, density, num_edges, shapes)
+    if pattern is None:
+        shares = _shares(rule, density, num_edges, shapes)
+    else:
+        by_target = [dataclasses.replace(s, shape=f.layout.shape(s.shape)) for s, f in zip(shapes, found, strict=True)]
+        shares = _shares_of(pattern, density, num_edges, by_target)
     dormant = dormant or rule.dormant
     layers = [WiredLayer(f, seed, latent_dtype, pattern, in_place=is_in_place(rule, dormant)) for f in found]
     pools = [Pool([layers[i] for i in indices], k, budget=k) for indices, k in shares]
@@ -152,8 +157,13 @@ def _check_pattern(rule: Rule, schedule: DensitySchedule | None, pattern: Patter
     if not rule.fits(pattern):
         raise ValueError(f"{type(rule).__name__} cannot choose edges of the pattern {pattern!r}; dnw.DNW() can")
     for f in found:
-        shape = tuple(f.parameter.shape)
+        shape = f.layout.shape(tuple(f.parameter.shape))
         pattern.check(f.name, shape)
+        if f.least_per_target and not isinstance(pattern, NOfM):
+            raise ValueError(
+                f"{f.name!r} is under a weight norm, where every target needs an edge, and {pattern!r} may take all of a "
+                "target's; leave it dense with exclude, or choose single edges"
+            )
         if f.candidates is not None and not bool(f.candidates.all()):
             raise ValueError(
                 f"{f.name!r} has entries that are no candidate edges, and patterns are for parameters all of whose entries "
@@ -214,7 +224,7 @@ def _set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequen
         for layer in pool.layers:
             layer.least = floor.of(layer.num_candidates)
             layer.least_per_target = max(layer.least_per_target, floor.per_target)
-            if layer.least_per_target and layer.shard is not None and layer.shard.splits_rows:
+            if layer.least_per_target and layer.shard is not None and layer.shard.splits(layer.layout.target_dims):
                 raise ValueError(
                     f"{layer.name!r} is sharded within its targets, so each cannot keep {layer.least_per_target} edges; shard "
                     "it along its first dimension, or leave per_target out"
@@ -259,8 +269,8 @@ def _check_shards(layers: Sequence[WiredLayer], pools: Sequence[Pool]) -> None:
             )
 
 
-def _as_list(selectors: str | type[nn.Module] | Sequence[Selector]) -> list[Selector]:
-    return [selectors] if isinstance(selectors, (str, type)) else list(selectors)
+def _as_list(selectors: Selector | Sequence[Selector]) -> list[Selector]:
+    return [selectors] if isinstance(selectors, (str, type, Defaults)) else list(selectors)
 
 
 def _shape(found: Wirable) -> Shape:
@@ -278,8 +288,6 @@ def _check_parameters(found: Sequence[Wirable], optimizer: Optimizer) -> None:
                 f"{f.name!r} is wired already; take that wiring off with wiring.remove() first, or leave the parameter "
                 "out with exclude"
             )
-        if not f.parameter.is_floating_point():
-            raise ValueError(f"{f.name!r} is {f.parameter.dtype}; only floating-point parameters can be wired")
         require_finite(f.name, local(f.parameter).detach(), shard_of(f.parameter))
     missing = [f.name for f in found if id(f.parameter) not in held]
     if missing:

@@ -106,5 +106,5 @@ class WiredParameter:
             weight, active = weight.full_tensor(), active.full_tensor()  # type: ignore[attr-defined]
         to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.is_graph else None
         if to_nodes is None:
-            return Edges.from_matrix(self.name, weight.flatten(1), active.flatten(1))
+            return Edges.from_weight(self.name, weight, active, self._layer.layout)
         return Edges.from_matrix(self.name, to_nodes(weight), to_nodes(active), is_graph=True)

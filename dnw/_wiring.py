@@ -155,7 +155,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._catch_up()
         pools = {id(pool): pool for pool in self._pool_of.values()}.values()
         members = [([self._layers.index(x) for x in p.layers], p.k, p.budget) for p in pools]  # type: ignore[arg-type]
-        found = [Wirable(x.name, "", x.module, x.parameter, x.candidates, x.is_graph) for x in self._layers]
+        found = [Wirable(x.name, "", x.module, x.parameter, x.candidates, x.is_graph, x.layout) for x in self._layers]
         entries, patterns = [self._entry(layer) for layer in self._layers], [layer.pattern for layer in self._layers]
         floors = [(layer.least, layer.least_per_target) for layer in self._layers]
         rest = (self._left, self.dormant, self.schedule, self._ranks_to_check, self._finite)
@@ -268,6 +268,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 pattern=layer.pattern,
                 least=layer.least,
                 least_per_target=layer.least_per_target,
+                layout=layer.layout,
             )
             copies[id(layer)] = copy
             targets.append((local(parameter), copy))

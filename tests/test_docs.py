@@ -82,6 +82,16 @@ def test_rules_schedules_and_patterns(block):
     assert names["wiring"].step == 1
 
 
+@pytest.mark.parametrize(("line", "wired"), [(0, ["experts.w", "fc1"]), (1, ["experts.w", "fc1", "fc2"]), (2, ["fc2"])])
+def test_what_is_wired(line, wired):
+    model = nn.Module()
+    model.fc1, model.fc2, model.block = nn.Linear(4, 4), nn.Linear(4, 4), nn.Module()
+    model.block.experts = nn.ParameterDict({"w": torch.randn(2, 4, 4)})
+    names = fresh(model)
+    exec(f"wiring = {blocks('docs/concepts.md')[0].splitlines()[line]}", names)
+    assert sorted(name.removesuffix(".weight").removeprefix("block.") for name in names["wiring"]) == wired
+
+
 def test_every_rule_stands_in_the_table():
     table = (ROOT / "docs/rules.md").read_text()
     for rule in dnw.RULES.values():

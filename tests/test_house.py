@@ -11,8 +11,8 @@ import dnw
 
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
-    ["_checks", "_files", "_shards", "_foreign", "kernels"],
-    ["_budgets", "_schedules", "_patterns", "_select", "_dormant"],
+    ["_checks", "_files", "_layout", "_shards", "_foreign", "kernels"],
+    ["_budgets", "_kinds", "_schedules", "_patterns", "_select", "_dormant"],
     ["_parameters", "_rule"],
     ["_edges", "_guard", "_layer", "_rules"],
     ["_step", "_one_pass"],
@@ -37,6 +37,8 @@ CORE = {
     "_membership",
     "_checks",
     "_files",
+    "_kinds",
+    "_layout",
     "_shards",
     "_budgets",
     "_select",

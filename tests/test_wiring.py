@@ -644,8 +644,8 @@ def test_summary_says_everything():
     text = str(wiring.summary())
     assert "0.weight  8x3x3x3         216      43   19.91%" in text
     assert "total                     792     158   19.95%" in text
-    assert re.search(r"1.weight +8 +8  norm\n", text)
-    assert re.search(r"0.bias +8 +8  bias\n", text)
+    assert re.search(r"norm +2 +16  1.weight, 1.bias\n", text)
+    assert re.search(r"bias +3 +28  0.bias, 5.bias, ...\n", text)
 
 
 # --- compile, and rules of other kinds ---
