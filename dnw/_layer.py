@@ -7,7 +7,7 @@ parameter and writes in place, into the same storage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dnw._parameters import Wirable
 from dnw._patterns import Pattern
-from dnw._rule import Layer
+from dnw._rule import Layer, Rule
 from dnw._shards import local, shard_of
 
 
@@ -172,7 +172,7 @@ class WiredLayer(Layer):
         """Whether somebody else has written to the parameter since it was last projected."""
         return self._present_version() != self.version
 
-    def take_over_writes(self, projected: Tensor, latent_of: Callable[[Layer, Tensor], Tensor]) -> tuple[bool, bool]:
+    def take_over_writes(self, projected: Tensor, rule: Rule) -> tuple[bool, bool]:
         """Takes over values that somebody else wrote to the parameter since it was last projected.
 
         Entries that differ are taken over one by one. Where dormant entries have got weights and active ones have become
@@ -180,7 +180,7 @@ class WiredLayer(Layer):
 
         Args:
             projected: what the parameter would hold without them.
-            latent_of: the latent weights of effective ones.
+            rule: whose latent weights they are.
 
         Returns:
             Whether anything differs, so that edges are to be selected anew; whether another sparse weight was put in place.
@@ -195,5 +195,6 @@ class WiredLayer(Layer):
         replaced = bool(any_grown and any_pruned)
         if any_written:
             values = held.to(self.latent.dtype)
-            self.latent.copy_(values if replaced else torch.where(written, latent_of(self, values), self.latent))
+            remade = rule.remade(self, written)
+            self.latent.copy_(values if replaced else torch.where(remade, rule.latent_of(self, values), self.latent))
         return bool(any_written), replaced

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dnw._budgets import Shape, share_out
+from dnw._budgets import Shape, num_edges, share_out
 from dnw._checks import did_you_mean
-from dnw._dormant import MOMENTUM_KEYS, Dormant
+from dnw._dormant import Dormant, clear_others, momentum_of
 from dnw._patterns import NOfM, Pattern
-from dnw._rule import Layer, Pool, Rule, ranking
+from dnw._rule import Layer, Pool, Rule, checked_score, chosen, ranking
 from dnw._select import top_k_each
 
 
@@ -69,7 +69,8 @@ class TargetedDropout(Rule):
     """In training each dormant edge is dropped with a probability at every step; in evaluation all of them are.
 
     Source: Gomez et al., "Learning sparse networks using targeted dropout", 2019, section 3 (unstructured weight dropout);
-    as compared in Wortsman et al., 2019, section 4.2, with rate 0.95. Evaluate inside ``wiring.settled()``.
+    as compared in Wortsman et al., 2019, section 4.2, with rate 0.95, and as there ranked over a whole layer, where Gomez et
+    al. rank the weights of each output unit by themselves. Evaluate inside ``wiring.settled()``.
 
     Args:
         rate: probability with which a dormant edge is dropped; a dropped edge gets no gradient in that step.
@@ -100,7 +101,8 @@ class TargetedDropout(Rule):
 class MagnitudePruning(NoUpdate):
     """The smallest active edges are pruned, for good: with a density schedule gradual magnitude pruning, without one-shot.
 
-    Source: Zhu, Gupta, "To prune, or not to prune", 2017, section 3, with ``schedule=dnw.DensitySchedule(...)``.
+    Source: Zhu, Gupta, "To prune, or not to prune", 2017, section 3, with ``schedule=dnw.DensitySchedule(...)``. There pruned
+    weights are masked and not updated, so that one could come back where active ones shrink below it; here they become 0.
     """
 
     @property
@@ -109,9 +111,11 @@ class MagnitudePruning(NoUpdate):
 
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         _clear_dormant(pools)
-        masks = top_k_each([pool.ranking([_active_first(x) for x in pool.layers]) for pool in pools])
-        _clear_others(pools, masks)
-        return masks
+        found = _unchanged(pools)
+        rest = [pool for pool in pools if id(pool) not in found]
+        found |= _by_magnitude(rest)
+        _clear_pruned(rest, found)
+        return [found[id(pool)] for pool in pools]
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,28 @@ def _clear_dormant(pools: Sequence[Pool]) -> None:
     """After a step, sets dormant weights back to 0: whatever the optimizer made of them is not meant."""
     for layer in (x for pool in pools if pool.stepped for x in pool.layers):
         if layer.active is not None:
-            layer.latent.masked_fill_(~layer.active, 0)
+            clear_others(layer.latent, layer.active)
 
 
-def _clear_others(pools: Sequence[Pool], masks: Sequence[Sequence[Tensor]]) -> None:
+def _clear_pruned(pools: Sequence[Pool], edges: Mapping[int, Sequence[Tensor]]) -> None:
     """Sets the weights of all but the selected edges to 0."""
-    for pool, of_pool in zip(pools, masks, strict=True):
-        for layer, mask in zip(pool.layers, of_pool, strict=True):
-            layer.latent.masked_fill_(~mask, 0)
+    for pool in pools:
+        for layer, mask in zip(pool.layers, edges[id(pool)], strict=True):
+            clear_others(layer.latent, mask)
+
+
+def _unchanged(pools: Sequence[Pool]) -> dict[int, list[Tensor]]:
+    """The present edges of the pools that have as many as they are to have, by the pool's id.
+
+    Their dormant weights are 0 and rank behind the active ones, so that ranking would find the same edges again.
+    """
+    same = [pool for pool in pools if pool.stepped and pool.num_active == pool.k]
+    return {id(pool): [x.active for x in pool.layers if x.active is not None] for pool in same}
+
+
+def _by_magnitude(pools: Sequence[Pool]) -> dict[int, list[Tensor]]:
+    """The edges of largest magnitude, active ones first among equals, by the pool's id."""
+    return dict(zip(map(id, pools), chosen(pools, [[_active_first(x) for x in p.layers] for p in pools]), strict=True))
 
 
 def _active_first(layer: Layer) -> Tensor:
@@ -273,6 +291,10 @@ class PruneAndGrow(NoUpdate):
         grown = min(int(fraction * pool.k), pool.k - 1) // pool.unit * pool.unit
         return [(pool.layers, pool.k - grown, grown)]
 
+    def pruned_apart(self, layers: Sequence[Layer], stay: int) -> list[tuple[int, list[Tensor]]]:
+        """Parts of the active edges of some layers, each of which loses its smallest: how many stay, and masks of them."""
+        return [(stay, [x.active for x in layers if x.active is not None])]
+
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         _clear_dormant(pools)
         new = [pool for pool in pools if any(x.active is None for x in pool.layers)]
@@ -280,30 +302,29 @@ class PruneAndGrow(NoUpdate):
         found = dict(zip(map(id, new), self._at_random(new), strict=True))
         changing = [pool for pool in pools if id(pool) not in found and due[id(pool)]]
         found |= zip(map(id, changing), self._exchange(changing, due), strict=True)
-        rest = [pool for pool in pools if id(pool) not in found]
-        found |= zip(map(id, rest), top_k_each([p.ranking([_active_first(x) for x in p.layers]) for p in rest]), strict=True)
-        masks = [found[id(pool)] for pool in pools]
-        _clear_others(pools, masks)
-        return masks
+        same = _unchanged([pool for pool in pools if id(pool) not in found])
+        found |= _by_magnitude([pool for pool in pools if id(pool) not in found | same])
+        _clear_pruned([pool for pool in pools if id(pool) in found], found)
+        return [(found | same)[id(pool)] for pool in pools]
 
     def _at_random(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
-        return top_k_each([pool.ranking([1 + x.uniform(torch.float64) for x in pool.layers]) for pool in pools])
+        return chosen(pools, [[1 + x.uniform(torch.float64) for x in pool.layers] for pool in pools])
 
     def _exchange(self, pools: Sequence[Pool], fraction: Mapping[int, float]) -> list[list[Tensor]]:
         groups = [group for pool in pools for group in self.shares(pool, fraction[id(pool)])]
-        staying = _top_k_each([(x, k, [_active_first(y) for y in x], [y.active for y in x]) for x, k, _ in groups])
-        free = [
-            [~mask if y.candidates is None else ~mask & y.candidates for y, mask in zip(x, masks, strict=True)]
-            for (x, _, _), masks in zip(groups, staying, strict=True)
-        ]
-        scores = [[self.growth(y) for y in x] for x, _, _ in groups]
+        parts = [(x, *part) for x, stay, _ in groups for part in self.pruned_apart(x, stay)]
+        left = iter(_top_k_each([(x, k, [_active_first(y) for y in x], among) for x, k, among in parts]))
+        edges = {id(y): torch.zeros_like(y.latent, dtype=torch.bool) for x, _, _ in groups for y in x}
+        for x, _, _ in parts:
+            for y, mask in zip(x, next(left), strict=True):
+                edges[id(y)] |= mask
+        free = [[~edges[id(y)] if y.candidates is None else ~edges[id(y)] & y.candidates for y in x] for x, _, _ in groups]
+        scores = [[checked_score(self, "growth", y, self.growth(y)) for y in x] for x, _, _ in groups]
         growing = _top_k_each([(x, k, s, among) for (x, _, k), s, among in zip(groups, scores, free, strict=True)])
-        chosen = {
-            id(layer): stay | grow
-            for (layers, _, _), stays, grows in zip(groups, staying, growing, strict=True)
-            for layer, stay, grow in zip(layers, stays, grows, strict=True)
-        }
-        return [[chosen[id(layer)] for layer in pool.layers] for pool in pools]
+        for (x, _, _), masks in zip(groups, growing, strict=True):
+            for y, mask in zip(x, masks, strict=True):
+                edges[id(y)] |= mask
+        return [[edges[id(y)] for y in pool.layers] for pool in pools]
 
 
 def _top_k_each(groups: Sequence[tuple[list[Layer], int, list[Tensor], Sequence[Tensor | None]]]) -> list[list[Tensor]]:
@@ -317,11 +338,31 @@ class SET(PruneAndGrow):
     """Sparse evolutionary training: edges are grown at random.
 
     Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
-    network science", 2018, algorithm 1; there once an epoch and without decay of the share.
+    network science", 2018, algorithm 1; there once an epoch, without decay of the share, and ``by_sign``.
+
+    Args:
+        by_sign: whether positive and negative edges are pruned apart, each losing the same share: the smallest positive and
+            the largest negative ones, as in the paper. Otherwise the smallest magnitudes of both together go.
     """
+
+    by_sign: bool = False
+
+    def fits(self, pattern: Pattern) -> bool:
+        return super().fits(pattern) and not self.by_sign
 
     def growth(self, layer: Layer) -> Tensor:
         return 1 + layer.uniform(torch.float64)
+
+    def pruned_apart(self, layers: Sequence[Layer], stay: int) -> list[tuple[int, list[Tensor]]]:
+        if not self.by_sign:
+            return super().pruned_apart(layers, stay)
+        active = [x.active for x in layers if x.active is not None]
+        negative = [mask & (x.latent < 0) for x, mask in zip(layers, active, strict=True)]
+        other = [mask & ~below for mask, below in zip(active, negative, strict=True)]  # zeros are the smallest of the positive
+        counts = torch.stack([torch.stack([mask.count_nonzero() for mask in masks]).sum() for masks in (negative, other)])
+        shard = layers[0].shard
+        sizes = [int(n) for n in (counts if shard is None else shard.sum(counts)).tolist()]
+        return list(zip(share_out(stay, sizes, sizes), (negative, other), strict=True))
 
 
 @dataclass(frozen=True)
@@ -345,8 +386,9 @@ class SparseMomentum(PruneAndGrow):
 
     Every layer loses the same share of its edges; what is grown is shared out in proportion to the mean magnitude of the
     momentum of the layers' active edges. Needs an optimizer with momentum, which here sees the gradient of all edges; of Adam
-    and its kin the first moment counts.
-    Source: Dettmers, Zettlemoyer, "Sparse networks from scratch", 2019, section 3 and algorithm 1; there once an epoch.
+    and its kin it is the first moment divided by the root of the second, as in the authors' code.
+    Source: Dettmers, Zettlemoyer, "Sparse networks from scratch", 2019, section 3 and algorithm 1; there once an epoch. Their
+    code sets the momentum of dormant edges to the mean of the active ones' after each exchange; here it goes on as it is.
     """
 
     fraction: float = 0.5
@@ -367,8 +409,10 @@ class SparseMomentum(PruneAndGrow):
         return None
 
     def growth(self, layer: Layer) -> Tensor:
-        momentum = next((layer.state[key] for key in MOMENTUM_KEYS if isinstance(layer.state.get(key), Tensor)), None)
-        return torch.zeros_like(layer.latent) if momentum is None else momentum
+        momentum, second = next(iter(momentum_of(layer).values()), None), layer.state.get("exp_avg_sq")
+        if momentum is None:
+            return torch.zeros_like(layer.latent)
+        return momentum / (second.sqrt() + 1e-8) if isinstance(second, Tensor) else momentum
 
     def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
         unit = pool.unit
@@ -438,7 +482,11 @@ class ST3(Thresholded):
     """Straight-through with soft thresholding: active weights are shrunk by the threshold, and targets scaled up again.
 
     Source: Vanderschueren, De Vleeschouwer, "Are straight-through gradients and soft-thresholding all you need for sparse
-    training?", 2023, section 3; there with ``density=dnw.Global(...)`` and a cubic ``schedule=dnw.DensitySchedule(...)``.
+    training?", 2023, section 3; there with ``density=dnw.Global(...)`` and a cubic ``schedule=dnw.DensitySchedule(...)``. In
+    the authors' code the threshold lies between the largest dormant and the smallest active magnitude.
+
+    A target's scale depends on all of its weights. So that what somebody writes to the model stays as it was written, a write
+    to some active weights of a target gives new latent weights to all of them, which belong to the scale that comes of it.
 
     Args:
         rescale: whether the weights of each target are divided by the share of their magnitude that is active (1.01 / (share
@@ -451,21 +499,57 @@ class ST3(Thresholded):
         super().prepare(pools)
         for layer in (x for pool in pools for x in pool.layers if self.rescale):
             size = layer.latent.abs() if layer.candidates is None else _only(layer.candidates, layer.latent.abs())
-            rows = torch.stack([x.reshape(len(x), -1).sum(1) for x in (_only(layer.active, size), size)])
-            if layer.shard is not None:
-                whole = rows.new_zeros(2, layer.shard.shape[0])
-                whole[:, layer.shard.places[0]] = rows
-                rows = layer.shard.sum(whole)[:, layer.shard.places[0]]
-            share = (rows[0] / rows[1]).nan_to_num(1.0)
-            layer.notes["scale"] = (1.01 / (share + 0.01)).view(-1, *[1] * (layer.latent.ndim - 1))
+            active, whole = _sums_of_targets(layer, _only(layer.active, size), size)
+            share = (active / whole).nan_to_num(1.0)
+            layer.notes["scale"] = _for_targets(1.01 / (share + 0.01), layer)
 
     def project(self, layer: Layer) -> Tensor:
         shrunk = layer.latent.sign() * (layer.latent.abs() - layer.notes["threshold"])
         return _only(layer.active, shrunk * layer.notes["scale"] if self.rescale else shrunk)
 
+    def remade(self, layer: Layer, written: Tensor) -> Tensor:
+        if not self.rescale:
+            return written
+        assert layer.active is not None
+        (touched,) = _sums_of_targets(layer, written.to(layer.latent.dtype))
+        return written | layer.active & (self.project(layer) != 0) & _for_targets(touched > 0, layer)
+
     def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
-        shrunk = effective / layer.notes["scale"] if self.rescale else effective
+        shrunk = effective * self._inverse_scale(layer, effective) if self.rescale else effective
         return shrunk + effective.sign() * layer.notes["threshold"]
+
+    def _inverse_scale(self, layer: Layer, effective: Tensor) -> Tensor:
+        """1 / scale, of each target, at the latent weights that have these effective ones.
+
+        With a magnitude E of effective weights in a target, latent weights are threshold + |effective| x, where x = 1 / scale
+        is (share + 0.01) / 1.01. The share being linear in x over linear in x, x is the positive root of a parabola.
+        """
+        threshold, zero = layer.notes["threshold"].float(), effective == 0
+        stays = _only(zero & (self.project(layer) == 0), layer.latent.abs())
+        dormant = stays if layer.active is None else _only(~layer.active, stays)
+        if layer.candidates is not None:
+            dormant = _only(layer.candidates, dormant)
+        parts = [effective.abs(), (~zero) * threshold + _only(layer.active, stays), dormant]
+        e, a, d = (part.double() for part in _sums_of_targets(layer, *(part.float() for part in parts)))
+        b, c = a + d - e, a + d * (0.01 / 1.01)
+        root = (b.square() + 4 * e * c).sqrt()
+        x = torch.where(b > 0, 2 * c / (b + root), (root - b) / (2 * e)).nan_to_num(1.0)
+        return _for_targets(x.to(layer.latent.dtype), layer)
+
+
+def _sums_of_targets(layer: Layer, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Of some tensors of a layer's shape the sums over each target, over all processes."""
+    sums = torch.stack([x.flatten(1).sum(1) if x.ndim > 1 else x for x in parts])
+    if layer.shard is not None:
+        whole = sums.new_zeros(len(parts), layer.shard.shape[0])
+        whole[:, layer.shard.places[0]] = sums
+        sums = layer.shard.sum(whole)[:, layer.shard.places[0]]
+    return sums.unbind()
+
+
+def _for_targets(values: Tensor, layer: Layer) -> Tensor:
+    """A value per target, to be combined with a layer's weights."""
+    return values.view(-1, *[1] * (layer.latent.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -478,19 +562,31 @@ class Feather(Thresholded):
 
     Args:
         power: p; 1 is soft thresholding, and a large one comes near hard thresholding.
-        dormant_gradient: factor of dormant edges' gradient, from 0 to 1; the authors' is 1 up to 95 % of zeros, 0.5 beyond.
+        dormant_gradient: factor of dormant edges' gradient, from 0 to 1. By default the authors', which depends on the final
+            density: 1 up to 95 % of zeros, 0.5 beyond; of each budget by itself, where theirs is one for the whole network.
     """
 
     power: float = 3.0
-    dormant_gradient: float = 0.5
+    dormant_gradient: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, power=(1.0, math.inf), dormant_gradient=(0.0, 1.0))
+        _check(self, power=(1.0, math.inf))
+        if self.dormant_gradient is not None:
+            _check(self, dormant_gradient=(0.0, 1.0))
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        super().prepare(pools)
+        for pool in pools:
+            factor = self.dormant_gradient
+            if factor is None:
+                factor = 0.5 if (pool.budget or pool.k) < num_edges(0.05, pool.num_candidates) else 1.0
+            for layer in pool.layers:
+                layer.notes["dormant_gradient"] = torch.full_like(layer.notes["threshold"], factor)
 
     def gradient(self, layer: Layer) -> Tensor | None:
         assert layer.active is not None
         assert layer.grad is not None
-        return torch.where(layer.active, layer.grad, self.dormant_gradient * layer.grad)
+        return torch.where(layer.active, layer.grad, layer.notes["dormant_gradient"] * layer.grad)
 
     def project(self, layer: Layer) -> Tensor:
         # |w| (1 - (T / |w|)^p)^(1/p), in which no power of a small weight vanishes
@@ -506,9 +602,10 @@ class Feather(Thresholded):
 class TopKAST(Rule):
     """Top-k always sparse training: only the k largest edges are used forward, and only some more get a gradient.
 
-    Source: Jayakumar et al., "Top-KAST: top-k always sparse training", 2020, section 2. Weight decay acts on no dormant edge;
-    the penalty is the paper's exploration regularisation, w^2 / 2 on active edges and 1 / density times that on the others of
-    the backward set.
+    Source: Jayakumar et al., "Top-KAST: top-k always sparse training", 2020, section 2. What lies outside the backward set of a
+    step keeps its weight bit for bit in that step, whatever the optimizer, and loses its momentum: it comes back without one.
+    Weight decay acts on no dormant edge; the penalty is the paper's exploration regularisation, w^2 / 2 on active edges and
+    1 / density times that on the others of the backward set.
 
     Args:
         backward: number of edges in the backward set, as a multiple of the active ones.
@@ -541,6 +638,11 @@ class TopKAST(Rule):
         assert layer.active is not None
         factor = torch.where(layer.active, self.penalty, layer.notes["penalty"])
         return _only(layer.notes["backward"], layer.grad + factor * layer.latent)
+
+    def updated(self, layer: Layer, stepped: Tensor) -> Tensor:
+        for momentum in momentum_of(layer).values():
+            clear_others(momentum, layer.notes["backward"])
+        return torch.where(layer.notes["backward"], stepped, layer.latent)
 
 
 RULES: dict[str, type[Rule]] = {

@@ -263,6 +263,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 for tensor in (layer.latent, bits, counters):
                     torch.distributed.broadcast(tensor, src=0)
                 layer.activate(bits.bool())
+                self._pool_of[id(layer)].num_active = 0
                 layer.seed, layer.step, self._step, self._pool_of[id(layer)].k = counters.tolist()
                 layer.remember()
         self._prepare(self._layers)
@@ -365,8 +366,8 @@ class Wiring(Mapping[str, WiredParameter]):
             grad = self.rule.gradient(layer)
             if not self.rule.selects_by_gradient:
                 layer.grad = None
-            elif scale is None:  # some optimizers change the gradient in place
-                layer.grad = given.clone()
+            elif scale is None and (grad is None or grad.data_ptr() == given.data_ptr()):
+                layer.grad = given.clone()  # some optimizers change the gradient in place
             if grad is not None and scale is not None:
                 grad = grad * scale
             self._leave_state(layer)
@@ -415,7 +416,7 @@ class Wiring(Mapping[str, WiredParameter]):
                 stacklevel=2,
             )
         self._finished_step = self._step + 1
-        self._finishing = [(layer, self.dormant.updated(layer, layer.held)) for layer in stepped]
+        self._finishing = [(layer, self.rule.updated(layer, self.dormant.updated(layer, layer.held))) for layer in stepped]
         self._finish_step()
 
     def _finish_step(self) -> None:
@@ -427,6 +428,7 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._layers:
             if self._selecting:  # interrupted before: the same selection again, from the same edges
                 layer.activate(layer.previous)
+                self._pool_of[id(layer)].num_active = 0
             else:
                 layer.remember()
         self._selecting = True
@@ -501,6 +503,7 @@ class Wiring(Mapping[str, WiredParameter]):
                     changed.append(layer)  # it may have traded edges with a layer of its pool
                 layer.activate(mask)
             self._count(pool)
+            pool.num_active = pool.k
         return changed
 
     def _prepare(self, layers: Sequence[WiredLayer]) -> list[WiredLayer]:
@@ -535,7 +538,7 @@ class Wiring(Mapping[str, WiredParameter]):
         layer.follow()
         if not layer.is_written():
             return False
-        written, replaced = layer.take_over_writes(self._effective(layer), self.rule.latent_of)
+        written, replaced = layer.take_over_writes(self._effective(layer), self.rule)
         if replaced and self._step:
             warnings.warn(
                 f"another sparse weight was put in place of {layer.name!r}: its dormant edges start from 0 again. To look at "
@@ -662,6 +665,7 @@ class Wiring(Mapping[str, WiredParameter]):
         """Takes over a checked entry of a state dict."""
         layer.latent.copy_(layer.part(entry["latent"]))
         active = layer.part(entry["active"]).to(layer.latent.device, copy=True)
+        self._pool_of[id(layer)].num_active = 0
         if layer.active is None:
             layer.active = active
         else:
