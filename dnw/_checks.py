@@ -45,8 +45,14 @@ def check_seed(value: object) -> int:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns '; did you mean ...?' for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = nearest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that is most like another one; None where none is as like as the cutoff, from 0 to 1."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return close[0] if close else None
 
 
 def listing(names: Iterable[str], most: int = 8) -> str:

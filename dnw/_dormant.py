@@ -48,11 +48,11 @@ class Dormant:
 
     def has_effect(self, layers: Iterable[Layer]) -> bool:
         """Whether the optimizer keeps a momentum for any of the layers that have stepped."""
-        return self.momentum == "update" or any(_momentum(layer) for layer in layers)
+        return self.momentum == "update" or any(momentum_of(layer) for layer in layers)
 
     def kept(self, layer: Layer) -> dict[str, Tensor]:
         """The momentum to come back to, before a step."""
-        return {key: value.clone() for key, value in _momentum(layer).items()} if self.momentum == "hold" else {}
+        return {key: value.clone() for key, value in momentum_of(layer).items()} if self.momentum == "hold" else {}
 
     def apply(self, layer: Layer, active: Tensor | None = None, kept: Mapping[str, Tensor] | None = None) -> None:
         """Changes the momentum in place after a step and its selection.
@@ -64,9 +64,9 @@ class Dormant:
         """
         if self.momentum == "update":
             return
-        for key, value in _momentum(layer).items():
+        for key, value in momentum_of(layer).items():
             if self.momentum == "zero":
-                value.masked_fill_(_dormant(layer), 0)
+                clear_others(value, layer.active)
             else:
                 before = layer.active if active is None else active
                 assert before is not None
@@ -101,6 +101,13 @@ def _dormant(layer: Layer) -> Tensor:
     return ~layer.active
 
 
-def _momentum(layer: Layer) -> dict[str, Tensor]:
+def clear_others(values: Tensor, mask: Tensor | None) -> None:
+    """Sets the values outside a mask to 0, in place."""
+    assert mask is not None
+    torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device), out=values)
+
+
+def momentum_of(layer: Layer) -> dict[str, Tensor]:
+    """The momentum that the optimizer keeps for a layer, by the name that it has there; none where it keeps none."""
     found = {key: layer.state.get(key) for key in MOMENTUM_KEYS}
     return {k: v for k, v in found.items() if isinstance(v, Tensor) and v.shape == layer.latent.shape}

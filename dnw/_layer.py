@@ -8,7 +8,7 @@ the latent one: the parameter is stepped in place, and nothing is exchanged but 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -268,7 +268,7 @@ class WiredLayer(Layer):
         """Whether somebody else has written to the parameter since it was last projected."""
         return self._present_version() != self.version
 
-    def take_over_writes(self, projected: Tensor, latent_of: Callable[[Layer, Tensor], Tensor]) -> tuple[bool, bool]:
+    def take_over_writes(self, projected: Tensor, rule: Rule) -> tuple[bool, bool]:
         """Takes over values that somebody else wrote to the parameter since it was last projected.
 
         Entries that differ are taken over one by one. Where dormant entries have got weights and active ones have become
@@ -276,7 +276,7 @@ class WiredLayer(Layer):
 
         Args:
             projected: what the parameter would hold without them.
-            latent_of: the latent weights of effective ones.
+            rule: whose latent weights they are.
 
         Returns:
             Whether anything differs, so that edges are to be selected anew; whether another sparse weight was put in place.
@@ -291,5 +291,6 @@ class WiredLayer(Layer):
         replaced = bool(any_grown and any_pruned)
         if any_written and not self.in_place:
             values = held.to(self.latent.dtype)
-            self.latent.copy_(values if replaced else torch.where(written, latent_of(self, values), self.latent))
+            remade = rule.remade(self, written)
+            self.latent.copy_(values if replaced else torch.where(remade, rule.latent_of(self, values), self.latent))
         return bool(any_written), replaced

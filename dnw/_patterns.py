@@ -1,7 +1,8 @@
 """Which edges stand or fall together: N of every M, blocks, whole channels. Without a pattern each edge stands for itself.
 
 Contract: a pattern turns the scores of a parameter into the scores of its units, whose largest are chosen, and a mask of
-units into a mask of edges. ``top_k_each`` does not know of patterns.
+units into a mask of edges; or, where it fixes the number of edges in each of its groups, the scores into the edges themselves.
+``top_k_each`` does not know of patterns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_PAIRWISE = 16
+"""Up to so many members, comparing each with each is cheaper than sorting a group."""
 
 
 class Pattern(ABC):
@@ -35,6 +39,10 @@ class Pattern(ABC):
     @abstractmethod
     def scores(self, score: Tensor) -> Tensor:
         """The scores of the units, from those of the edges."""
+
+    def choose(self, score: Tensor) -> Tensor | None:
+        """The mask of the edges of largest score where the pattern alone fixes them; None where they compete for the budget."""
+        return None
 
     def units(self, mask: Tensor) -> Tensor:
         """A mask of the units all of whose edges are in a mask of edges."""
@@ -73,11 +81,30 @@ class NOfM(Pattern):
 
     def scores(self, score: Tensor) -> Tensor:
         """m for the largest of its group, 1 for the smallest: the n largest of all groups are then the overall largest."""
-        rows = score.detach().abs().movedim(1, -1)
-        groups = rows.reshape(*rows.shape[:-1], -1, self.m)
-        order = groups.argsort(dim=-1, descending=True, stable=True)
-        place = torch.arange(self.m, 0, -1, device=score.device, dtype=torch.float32).expand_as(order)
-        return torch.zeros_like(place).scatter(-1, order, place).reshape(rows.shape).movedim(-1, 1)
+        return self.m - self._places(score).float()
+
+    def choose(self, score: Tensor) -> Tensor | None:
+        return self._places(score) < self.n
+
+    def _places(self, score: Tensor) -> Tensor:
+        """The place of each entry in its group: 0 for the largest magnitude, the lowest index first among equals."""
+        groups = score.detach().unflatten(1, (-1, self.m))
+        if self.m > _PAIRWISE:
+            order = _ordered(groups.abs()).argsort(dim=2, descending=True, stable=True)
+            place = torch.arange(self.m, device=score.device).view(-1, *[1] * (score.ndim - 2)).expand_as(order)
+            return torch.empty_like(order).scatter_(2, order, place).flatten(1, 2)
+        # Member by member, so that each comparison runs along memory.
+        size = torch.empty((self.m, *groups.select(2, 0).shape), dtype=score.dtype, device=score.device)
+        for i in range(self.m):
+            torch.abs(groups.select(2, i), out=size[i])
+        size = _ordered(size)
+        places = torch.zeros(size.shape, dtype=torch.uint8, device=score.device)
+        for i in range(self.m):
+            for j in range(i + 1, self.m):
+                first_wins = size[i] >= size[j]
+                places[j] += first_wins
+                places[i] += ~first_wins
+        return places.movedim(0, 2).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -134,6 +161,13 @@ class Channels(Pattern):
 
     def edges(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
         return units.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def _ordered(magnitudes: Tensor) -> Tensor:
+    """Magnitudes as integers of the same order, in which NaN has a place too: above infinity."""
+    if not magnitudes.is_floating_point():
+        return magnitudes
+    return magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[magnitudes.element_size()])
 
 
 def _wide(score: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a rule is: how the active edges are chosen, and what dormant edges get.
 
 Contract: a rule sees :class:`Layer` objects and never a model or an optimizer; where a parameter is sharded it sees the part
-that this process holds. The wiring calls, around each optimizer step, ``gradient`` (before), ``select`` and ``prepare``
-(after, on the updated latent weights) and ``project`` (what the model gets).
+that this process holds. The wiring calls, around each optimizer step, ``gradient`` (before), ``updated``, ``select`` and
+``prepare`` (after, on the updated latent weights) and ``project`` (what the model gets).
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dnw._budgets import Shape
+from dnw._checks import nearest
 from dnw._dormant import Dormant
 from dnw._layout import TARGETS_FIRST, Layout
 from dnw._patterns import Pattern
@@ -136,6 +138,11 @@ class Pool:
         return sum(x.num_candidates for x in self.layers)
 
     @property
+    def least(self) -> int:
+        """Edges that its layers, and their targets, keep at least, all together."""
+        return sum(max(x.least, x.num_edges_of_targets()) for x in self.layers)
+
+    @property
     def unit(self) -> int:
         """How many edges stand or fall together by the layers' pattern."""
         first = self.layers[0]
@@ -187,12 +194,68 @@ def ranking(
     )
 
 
+def chosen(pools: Sequence[Pool], scores: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The edges of largest score of each layer of each pool, exactly ``pool.k`` in each pool, as boolean masks."""
+    fixed = [_by_pattern(pool, of_pool) for pool, of_pool in zip(pools, scores, strict=True)]
+    open_ = [i for i, masks in enumerate(fixed) if masks is None]
+    ranked = iter(top_k_each([pools[i].ranking(scores[i]) for i in open_]))
+    return [next(ranked) if masks is None else masks for masks in fixed]
+
+
+def _by_pattern(pool: Pool, scores: Sequence[Tensor]) -> list[Tensor] | None:
+    """The edges of a pool's layers where their pattern fixes them without a ranking."""
+    masks = [x.pattern.choose(score) if x.pattern else None for x, score in zip(pool.layers, scores, strict=True)]
+    found = [mask for mask in masks if mask is not None]
+    return found if len(found) == len(masks) else None
+
+
+def checked_score(rule: Rule, hook: str, layer: Layer, score: Tensor) -> Tensor:
+    """What a hook of a rule gave for ranking; raises where that cannot be ranked.
+
+    Raises:
+        TypeError: it is no floating-point tensor of the layer's shape, on its device.
+        ValueError: the first time, where every weight is finite, some of it is not a number.
+    """
+    shape, device = tuple(layer.latent.shape), layer.latent.device
+    is_tensor = isinstance(score, Tensor)
+    if not is_tensor or not score.is_floating_point() or tuple(score.shape) != shape or score.device != device:
+        given = f"{score.dtype} of shape {tuple(score.shape)} on {score.device}" if is_tensor else repr(score)
+        raise TypeError(
+            f"{type(rule).__name__}.{hook} gave {given} for {layer.name!r}; expected a floating-point tensor of shape {shape} "
+            f"on {device}"
+        )
+    if layer.active is None:
+        bad = score.isnan().count_nonzero()
+        if int(bad if layer.shard is None else layer.shard.sum(bad)):
+            raise ValueError(
+                f"{type(rule).__name__}.{hook} gave NaN for {layer.name!r}, and magnitudes cannot be ranked with NaN; give "
+                "such edges a number, 0 to rank them last"
+            )
+    return score
+
+
 @dataclass(frozen=True)
 class Rule:
     """How active edges are chosen. Subclass it, override what differs, and add the class to ``RULES``.
 
     A rule of the common kind overrides :meth:`score` alone.
+
+    Raises:
+        TypeError: when a subclass is defined one of whose methods is nearly, but not quite, named as a hook.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        inherited = {name: value for base in reversed(cls.__mro__[1:]) for name, value in vars(base).items()}
+        hooks = [n for n, v in inherited.items() if isinstance(v, (FunctionType, property)) and not n.startswith("_")]
+        for name, value in vars(cls).items():
+            if name in inherited or name.startswith("_") or not isinstance(value, (FunctionType, property)):
+                continue
+            if meant := nearest(name, hooks, cutoff=0.8):
+                raise TypeError(
+                    f"{cls.__name__}.{name} is no hook of a rule, so nothing would call it; for the hook {meant!r} name it so, "
+                    f"and a helper of your own _{name}"
+                )
 
     @property
     def fixed(self) -> bool:
@@ -245,7 +308,7 @@ class Rule:
     @property
     def is_plain(self) -> bool:
         """Whether it takes the largest latent weights, as they are, and nothing else: then one pass over them does all."""
-        hooks = ("score", "select", "prepare", "project")
+        hooks = ("score", "updated", "select", "prepare", "project")
         return not self.fixed and all(getattr(type(self), hook) is getattr(Rule, hook) for hook in hooks)
 
     @property
@@ -263,7 +326,7 @@ class Rule:
 
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         """The active edges of each layer of each pool, as boolean masks; exactly ``pool.k`` are true in each pool."""
-        return top_k_each([pool.ranking([self.score(x) for x in pool.layers]) for pool in pools])
+        return chosen(pools, [[checked_score(self, "score", x, self.score(x)) for x in pool.layers] for pool in pools])
 
     def prepare(self, pools: Sequence[Pool]) -> None:
         """Notes in ``layer.notes`` what ``gradient`` and ``project`` need to know of a whole pool; after every selection."""
@@ -271,6 +334,13 @@ class Rule:
     def gradient(self, layer: Layer) -> Tensor | None:
         """The gradient that the latent weights get in this step; None leaves it as autograd computed it."""
         return None
+
+    def updated(self, layer: Layer, stepped: Tensor) -> Tensor:
+        """The latent weights after a step, from what the optimizer made of ``layer.latent``; as it made them by default.
+
+        It may also change ``layer.state`` in place. Called between ``gradient`` and ``select``.
+        """
+        return stepped
 
     def project(self, layer: Layer) -> Tensor:
         """The effective weight that the model trains with. Default: the latent weight on active edges, 0 elsewhere."""
@@ -280,6 +350,10 @@ class Rule:
     def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
         """The latent weights that ``project`` makes these effective weights of; for values that others write to the model."""
         return effective
+
+    def remade(self, layer: Layer, written: Tensor) -> Tensor:
+        """The entries to which ``latent_of`` gives new latent weights after a write to some; those alone by default."""
+        return written
 
     def settle(self, layer: Layer) -> Tensor:
         """The effective weight that the model is evaluated with, where it differs from the one it trains with."""

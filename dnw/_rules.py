@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dnw._budgets import Shape, share_out
+from dnw._budgets import Shape, num_edges, share_out
 from dnw._checks import did_you_mean
-from dnw._dormant import MOMENTUM_KEYS, Dormant
+from dnw._dormant import Dormant, clear_others, momentum_of
 from dnw._patterns import NOfM, Pattern
-from dnw._rule import Layer, Pool, Rule, ranking
+from dnw._rule import Layer, Pool, Rule, checked_score, chosen, ranking
 from dnw._select import top_k_each
 
 
@@ -70,7 +70,8 @@ class TargetedDropout(Rule):
     """In training each dormant edge is dropped with a probability at every step; in evaluation all of them are.
 
     Source: Gomez et al., "Learning sparse networks using targeted dropout", 2019, section 3 (unstructured weight dropout);
-    as compared in Wortsman et al., 2019, section 4.2, with rate 0.95. Evaluate inside ``wiring.settled()``.
+    as compared in Wortsman et al., 2019, section 4.2, with rate 0.95, and as there ranked over a whole layer, where Gomez et
+    al. rank the weights of each output unit by themselves. Evaluate inside ``wiring.settled()``.
 
     Args:
         rate: probability with which a dormant edge is dropped; a dropped edge gets no gradient in that step.
@@ -101,7 +102,8 @@ class TargetedDropout(Rule):
 class MagnitudePruning(NoUpdate):
     """The smallest active edges are pruned, for good: with a density schedule gradual magnitude pruning, without one-shot.
 
-    Source: Zhu, Gupta, "To prune, or not to prune", 2017, section 3, with ``schedule=dnw.DensitySchedule(...)``.
+    Source: Zhu, Gupta, "To prune, or not to prune", 2017, section 3, with ``schedule=dnw.DensitySchedule(...)``. There pruned
+    weights are masked and not updated, so that one could come back where active ones shrink below it; here they become 0.
     """
 
     @property
@@ -117,8 +119,8 @@ class MagnitudePruning(NoUpdate):
 
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         _clear_dormant(pools)
-        masks = top_k_each([pool.ranking([_active_first(x) for x in pool.layers]) for pool in pools])
-        _clear_others(pools, masks)
+        masks = _by_magnitude(pools)
+        _clear_pruned(pools, masks)
         return masks
 
 
@@ -147,14 +149,19 @@ def _clear_dormant(pools: Sequence[Pool]) -> None:
     """After a step, sets dormant weights back to 0: whatever the optimizer made of them is not meant."""
     for layer in (x for pool in pools if pool.stepped for x in pool.layers):
         if layer.active is not None:
-            layer.latent.masked_fill_(~layer.active, 0)
+            clear_others(layer.latent, layer.active)
 
 
-def _clear_others(pools: Sequence[Pool], masks: Sequence[Sequence[Tensor]]) -> None:
+def _clear_pruned(pools: Sequence[Pool], masks: Sequence[Sequence[Tensor]]) -> None:
     """Sets the weights of all but the selected edges to 0."""
     for pool, of_pool in zip(pools, masks, strict=True):
         for layer, mask in zip(pool.layers, of_pool, strict=True):
-            layer.latent.masked_fill_(~mask, 0)
+            clear_others(layer.latent, mask)
+
+
+def _by_magnitude(pools: Sequence[Pool]) -> list[list[Tensor]]:
+    """The edges of largest magnitude, active ones first among equals."""
+    return chosen(pools, [[_active_first(x) for x in p.layers] for p in pools])
 
 
 def _active_first(layer: Layer) -> Tensor:
@@ -297,8 +304,12 @@ class PruneAndGrow(NoUpdate):
 
     def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
         """Groups of layers within which edges compete, and of each how many edges stay and how many are grown."""
-        grown = min(int(fraction * pool.k), pool.k - 1) // pool.unit * pool.unit
+        grown = min(int(fraction * pool.k), pool.k - max(1, pool.least)) // pool.unit * pool.unit
         return [(pool.layers, pool.k - grown, grown)]
+
+    def pruned_apart(self, layers: Sequence[Layer], stay: int) -> list[tuple[int, list[Tensor]]]:
+        """Parts of the active edges of some layers, each of which loses its smallest: how many stay, and masks of them."""
+        return [(stay, [x.active for x in layers if x.active is not None])]
 
     def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
         _clear_dormant(pools)
@@ -308,34 +319,37 @@ class PruneAndGrow(NoUpdate):
         changing = [pool for pool in pools if id(pool) not in found and due[id(pool)]]
         found |= zip(map(id, changing), self._exchange(changing, due), strict=True)
         rest = [pool for pool in pools if id(pool) not in found]
-        found |= zip(map(id, rest), top_k_each([p.ranking([_active_first(x) for x in p.layers]) for p in rest]), strict=True)
+        found |= zip(map(id, rest), _by_magnitude(rest), strict=True)
         masks = [found[id(pool)] for pool in pools]
-        _clear_others(pools, masks)
+        _clear_pruned(pools, masks)
         return masks
 
     def _at_random(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
-        return top_k_each([pool.ranking([1 + x.uniform(torch.float64) for x in pool.layers]) for pool in pools])
+        return chosen(pools, [[1 + x.uniform(torch.float64) for x in pool.layers] for pool in pools])
 
     def _exchange(self, pools: Sequence[Pool], fraction: Mapping[int, float]) -> list[list[Tensor]]:
         groups = [group for pool in pools for group in self.shares(pool, fraction[id(pool)])]
-        staying = _top_k_each([(x, k, [_active_first(y) for y in x], [y.active for y in x]) for x, k, _ in groups])
-        free = [
-            [~mask if y.candidates is None else ~mask & y.candidates for y, mask in zip(x, masks, strict=True)]
-            for (x, _, _), masks in zip(groups, staying, strict=True)
-        ]
-        scores = [[self.growth(y) for y in x] for x, _, _ in groups]
+        parts = [(x, *part) for x, stay, _ in groups for part in self.pruned_apart(x, stay)]
+        staying = [(x, k, [_active_first(y) for y in x], among) for x, k, among in parts]
+        left = iter(_top_k_each(staying, floors=len(parts) == len(groups)))
+        edges = {id(y): torch.zeros_like(y.latent, dtype=torch.bool) for x, _, _ in groups for y in x}
+        for x, _, _ in parts:
+            for y, mask in zip(x, next(left), strict=True):
+                edges[id(y)] |= mask
+        free = [[~edges[id(y)] if y.candidates is None else ~edges[id(y)] & y.candidates for y in x] for x, _, _ in groups]
+        scores = [[checked_score(self, "growth", y, self.growth(y)) for y in x] for x, _, _ in groups]
         growing = _top_k_each([(x, k, s, among) for (x, _, k), s, among in zip(groups, scores, free, strict=True)])
-        chosen = {
-            id(layer): stay | grow
-            for (layers, _, _), stays, grows in zip(groups, staying, growing, strict=True)
-            for layer, stay, grow in zip(layers, stays, grows, strict=True)
-        }
-        return [[chosen[id(layer)] for layer in pool.layers] for pool in pools]
+        for (x, _, _), masks in zip(groups, growing, strict=True):
+            for y, mask in zip(x, masks, strict=True):
+                edges[id(y)] |= mask
+        return [[edges[id(y)] for y in pool.layers] for pool in pools]
 
 
-def _top_k_each(groups: Sequence[tuple[list[Layer], int, list[Tensor], Sequence[Tensor | None]]]) -> list[list[Tensor]]:
+def _top_k_each(
+    groups: Sequence[tuple[list[Layer], int, list[Tensor], Sequence[Tensor | None]]], *, floors: bool = False
+) -> list[list[Tensor]]:
     """:func:`top_k_each` where k may be 0."""
-    ranked = iter(top_k_each([ranking(layers, scores, k, among) for layers, k, scores, among in groups if k]))
+    ranked = iter(top_k_each([ranking(layers, scores, k, among, floors=floors) for layers, k, scores, among in groups if k]))
     return [next(ranked) if k else [torch.zeros_like(x.latent, dtype=torch.bool) for x in layers] for layers, k, _, _ in groups]
 
 
@@ -344,11 +358,35 @@ class SET(PruneAndGrow):
     """Sparse evolutionary training: edges are grown at random.
 
     Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
-    network science", 2018, algorithm 1; there once an epoch and without decay of the share.
+    network science", 2018, algorithm 1; there once an epoch, without decay of the share, and ``by_sign``.
+
+    Args:
+        by_sign: whether positive and negative edges are pruned apart, each losing the same share: the smallest positive and
+            the largest negative ones, as in the paper. Otherwise the smallest magnitudes of both together go.
     """
+
+    by_sign: bool = False
+
+    @property
+    def fits_floors(self) -> bool:
+        return not self.by_sign
+
+    def fits(self, pattern: Pattern) -> bool:
+        return super().fits(pattern) and not self.by_sign
 
     def growth(self, layer: Layer) -> Tensor:
         return 1 + layer.uniform(torch.float64)
+
+    def pruned_apart(self, layers: Sequence[Layer], stay: int) -> list[tuple[int, list[Tensor]]]:
+        if not self.by_sign:
+            return super().pruned_apart(layers, stay)
+        active = [x.active for x in layers if x.active is not None]
+        negative = [mask & (x.latent < 0) for x, mask in zip(layers, active, strict=True)]
+        other = [mask & ~below for mask, below in zip(active, negative, strict=True)]  # zeros are the smallest of the positive
+        counts = torch.stack([torch.stack([mask.count_nonzero() for mask in masks]).sum() for masks in (negative, other)])
+        shard = layers[0].shard
+        sizes = [int(n) for n in (counts if shard is None else shard.sum(counts)).tolist()]
+        return list(zip(share_out(stay, sizes, sizes), (negative, other), strict=True))
 
 
 @dataclass(frozen=True)
@@ -372,8 +410,9 @@ class SparseMomentum(PruneAndGrow):
 
     Every layer loses the same share of its edges; what is grown is shared out in proportion to the mean magnitude of the
     momentum of the layers' active edges. Needs an optimizer with momentum, which here sees the gradient of all edges; of Adam
-    and its kin the first moment counts.
-    Source: Dettmers, Zettlemoyer, "Sparse networks from scratch", 2019, section 3 and algorithm 1; there once an epoch.
+    and its kin it is the first moment divided by the root of the second, as in the authors' code.
+    Source: Dettmers, Zettlemoyer, "Sparse networks from scratch", 2019, section 3 and algorithm 1; there once an epoch. Their
+    code sets the momentum of dormant edges to the mean of the active ones' after each exchange; here it goes on as it is.
     """
 
     fraction: float = 0.5
@@ -395,8 +434,10 @@ class SparseMomentum(PruneAndGrow):
         return True
 
     def growth(self, layer: Layer) -> Tensor:
-        momentum = next((layer.state[key] for key in MOMENTUM_KEYS if isinstance(layer.state.get(key), Tensor)), None)
-        return torch.zeros_like(layer.latent) if momentum is None else momentum
+        momentum, second = next(iter(momentum_of(layer).values()), None), layer.state.get("exp_avg_sq")
+        if momentum is None:
+            return torch.zeros_like(layer.latent)
+        return momentum / (second.sqrt() + 1e-8) if isinstance(second, Tensor) else momentum
 
     def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
         unit = pool.unit
@@ -408,7 +449,10 @@ class SparseMomentum(PruneAndGrow):
             sums.append(both if x.shard is None else x.shard.sum(both))
         momenta, active = (part.tolist() for part in torch.stack(sums).double().unbind(1))
         active = [int(n) // unit for n in active]
-        stay = share_out((pool.k - int(fraction * pool.k)) // unit, active, active)
+        least = [-(-x.least // unit) for x in pool.layers]
+        kept = max(sum(least), (pool.k - int(fraction * pool.k)) // unit)
+        more = [n - at_least for n, at_least in zip(active, least, strict=True)]
+        stay = [a + b for a, b in zip(least, share_out(kept - sum(least), more, more), strict=True)]
         means = [m / n if n and math.isfinite(m) else 0.0 for m, n in zip(momenta, active, strict=True)]
         room = [x.num_candidates // unit - n for x, n in zip(pool.layers, stay, strict=True)]
         grown = share_out(pool.k // unit - sum(stay), means, room)
@@ -442,23 +486,32 @@ class SRSTE(Rule):
 
 @dataclass(frozen=True)
 class Thresholded(Rule):
-    """A rule whose active weights come down to 0 at the threshold, the largest dormant magnitude of their pool."""
+    """A rule whose active weights come down to 0 at the threshold, the largest dormant magnitude of their pool.
+
+    In a layer that has edges below it, because it keeps some at least, it is the largest dormant magnitude of that layer.
+    """
+
+    @property
+    def fits_floors(self) -> bool:
+        return False
 
     def fits(self, pattern: Pattern) -> bool:
         return False
 
     def prepare(self, pools: Sequence[Pool]) -> None:
         for pool in pools:
-            largest = []
+            bounds = []
             for x in pool.layers:
                 assert x.active is not None
-                dormant = ~x.active if x.candidates is None else ~x.active & x.candidates
-                size = _only(dormant, x.latent.abs())
-                largest.append(size.amax() if size.numel() else size.new_zeros(()))
-            threshold, shard = torch.stack(largest).amax(), pool.layers[0].shard
-            threshold = threshold if shard is None else shard.max(threshold)
-            for x in pool.layers:
-                x.notes["threshold"] = threshold
+                dormant, size = ~x.active if x.candidates is None else ~x.active & x.candidates, x.latent.abs()
+                smallest = torch.where(x.active, size, math.inf)
+                both = [_only(dormant, size), -smallest]
+                bounds.append(torch.stack([part.amax() if part.numel() else part.new_full((), -math.inf) for part in both]))
+            largest, shard = torch.stack(bounds), pool.layers[0].shard
+            largest = largest if shard is None else shard.max(largest)
+            threshold = largest[:, 0].amax().clamp(min=0)
+            for x, (of_layer, smallest) in zip(pool.layers, largest, strict=True):
+                x.notes["threshold"] = torch.where(-smallest < threshold, of_layer.clamp(min=0), threshold)
 
 
 @dataclass(frozen=True)
@@ -466,7 +519,11 @@ class ST3(Thresholded):
     """Straight-through with soft thresholding: active weights are shrunk by the threshold, and targets scaled up again.
 
     Source: Vanderschueren, De Vleeschouwer, "Are straight-through gradients and soft-thresholding all you need for sparse
-    training?", 2023, section 3; there with ``density=dnw.Global(...)`` and a cubic ``schedule=dnw.DensitySchedule(...)``.
+    training?", 2023, section 3; there with ``density=dnw.Global(...)`` and a cubic ``schedule=dnw.DensitySchedule(...)``. In
+    the authors' code the threshold lies between the largest dormant and the smallest active magnitude.
+
+    A target's scale depends on all of its weights. So that what somebody writes to the model stays as it was written, a write
+    to some active weights of a target gives new latent weights to all of them, which belong to the scale that comes of it.
 
     Args:
         rescale: whether the weights of each target are divided by the share of their magnitude that is active (1.01 / (share
@@ -479,16 +536,41 @@ class ST3(Thresholded):
         super().prepare(pools)
         for layer in (x for pool in pools for x in pool.layers if self.rescale):
             size = layer.latent.abs() if layer.candidates is None else _only(layer.candidates, layer.latent.abs())
-            share = (layer.sum_by_target(_only(layer.active, size)) / layer.sum_by_target(size)).nan_to_num(1.0)
-            layer.notes["scale"] = 1.01 / (share + 0.01)
+            active, whole = layer.sum_by_target(_only(layer.active, size)), layer.sum_by_target(size)
+            layer.notes["scale"] = 1.01 / ((active / whole).nan_to_num(1.0) + 0.01)
 
     def project(self, layer: Layer) -> Tensor:
         shrunk = layer.latent.sign() * (layer.latent.abs() - layer.notes["threshold"])
         return _only(layer.active, shrunk * layer.notes["scale"] if self.rescale else shrunk)
 
+    def remade(self, layer: Layer, written: Tensor) -> Tensor:
+        if not self.rescale:
+            return written
+        assert layer.active is not None
+        touched = layer.sum_by_target(written.to(layer.latent.dtype)) > 0
+        return written | layer.active & (self.project(layer) != 0) & touched
+
     def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
-        shrunk = effective / layer.notes["scale"] if self.rescale else effective
+        shrunk = effective * self._inverse_scale(layer, effective) if self.rescale else effective
         return shrunk + effective.sign() * layer.notes["threshold"]
+
+    def _inverse_scale(self, layer: Layer, effective: Tensor) -> Tensor:
+        """1 / scale, of each target, at the latent weights that have these effective ones.
+
+        With a magnitude E of effective weights in a target, latent weights are threshold + |effective| x, where x = 1 / scale
+        is (share + 0.01) / 1.01. The share being linear in x over linear in x, x is the positive root of a parabola.
+        """
+        threshold, zero = layer.notes["threshold"].float(), effective == 0
+        stays = _only(zero & (self.project(layer) == 0), layer.latent.abs())
+        dormant = stays if layer.active is None else _only(~layer.active, stays)
+        if layer.candidates is not None:
+            dormant = _only(layer.candidates, dormant)
+        parts = [effective.abs(), (~zero) * threshold + _only(layer.active, stays), dormant]
+        e, a, d = (layer.sum_by_target(part.float()).double() for part in parts)
+        b, c = a + d - e, a + d * (0.01 / 1.01)
+        root = (b.square() + 4 * e * c).sqrt()
+        x = torch.where(b > 0, 2 * c / (b + root), (root - b) / (2 * e)).nan_to_num(1.0)
+        return x.to(layer.latent.dtype)
 
 
 @dataclass(frozen=True)
@@ -501,19 +583,31 @@ class Feather(Thresholded):
 
     Args:
         power: p; 1 is soft thresholding, and a large one comes near hard thresholding.
-        dormant_gradient: factor of dormant edges' gradient, from 0 to 1; the authors' is 1 up to 95 % of zeros, 0.5 beyond.
+        dormant_gradient: factor of dormant edges' gradient, from 0 to 1. By default the authors', which depends on the final
+            density: 1 up to 95 % of zeros, 0.5 beyond; of each budget by itself, where theirs is one for the whole network.
     """
 
     power: float = 3.0
-    dormant_gradient: float = 0.5
+    dormant_gradient: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, power=(1.0, math.inf), dormant_gradient=(0.0, 1.0))
+        _check(self, power=(1.0, math.inf))
+        if self.dormant_gradient is not None:
+            _check(self, dormant_gradient=(0.0, 1.0))
+
+    def prepare(self, pools: Sequence[Pool]) -> None:
+        super().prepare(pools)
+        for pool in pools:
+            factor = self.dormant_gradient
+            if factor is None:
+                factor = 0.5 if (pool.budget or pool.k) < num_edges(0.05, pool.num_candidates) else 1.0
+            for layer in pool.layers:
+                layer.notes["dormant_gradient"] = torch.full_like(layer.notes["threshold"], factor)
 
     def gradient(self, layer: Layer) -> Tensor | None:
         assert layer.active is not None
         assert layer.grad is not None
-        return torch.where(layer.active, layer.grad, self.dormant_gradient * layer.grad)
+        return torch.where(layer.active, layer.grad, layer.notes["dormant_gradient"] * layer.grad)
 
     def project(self, layer: Layer) -> Tensor:
         # |w| (1 - (T / |w|)^p)^(1/p), in which no power of a small weight vanishes
@@ -529,9 +623,10 @@ class Feather(Thresholded):
 class TopKAST(Rule):
     """Top-k always sparse training: only the k largest edges are used forward, and only some more get a gradient.
 
-    Source: Jayakumar et al., "Top-KAST: top-k always sparse training", 2020, section 2. Weight decay acts on no dormant edge;
-    the penalty is the paper's exploration regularisation, w^2 / 2 on active edges and 1 / density times that on the others of
-    the backward set.
+    Source: Jayakumar et al., "Top-KAST: top-k always sparse training", 2020, section 2. What lies outside the backward set of a
+    step keeps its weight bit for bit in that step, whatever the optimizer, and loses its momentum: it comes back without one.
+    Weight decay acts on no dormant edge; the penalty is the paper's exploration regularisation, w^2 / 2 on active edges and
+    1 / density times that on the others of the backward set.
 
     Args:
         backward: number of edges in the backward set, as a multiple of the active ones.
@@ -564,6 +659,11 @@ class TopKAST(Rule):
         assert layer.active is not None
         factor = torch.where(layer.active, self.penalty, layer.notes["penalty"])
         return _only(layer.notes["backward"], layer.grad + factor * layer.latent)
+
+    def updated(self, layer: Layer, stepped: Tensor) -> Tensor:
+        for momentum in momentum_of(layer).values():
+            clear_others(momentum, layer.notes["backward"])
+        return torch.where(layer.notes["backward"], stepped, layer.latent)
 
 
 RULES: dict[str, type[Rule]] = {

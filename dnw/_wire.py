@@ -213,6 +213,12 @@ def _set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequen
     """Tells the layers what they keep at least; raises ``ValueError`` where a budget is too small for it."""
     if not isinstance(floor, Floor):
         raise ValueError(f"floor: expected dnw.Floor(...), got {floor!r}")
+    by_target = floor.per_target or any(x.least_per_target for pool in pools for x in pool.layers)
+    if by_target and not rule.fixed and not rule.fits_floors:
+        raise ValueError(
+            f"{type(rule).__name__} cannot leave each target a number of edges, which floor=, or a weight norm, asks for; take "
+            "another rule, or leave such layers dense with exclude"
+        )
     if floor.per_target and (pattern is not None or not rule.fits_floors):
         what = repr(pattern) if pattern is not None else type(rule).__name__
         raise ValueError(f"floor={floor!r}: {what} chooses its edges without regard to targets; leave per_target out")
@@ -220,20 +226,18 @@ def _set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequen
     if not shared and (floor.edges > 1 or floor.density):
         raise ValueError(f"floor={floor!r}: every layer has a budget of its own, so it would have no effect; leave it out")
     for pool in pools:
-        needed = 0
         for layer in pool.layers:
-            layer.least = floor.of(layer.num_candidates)
+            layer.least = floor.of(layer.num_candidates) if shared else 0
             layer.least_per_target = max(layer.least_per_target, floor.per_target)
             if layer.least_per_target and layer.shard is not None and layer.shard.splits(layer.layout.target_dims):
                 raise ValueError(
                     f"{layer.name!r} is sharded within its targets, so each cannot keep {layer.least_per_target} edges; shard "
                     "it along its first dimension, or leave per_target out"
                 )
-            needed += max(layer.least if shared else 0, layer.num_edges_of_targets())
-        if needed > pool.budget:
+        if pool.least > pool.budget:
             raise ValueError(
                 f"{listing(x.name for x in pool.layers)}: {pool.budget:,} edges are too few for what is kept at least, "
-                f"{needed:,} ({floor!r}); raise the density, lower the floor or exclude layers"
+                f"{pool.least:,} ({floor!r}); raise the density, lower the floor or exclude layers"
             )
 
 

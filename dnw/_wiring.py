@@ -319,7 +319,9 @@ class Wiring(Mapping[str, WiredParameter]):
                 for tensor in (layer.latent, bits, counters):
                     torch.distributed.broadcast(tensor, src=0)
                 layer.activate(bits.bool())
-                layer.seed, layer.step, self._step, self._pool_of[id(layer)].k = counters.tolist()
+                pool = self._pool_of[id(layer)]
+                layer.seed, layer.step, self._step, pool.k = counters.tolist()
+                pool.num_active = pool.k
                 layer.remember()
         self._prepare(self._layers)
         for layer in self._layers:
@@ -605,8 +607,8 @@ class Wiring(Mapping[str, WiredParameter]):
             gradient = self.rule.gradient(layer)
             if not (is_due and self.rule.selects_by_gradient):
                 layer.grad = None
-            elif scale is None:  # some optimizers change the gradient in place
-                layer.grad = given.clone()
+            elif scale is None and (gradient is None or gradient.data_ptr() == given.data_ptr()):
+                layer.grad = given.clone()  # some optimizers change the gradient in place
             if gradient is not None and scale is not None:
                 gradient = gradient * scale
             found = given if gradient is None else gradient
@@ -696,8 +698,12 @@ class Wiring(Mapping[str, WiredParameter]):
                 "no momentum",
                 stacklevel=2,
             )
-        step.results = [(x, x.held if x.in_place else self.dormant.updated(x, x.held)) for x in stepped]
+        step.results = [(x, x.held if x.in_place else self._updated(x)) for x in stepped]
         self._finish(step)
+
+    def _updated(self, layer: WiredLayer) -> Tensor:
+        """The latent weights that the base optimizer and the rule make of a step."""
+        return self.rule.updated(layer, self.dormant.updated(layer, layer.held))
 
     def _finish(self, step: OpenStep) -> None:
         """Takes over what the base optimizer made. If it is interrupted, whatever comes next does it again."""
@@ -830,7 +836,7 @@ class Wiring(Mapping[str, WiredParameter]):
             pool.num_active = pool.k
             self._count(pool)
             if stepped and len(pool.layers) > 1:
-                self._warn_of_empty([x for x in pool.layers if isinstance(x, WiredLayer) and not x.least])
+                self._warn_of_empty([x for x in pool.layers if isinstance(x, WiredLayer)])
         return changed
 
     def _warn_of_empty(self, layers: Sequence[WiredLayer]) -> None:
@@ -876,7 +882,7 @@ class Wiring(Mapping[str, WiredParameter]):
         layer.follow()
         if not layer.is_written():
             return False
-        written, replaced = layer.take_over_writes(self._effective(layer), self.rule.latent_of)
+        written, replaced = layer.take_over_writes(self._effective(layer), self.rule)
         if replaced and self._step:
             warnings.warn(
                 f"another sparse weight was put in place of {layer.name!r}: its dormant edges start from 0 again. To look at "

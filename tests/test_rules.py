@@ -564,13 +564,12 @@ def test_sparse_momentum_with_a_schedule_is_copied_and_loaded_before_its_first_s
 
 
 def test_gradients_that_are_not_finite_do_not_break_the_wiring():
-    model, optimizer, wiring = two_layers(density=0.2)
+    model, optimizer, wiring = two_layers(density=0.2, check_finite=False)
     for _ in range(4):
         for layer in model:
             layer.weight.grad = torch.full((10, 10), math.nan)
         optimizer.step()
     assert wiring.num_active == 40
-    optimizer.state_dict()
 
 
 def test_removing_a_rule_that_settles_leaves_the_weights_to_evaluate_with():

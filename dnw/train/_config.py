@@ -35,7 +35,7 @@ RuleName = Literal[
 RULE_SETTINGS: dict[str, tuple[str, ...]] = {
     "targeted_dropout": ("rate",),
     "l1_anneal": ("penalty",),
-    "set": ("every", "fraction", "until"),
+    "set": ("every", "fraction", "until", "by_sign"),
     "rigl": ("every", "fraction", "until"),
     "sparse_momentum": ("every", "fraction", "until"),
     "sr_ste": ("decay",),
@@ -128,6 +128,7 @@ class RuleConfig(_Frozen):
     fraction: float | None = Field(default=None, ge=0, le=1, description="share of the edges that is exchanged")
     until: float | None = Field(default=None, gt=0, le=1, description="share of the run after which none are exchanged")
     rate: float | None = Field(default=None, ge=0, le=1, description="with which dormant edges are dropped")
+    by_sign: bool | None = Field(default=None, description="prune positive and negative edges apart")
     penalty: float | None = Field(default=None, ge=0, description="factor of the penalty on weights")
     decay: float | None = Field(default=None, ge=0, description="of dormant edges, beside weight decay")
     rescale: bool | None = Field(default=None, description="scale shrunk weights up")
