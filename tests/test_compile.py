@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dnw
 from dnw.cli import main
@@ -627,9 +628,13 @@ def test_numpy_in_numpy_out_and_other_memory_layouts(program):
     for other in (array, images.double().numpy(), backwards, array.astype(">f4"), array.astype("longdouble"), readonly):
         assert torch.equal(torch.from_numpy(runtime(other)), expected)
     assert torch.equal(runtime(images.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(runtime(torch._neg_view(-images)), expected)
+    assert torch.equal(runtime(torch.complex(images, -images).conj().imag), expected)
     assert torch.equal(runtime(images.requires_grad_()), expected)
+    assert torch.equal(runtime(torch._efficientzerotensor(3, 3, 21, 18)), runtime(torch.zeros(3, 3, 21, 18)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_the_runtime_refuses(program):
     whole = torch.zeros(1, 3, 21, 18, dtype=torch.int64)
     for wrong in (torch.randn(1, 3, 21, 19), torch.randn(3, 21, 18), whole, whole.numpy(), None, "images"):
@@ -638,6 +643,24 @@ def test_what_the_runtime_refuses(program):
     for run in (program, Runtime(program, native=False)):
         with pytest.raises(ValueError, match="expected floating-point images"):
             run("images")
+    dense = torch.randn(2, 3, 21, 18)
+    with FakeTensorMode() as mode:
+        traced = mode.from_tensor(dense)
+    no_images = {
+        "nested": torch.nested.nested_tensor([dense[0], dense[1]]),
+        "meta": dense.to("meta"),
+        r"torch\.sparse_coo": dense.to_sparse(),
+        r"torch\._mkldnn": dense.to_mkldnn(),
+    }
+    for kind, wrong in no_images.items():
+        for run in (program, Runtime(program), Runtime(program, native=False)):
+            with pytest.raises(ValueError, match=f"a tensor that is {kind} gives no images"):
+                run(wrong)
+    if native.kernels() is not None:
+        with pytest.raises(ValueError, match="a FakeTensor that holds no numbers of its own"):
+            Runtime(program)(traced)
+        with pytest.raises(ValueError, match="holds no numbers of its own"):
+            torch.func.vmap(Runtime(program))(dense[:, None])
     with pytest.raises(ValueError, match="a str is not a compacted network"):
         Runtime("net.dnw")
     with pytest.raises(ValueError, match="threads=0"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dnw._files import write_whole
 from dnw.compile import _program
-from dnw.compile._program import Constant, Edges, Instruction, Program
+from dnw.compile._program import Constant, Edges, Instruction, Program, in_memory
 
 _MAGIC = b"dnw-prog"
 _VERSION = 1
@@ -102,7 +102,7 @@ def _narrowest(numbers: Tensor) -> str:
 
 def raw_bytes(tensor: Tensor) -> bytes:
     """The numbers of a tensor as they lie in memory, in order."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = in_memory(tensor, tensor.dtype)
     return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()) if tensor.numel() else b""
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dnw.compile._lower import CACHE, Kernel, Lowered
-from dnw.compile._program import Program
+from dnw.compile._program import Program, in_memory
 
 _VERSION = 5
 _KINDS = (
@@ -156,14 +156,14 @@ class Runtime:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]`` in float32, as a tensor or as a NumPy array.
 
         Raises:
-            ValueError: another shape than the network was compiled for, or no floating-point numbers.
+            ValueError: another shape than the network was compiled for, no floating-point numbers, or no dense tensor.
         """
         given = images if isinstance(images, Tensor) else self._from_numpy(images)
         self.program.check_images(given)
         if self.kind == "torch":
             outputs = self.program(given)
         else:
-            outputs = self._run(given.detach().to("cpu", torch.float32).contiguous())
+            outputs = self._run(in_memory(given, torch.float32))
         return outputs if isinstance(images, Tensor) else outputs.numpy()
 
     def _from_numpy(self, images: Any) -> Tensor:
@@ -298,7 +298,7 @@ class _Layout:
         for name, number in numbers.items():
             setattr(record, name, number if name == "eps" else int(number))
         for name, array in arrays.items():
-            held = array.to("cpu", torch.float32 if name in _FLOATS else torch.int32).contiguous()
+            held = in_memory(array, torch.float32 if name in _FLOATS else torch.int32)
             self._held.append(held)
             setattr(record, name, held.data_ptr())
         return record

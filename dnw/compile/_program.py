@@ -435,7 +435,7 @@ class Program:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]``, in float32.
 
         Raises:
-            ValueError: another shape than the network was compiled for, or no floating-point numbers.
+            ValueError: another shape than the network was compiled for, no floating-point numbers, or no dense tensor.
         """
         self.check_images(images)
         return run(self.instructions, images.float())
@@ -444,6 +444,9 @@ class Program:
         """Raises ``ValueError`` unless images have the shape that the network was compiled for."""
         if not isinstance(images, Tensor):
             raise ValueError(self.refusal(type(images).__name__, getattr(images, "shape", ())))
+        if images.is_nested or images.layout is not torch.strided or images.is_meta:
+            kind = "nested" if images.is_nested else "meta" if images.is_meta else str(images.layout)
+            raise ValueError(f"a tensor that is {kind} gives no images; make a dense one that holds its numbers")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
             raise ValueError(self.refusal(images.dtype, images.shape))
 
@@ -484,6 +487,24 @@ class Program:
     def num_parameters(self) -> int:
         """Numbers that it computes with."""
         return sum(t.numel() for t in tensors(self) if t.is_floating_point())
+
+
+def in_memory(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of a tensor, as a dtype, one after the other where ``data_ptr`` of what is returned points.
+
+    Raises:
+        ValueError: it holds none, as tensors do that PyTorch only traces or transforms.
+    """
+    found = tensor.detach().to("cpu", dtype).resolve_conj().resolve_neg().contiguous()
+    try:
+        if found.numel() and not found.data_ptr():  # PyTorch's zeros that take no memory
+            found = found.clone()
+        holds = not found.numel() or bool(found.data_ptr())
+    except RuntimeError:
+        holds = False
+    if not holds:
+        raise ValueError(f"a {type(tensor).__name__} that holds no numbers of its own in memory, which native code reads")
+    return found
 
 
 def tensors(thing: object) -> Iterator[Tensor]:
