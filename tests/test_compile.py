@@ -148,6 +148,10 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Picture(Tensor):
+    """Images of a class of their own, as libraries of transforms make them."""
+
+
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -630,6 +634,7 @@ def test_numpy_in_numpy_out_and_other_memory_layouts(program):
     assert torch.equal(runtime(images.contiguous(memory_format=torch.channels_last)), expected)
     assert torch.equal(runtime(torch._neg_view(-images)), expected)
     assert torch.equal(runtime(torch.complex(images, -images).conj().imag), expected)
+    assert torch.equal(runtime(images.as_subclass(Picture)), expected)
     assert torch.equal(runtime(images.requires_grad_()), expected)
     assert torch.equal(runtime(torch._efficientzerotensor(3, 3, 21, 18)), runtime(torch.zeros(3, 3, 21, 18)))
 

@@ -495,15 +495,14 @@ def in_memory(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: it holds none, as tensors do that PyTorch only traces or transforms.
     """
-    found = tensor.detach().to("cpu", dtype).resolve_conj().resolve_neg().contiguous()
+    found = tensor.detach().to("cpu", dtype).contiguous()
     try:
-        if found.numel() and not found.data_ptr():  # PyTorch's zeros that take no memory
-            found = found.clone()
-        holds = not found.numel() or bool(found.data_ptr())
-    except RuntimeError:
-        holds = False
-    if not holds:
-        raise ValueError(f"a {type(tensor).__name__} that holds no numbers of its own in memory, which native code reads")
+        if type(found) is not Tensor or found.is_neg() or found.is_conj() or not found.data_ptr():  # not as memory has it
+            given, found = found, torch.empty(found.shape, dtype=dtype, device="cpu")
+            found.copy_(given)
+    except (RuntimeError, AssertionError):
+        kind = type(tensor).__name__
+        raise ValueError(f"a {kind} that holds no numbers of its own in memory, which native code reads") from None
     return found
 
 
