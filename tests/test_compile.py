@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dnw
 from dnw.cli import main
-from dnw.compile import Plan, Program, Runtime, load_program, plan, save_c, save_onnx, save_program
+from dnw.compile import Plan, Program, Runtime, load_program, measured, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
 from dnw.compile._program import Pick, Restore, tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
@@ -161,6 +161,12 @@ def hooked() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     return model
+
+
+def hooked_graph() -> nn.Module:
+    graph = DiscreteTimeGraph(4, 1, 1)
+    graph.conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return graph
 
 
 def test_modules_that_are_used_twice():
@@ -319,6 +325,8 @@ class Odd(nn.Module):
         (lambda: nn.Sequential(Scaled(3, 4, 3)), (3, 8, 8), "0 is a Scaled with a forward of its own"),
         (lambda: nn.Sequential(Residual(nn.Conv2d(3, 3, 1))), (3, 8, 8), "0 is a Residual with a forward of its own"),
         (hooked, (3, 8, 8), "0 has forward hooks"),
+        (hooked_graph, (1, 8, 8), "conv has forward hooks"),
+        (lambda: "net.dnw", (1, 8, 8), "a str is no model to compile"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) places"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8), "a linear layer on maps"),
         (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8), "a linear layer on maps"),
@@ -571,7 +579,36 @@ def test_what_c_refuses(program, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("use", [save_program, save_onnx, save_c, lambda x, _: measured(x), lambda x, _: Runtime(x)])
+def test_what_is_not_compacted_yet_is_neither_written_nor_run(use, tmp_path):
+    model = lively(tiny_digits())
+    for thing in (model, plan(model, (1, 8, 8)), str(tmp_path)):
+        message = rf"a {type(thing).__name__} is not a compacted network; plan\(model, input_size\)\.apply\(model\) makes one"
+        with pytest.raises(ValueError, match=message):
+            use(thing, tmp_path / "net.c")
+    assert not list(tmp_path.iterdir())
+
+
 # --- from a run ---
+
+
+def test_weights_that_a_rule_only_trains_with_are_not_compiled():
+    """As they are not evaluated, whatever the mode; a copy of the model is not wired."""
+    model = tiny_digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, optimizer, rule=dnw.TargetedDropout(), num_edges=60)
+    with wiring.settled():
+        found = plan(model, (1, 8, 8))
+        expected = found.apply(model)(images := torch.randn(2, 1, 8, 8))
+        settled = copy.deepcopy(model).eval()
+    for _ in range(2):
+        for compiled in (plan, lambda model, _: found.apply(model), lambda model, size: plan(nn.Sequential(model), size)):
+            with pytest.raises(RuntimeError, match=r"inside `with wiring\.settled\(\):`, and compile there"):
+                compiled(model, (1, 8, 8))
+        model.eval()
+    assert torch.equal(found.apply(settled)(images), expected)
+    wiring.remove()
+    plan(model, (1, 8, 8))
 
 
 @pytest.mark.parametrize("rule", ["dnw", "targeted_dropout"])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dnw.compile._lower import CACHE, Kernel, Lowered
-from dnw.compile._program import Program, in_memory
+from dnw.compile._program import Program, in_memory, require_program
 
 _VERSION = 5
 _KINDS = (
@@ -128,8 +128,7 @@ class Runtime:
     """
 
     def __init__(self, program: Program, *, threads: int = 1, native: bool | None = None) -> None:
-        if not isinstance(program, Program):
-            raise ValueError(f"a {type(program).__name__} is not a compacted network; plan(...).apply or load_program give one")
+        require_program(program)
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads={threads!r}: a whole number from 1 on")
         if native and kernels() is None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dnw._guard import EvaluationGuard
 from dnw._parameters import unwrap_model
 from dnw.compile._analysis import Analysis
 from dnw.compile._file import raw_bytes
@@ -74,7 +75,9 @@ class Plan:
 
         Raises:
             ValueError: the model is not the one that the plan was made for, or has been trained on since.
+            RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
         """
+        _require_model(model)
         if _digest(model) != self.digest:
             raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
         with torch.device("cpu"):
@@ -133,12 +136,24 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
 
     Raises:
         ValueError: something in it is not compiled, or it does not take such inputs.
+        RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
     """
+    _require_model(model)
     sizes = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
     with torch.device("cpu"):
         return _plan(model, (sizes[0], sizes[1], sizes[2]))
+
+
+def _require_model(model: nn.Module) -> None:
+    """Raises ``ValueError`` unless it is one, ``RuntimeError`` where it holds weights that its rule only trains with."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a {type(model).__name__} is no model to compile; give the nn.Module that was trained")
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, EvaluationGuard):
+                hook.check()
 
 
 def _plan(model: nn.Module, input_size: tuple[int, int, int]) -> Plan:

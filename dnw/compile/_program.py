@@ -489,6 +489,15 @@ class Program:
         return sum(t.numel() for t in tensors(self) if t.is_floating_point())
 
 
+def require_program(given: object) -> None:
+    """Raises ``ValueError`` unless it is a compacted network."""
+    if not isinstance(given, Program):
+        raise ValueError(
+            f"a {type(given).__name__} is not a compacted network; plan(model, input_size).apply(model) makes one of a model, "
+            "load_program(path) reads one"
+        )
+
+
 def in_memory(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a tensor, as a dtype, one after the other where ``data_ptr`` of what is returned points.
 
