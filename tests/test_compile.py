@@ -298,6 +298,42 @@ def test_the_plan_is_printed_stored_and_refuses_other_weights():
         Plan.from_json("[]")
 
 
+def test_the_plan_counts_weights_that_are_not_0_before_and_after():
+    """Also where they are among zeros that are computed: in convolutions of 3x3 places and in linear layers."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 4, bias=False)
+    )
+    with torch.no_grad():
+        model[0].weight.zero_()[:, 0, 1] = 1.0
+        model[3].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 0]]))
+    found = plan(model, (2, 5, 4))
+    assert (found.parameters, found.kept_parameters) == (9, 9)
+    assert (found.multiply_adds, found.kept_multiply_adds) == (6 * 20 + 3, 6 * 20 + 3)
+    zeros = (18 - 6) * 20 + 3  # the input that nothing reads and the output that gets nothing are gone
+    assert found.zeros == zeros
+    assert f"besides {zeros} multiply-adds with weights that are 0" in str(found)
+    graph = plan(model := lively(tiny_digits()), (1, 8, 8))  # entries that the graph does not read have weights, too
+    assert graph.multiply_adds == graph.kept_multiply_adds
+    assert int(model.graph.weight.count_nonzero()) > graph.rows[0].edges
+    assert 0.9 * graph.parameters < graph.kept_parameters <= graph.parameters
+    assert "besides" not in str(graph)
+
+
+def test_the_plan_says_why_something_is_larger():
+    text = str(plan(tiny_digits().half(), (1, 8, 8)))
+    assert re.search(r"bytes: .* \(1\d\d\.\d%\): all numbers in float32", text)
+    assert text.count("%): ") == 1
+    shared = nn.Sequential(StaticGraph((2, 3), 3, shared_outputs=True))
+    assert "%): a weight that serves several sums counts for each" in str(plan(shared, (2, 6, 6)))
+
+
+def test_a_plan_that_was_stored_before_zeros_were_counted():
+    found = plan(tiny_digits(), (1, 8, 8))
+    older = json.loads(found.to_json())
+    del older["zeros"]
+    assert Plan.from_json(json.dumps(older)) == found
+
+
 class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x

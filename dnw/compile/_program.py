@@ -32,9 +32,13 @@ class Instruction(ABC):
     def check(self, size: Size) -> Size:
         """The size of what goes out; raises ``ValueError`` where the instruction's numbers do not fit together or the input."""
 
-    def multiply_adds(self, size: Size) -> int:
-        """Of products, for one input of a size."""
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        """Of products, for one input of a size: with weights that are not 0, or with those zeros, too, that it computes with."""
         return 0
+
+
+def _number(weight: Tensor, zeros: bool) -> int:
+    return weight.numel() if zeros else int(weight.count_nonzero())
 
 
 def _require(condition: bool, what: str) -> None:
@@ -176,8 +180,9 @@ class Edges(Instruction):
             self.constant.check(given)
         return given
 
-    def multiply_adds(self, size: Size) -> int:
-        return len(self.weight) * size[1] * size[2]
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        weights = self.num_targets * self.num_sources if zeros and self.dense else len(self.weight)
+        return weights * size[1] * size[2]
 
 
 @cache
@@ -265,8 +270,8 @@ class Convolution(Instruction):
             self.constant.check((targets, height, width))
         return targets, height, width
 
-    def multiply_adds(self, size: Size) -> int:
-        return self.weight.numel() * math.prod(self.check(size)[1:])
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        return _number(self.weight, zeros) * math.prod(self.check(size)[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,8 +306,8 @@ class Linear(Instruction):
         )
         return shape[:1]
 
-    def multiply_adds(self, size: Size) -> int:
-        return self.weight.numel()
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        return _number(self.weight, zeros)
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,8 +359,8 @@ class Graph(Instruction):
             given = instruction.check(inner)
         return given
 
-    def multiply_adds(self, size: Size) -> int:
-        return sum(instruction.multiply_adds(inner) for instruction, inner in self._walk(size))
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        return sum(instruction.multiply_adds(inner, zeros=zeros) for instruction, inner in self._walk(size))
 
     @property
     def num_edges(self) -> int:
@@ -480,13 +485,13 @@ class Program:
 
     @property
     def multiply_adds(self) -> int:
-        """Of products, for one input."""
+        """Of products with weights that are not 0, for one input."""
         return sum(instruction.multiply_adds(size) for instruction, size in self.walk())
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that it computes with."""
-        return sum(t.numel() for t in tensors(self) if t.is_floating_point())
+        """Numbers that it computes with and that are not 0."""
+        return sum(int(t.count_nonzero()) for t in tensors(self) if t.is_floating_point())
 
 
 def require_program(given: object) -> None:
