@@ -230,7 +230,7 @@ class _Layout:
         try:
             return self._arenas.pop()
         except IndexError:
-            return _floats(self.lowered.arena).zero_()
+            return _floats(self.lowered.arena).zero_()  # vectors reach beyond rows, and subnormal numbers there would be slow
 
     def give_arena(self, arena: Tensor) -> None:
         self._arenas.append(arena)

@@ -33,7 +33,7 @@ class Instruction(ABC):
         """The size of what goes out; raises ``ValueError`` where the instruction's numbers do not fit together or the input."""
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
-        """Of products, for one input of a size: with weights that are not 0, or with those zeros, too, that it computes with."""
+        """Of products with weights that are not 0, for one input of a size; or also with the zeros that it computes with."""
         return 0
 
 
