@@ -363,6 +363,7 @@ class Odd(nn.Module):
         (hooked, (3, 8, 8), "0 has forward hooks"),
         (hooked_graph, (1, 8, 8), "conv has forward hooks"),
         (lambda: "net.dnw", (1, 8, 8), "a str is no model to compile"),
+        (lambda: tiny_digits().to("meta"), (1, 8, 8), "a model on the meta device has no weights to compile"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) places"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8), "a linear layer on maps"),
         (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8), "a linear layer on maps"),

@@ -39,7 +39,7 @@ typedef struct {
   int32_t part, parts;
 } place;
 
-int dnw_version(void) { return 5; }
+int dnw_version(void) { return 6; }
 
 int64_t dnw_size(int32_t of_call) { return of_call ? (int64_t)sizeof(call) : (int64_t)sizeof(instruction); }
 

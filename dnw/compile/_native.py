@@ -24,7 +24,7 @@ from torch import Tensor
 from dnw.compile._lower import CACHE, Kernel, Lowered
 from dnw.compile._program import Program, in_memory, require_program
 
-_VERSION = 5
+_VERSION = 6
 _KINDS = (
     "spread",
     "edges",

@@ -154,9 +154,11 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
 
 
 def _require_model(model: nn.Module) -> None:
-    """Raises ``ValueError`` unless it is one, ``RuntimeError`` where it holds weights that its rule only trains with."""
+    """Raises ``ValueError`` unless it has weights, ``RuntimeError`` where they are those that its rule only trains with."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"a {type(model).__name__} is no model to compile; give the nn.Module that was trained")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("a model on the meta device has no weights to compile; load them first")
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, EvaluationGuard):
