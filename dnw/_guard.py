@@ -26,11 +26,16 @@ class EvaluationGuard:
         self._wiring = None if wiring is None else weakref.ref(wiring)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if not (module.training or torch.is_grad_enabled()):
+            self.check()
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` where the model holds weights that its rule only trains with."""
         wiring = None if self._wiring is None else self._wiring()
-        if wiring is not None and not (module.training or torch.is_grad_enabled() or wiring.is_settled):
+        if wiring is not None and not wiring.is_settled:
             raise RuntimeError(
-                "this model is evaluated with the weights that its rule trains with, which are not those it evaluates with; "
-                "evaluate inside `with wiring.settled():`"
+                "this model holds the weights that its rule trains with, which are not those it evaluates with; "
+                "evaluate inside `with wiring.settled():`, and compile there"
             )
 
     def __reduce__(self) -> tuple[type[EvaluationGuard], tuple[()]]:

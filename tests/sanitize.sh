@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of the compiled networks on kernels built with the address and undefined-behaviour sanitizers.
+# Runs the tests that are marked "kernels" on kernels built with the address and undefined-behaviour sanitizers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${VENV:-.venv}/bin/python")
@@ -9,7 +9,7 @@ if ! command -v gcc >/dev/null; then
 fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-cp -r dnw tests "$scratch"
+cp -r dnw tests pyproject.toml "$scratch"
 rm -f "$scratch"/dnw/compile/_kernels*.so
 gcc -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -shared -fPIC \
   -o "$scratch/dnw/compile/_kernels.so" dnw/compile/_kernels.c -lm
@@ -17,5 +17,4 @@ cd "$scratch"
 export PYTHONPATH=$scratch:$scratch/tests ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 "$python" -c "from dnw.compile._native import kernels; assert '$scratch' in kernels()._name, kernels()"
-"$python" -m pytest -q -p no:xdist -p no:cacheprovider -o timeout=600 tests/test_compile.py \
-  -k "random_chains or any_cache or digits_net or tiny or random_graphs or thread or batches or files_with or numpy or plain or elsewhere or defaults"
+"$python" -m pytest -q -p no:xdist -p no:cacheprovider -o timeout=600 -m kernels $(grep -l mark.kernels tests/test_*.py)

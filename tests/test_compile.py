@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
-import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -22,14 +19,13 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dnw
 from dnw.cli import main
-from dnw.compile import Plan, Program, Runtime, _measure, load_program, measured, plan, save_c, save_onnx, save_program
+from dnw.compile import Plan, Program, Runtime, load_program, measured, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
-from dnw.compile._lower import Maps, Space
-from dnw.compile._measure import summary
-from dnw.compile._program import Graph, Pick, Restore, tensors
+from dnw.compile._program import Pick, Restore, tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
     GraphChain,
@@ -87,12 +83,14 @@ def assert_equal_to_the_trained(model: nn.Module, size: tuple[int, int, int], ba
 # --- exact ---
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("edges", [1, 8, 30, 60, 100, 400, None])
 def test_the_digits_net(edges):
     model = lively(tiny_digits())
     assert_equal_to_the_trained(model if edges is None else thinned(model, 3, num_edges=edges), (1, 8, 8))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("make", "size", "budget"),
     [
@@ -120,6 +118,7 @@ def test_mobilenet_as_a_chain(side, width, learned):
     assert sum(row.constants for row in found.rows) > 0 or width == 0.06
 
 
+@pytest.mark.kernels
 def test_plain_mobilenet_with_channels_that_are_gone():
     model = lively(mobilenet_v1(10, width=0.25, image_stride=1))
     whole = assert_equal_to_the_trained(model, (3, 32, 32))
@@ -149,6 +148,10 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Picture(Tensor):
+    """Images of a class of their own, as libraries of transforms make them."""
+
+
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -158,6 +161,12 @@ def hooked() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     return model
+
+
+def hooked_graph() -> nn.Module:
+    graph = DiscreteTimeGraph(4, 1, 1)
+    graph.conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return graph
 
 
 def test_modules_that_are_used_twice():
@@ -225,6 +234,7 @@ def graphs(draw):
     return lively(graph, seed)
 
 
+@pytest.mark.kernels
 @given(graph=graphs(), side=st.integers(5, 9))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_graphs(graph, side):
@@ -235,6 +245,7 @@ def test_random_graphs(graph, side):
     assert_equal_to_the_trained(nn.Sequential(graph), (graph.num_inputs, side, side + 1), batch=2)
 
 
+@pytest.mark.kernels
 @given(st.integers(2, 9), st.integers(1, 4), st.sampled_from([0.1, 0.3, 1.0]), st.integers(0, 1000), st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_graphs_in_discrete_time(nodes, steps, density, seed, normed):
@@ -287,6 +298,42 @@ def test_the_plan_is_printed_stored_and_refuses_other_weights():
         Plan.from_json("[]")
 
 
+def test_the_plan_counts_weights_that_are_not_0_before_and_after():
+    """Also where they are among zeros that are computed: in convolutions of 3x3 places and in linear layers."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 4, bias=False)
+    )
+    with torch.no_grad():
+        model[0].weight.zero_()[:, 0, 1] = 1.0
+        model[3].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 0]]))
+    found = plan(model, (2, 5, 4))
+    assert (found.parameters, found.kept_parameters) == (9, 9)
+    assert (found.multiply_adds, found.kept_multiply_adds) == (6 * 20 + 3, 6 * 20 + 3)
+    zeros = (18 - 6) * 20 + 3  # the input that nothing reads and the output that gets nothing are gone
+    assert found.zeros == zeros
+    assert f"besides {zeros} multiply-adds with weights that are 0" in str(found)
+    graph = plan(model := lively(tiny_digits()), (1, 8, 8))  # entries that the graph does not read have weights, too
+    assert graph.multiply_adds == graph.kept_multiply_adds
+    assert int(model.graph.weight.count_nonzero()) > graph.rows[0].edges
+    assert 0.9 * graph.parameters < graph.kept_parameters <= graph.parameters
+    assert "besides" not in str(graph)
+
+
+def test_the_plan_says_why_something_is_larger():
+    text = str(plan(tiny_digits().half(), (1, 8, 8)))
+    assert re.search(r"bytes: .* \(1\d\d\.\d%\): all numbers in float32", text)
+    assert text.count("%): ") == 1
+    shared = nn.Sequential(StaticGraph((2, 3), 3, shared_outputs=True))
+    assert "%): a weight that serves several sums counts for each" in str(plan(shared, (2, 6, 6)))
+
+
+def test_a_plan_that_was_stored_before_zeros_were_counted():
+    found = plan(tiny_digits(), (1, 8, 8))
+    older = json.loads(found.to_json())
+    del older["zeros"]
+    assert Plan.from_json(json.dumps(older)) == found
+
+
 class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -314,6 +361,9 @@ class Odd(nn.Module):
         (lambda: nn.Sequential(Scaled(3, 4, 3)), (3, 8, 8), "0 is a Scaled with a forward of its own"),
         (lambda: nn.Sequential(Residual(nn.Conv2d(3, 3, 1))), (3, 8, 8), "0 is a Residual with a forward of its own"),
         (hooked, (3, 8, 8), "0 has forward hooks"),
+        (hooked_graph, (1, 8, 8), "conv has forward hooks"),
+        (lambda: "net.dnw", (1, 8, 8), "a str is no model to compile"),
+        (lambda: tiny_digits().to("meta"), (1, 8, 8), "a model on the meta device has no weights to compile"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) places"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8), "a linear layer on maps"),
         (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8), "a linear layer on maps"),
@@ -383,6 +433,7 @@ def test_a_newer_file_says_so(stored):
         load_program(path)
 
 
+@pytest.mark.kernels
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored, data):
@@ -421,6 +472,7 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
         torch.testing.assert_close(Runtime(changed)(images), changed(images), rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.kernels
 def test_a_file_that_would_read_elsewhere_is_refused(tmp_path):
     """Nodes that give fewer channels than they get, edges in another order, a graph without inputs of its own."""
     program = plan(model := lively(nn.Sequential(StaticGraph((2, 3), 3))), (2, 6, 7)).apply(model)
@@ -564,7 +616,36 @@ def test_what_c_refuses(program, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("use", [save_program, save_onnx, save_c, lambda x, _: measured(x), lambda x, _: Runtime(x)])
+def test_what_is_not_compacted_yet_is_neither_written_nor_run(use, tmp_path):
+    model = lively(tiny_digits())
+    for thing in (model, plan(model, (1, 8, 8)), str(tmp_path)):
+        message = rf"a {type(thing).__name__} is not a compacted network; plan\(model, input_size\)\.apply\(model\) makes one"
+        with pytest.raises(ValueError, match=message):
+            use(thing, tmp_path / "net.c")
+    assert not list(tmp_path.iterdir())
+
+
 # --- from a run ---
+
+
+def test_weights_that_a_rule_only_trains_with_are_not_compiled():
+    """As they are not evaluated, whatever the mode; a copy of the model is not wired."""
+    model = tiny_digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, optimizer, rule=dnw.TargetedDropout(), num_edges=60)
+    with wiring.settled():
+        found = plan(model, (1, 8, 8))
+        expected = found.apply(model)(images := torch.randn(2, 1, 8, 8))
+        settled = copy.deepcopy(model).eval()
+    for _ in range(2):
+        for compiled in (plan, lambda model, _: found.apply(model), lambda model, size: plan(nn.Sequential(model), size)):
+            with pytest.raises(RuntimeError, match=r"inside `with wiring\.settled\(\):`, and compile there"):
+                compiled(model, (1, 8, 8))
+        model.eval()
+    assert torch.equal(found.apply(settled)(images), expected)
+    wiring.remove()
+    plan(model, (1, 8, 8))
 
 
 @pytest.mark.parametrize("rule", ["dnw", "targeted_dropout"])
@@ -595,147 +676,15 @@ def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path,
 
 # --- the runtime ---
 
-built = pytest.mark.skipif(native.kernels() is None, reason="the kernels are not built (no C compiler)")
 
-
-@pytest.fixture
-def program():
+def small_program() -> Program:
     model = thinned(lively(GraphChain(10, image_stride=1, stages=(Stage(6, 8, 1, 2), Stage(8, 16, 2, 3)))), 3, density=0.2)
     return plan(model, (3, 21, 18)).apply(model)
 
 
-@built
-@pytest.mark.parametrize("batch", [0, 1, 2, 7])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_batches_and_threads_give_the_same(program, batch, threads):
-    images = torch.randn(batch, 3, 21, 18, generator=torch.Generator().manual_seed(0))
-    runtime = Runtime(program, threads=threads)
-    assert runtime.kind == "native"
-    one_by_one = [Runtime(program)(image[None]) for image in images]
-    assert torch.equal(runtime(images), torch.cat(one_by_one) if batch else torch.empty(0, 10))
-
-
-@built
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-@pytest.mark.parametrize("side", [(21, 18), (32, 32), (47, 35)])
-@pytest.mark.parametrize("cache", [1, 20_000, 100_000, 10**9])
-def test_any_cache_and_vector_width_give_the_same(lanes, side, cache, monkeypatch):
-    """However few rows are made at a time; also where maps have just as many places as a vector, or half of them."""
-    if lanes > native.lanes():
-        pytest.skip(f"this machine has no vectors of {lanes} floats")
-    monkeypatch.setattr(native, "lanes", lambda: lanes)
-    stages = (Stage(6, 8, 1, 2), Stage(8, 16, 2, 3), Stage(16, 16, 2, 2), Stage(16, 24, 2, 2))
-    model = thinned(lively(GraphChain(10, image_stride=1, stages=stages)), 3, density=0.2)
-    program = plan(model, (3, *side)).apply(model)
-    images = torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(0))
-    runtime = Runtime(program)
-    runtime._layout = native._Layout(program, cache)
-    torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
-    calls, kernels = runtime._layout.lowered.calls, runtime._layout.lowered.kernels
-    assert (len(calls) > len(kernels)) == (cache == 20_000 or (cache == 100_000 and side != (21, 18)))
-
-
-@built
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    side=st.tuples(st.integers(3, 40), st.integers(3, 40)),
-    strides=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3),
-    levels=st.integers(1, 4),
-    cache=st.sampled_from([1, 2_000, 10_000, 40_000]),
-    lanes=st.sampled_from([4, 8, 16]),
-    seed=st.integers(0, 1_000),
-    dense=st.booleans(),
-)
-def test_random_chains_row_by_row(side, strides, levels, cache, lanes, seed, dense):
-    torch.manual_seed(seed)
-    stages = tuple(Stage(4, 4, stride, levels) for stride in strides)
-    model = thinned(lively(GraphChain(3, image_stride=1, stages=stages), seed), seed, density=0.4)
-    program = plan(model, (3, *side)).apply(model)
-    if dense:
-        program, _ = measured(program, least=0.0)  # whatever is faster here
-    images = torch.randn(1, 3, *side)
-    runtime = Runtime(program)
-    runtime._layout = native._Layout(program, cache)
-    width = native.lanes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "lanes", lambda: min(lanes, width))
-        torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
-
-
-@built
-@pytest.mark.parametrize("faster", [False, True])
-@pytest.mark.parametrize("shared", [1, 3])
-def test_sums_become_matrices_where_that_is_faster(faster, shared, program, monkeypatch, tmp_path):
-    """Whatever the clock said: the same outputs, also from a file, in PyTorch, and from several threads."""
-    times = itertools.cycle([2.0, 1.0] if faster else [1.0, 2.0])
-    monkeypatch.setattr(_measure, "_seconds", lambda *_: next(times))
-    chosen, timings = measured(program, least=0.15)
-    assert len(timings) > 1
-    assert {timing.faster_dense for timing in timings} == {faster}
-    levels = [edges for graph in chosen.instructions if isinstance(graph, Graph) for edges, _ in graph.levels]
-    assert all(edges.dense <= faster for edges in levels)
-    assert summary(timings).startswith(
-        f"{len(timings) if faster else 0} of {len(timings)} measured sums are faster as a matrix"
-    )
-    images = torch.randn(2, 3, 21, 18)
-    save_program(chosen, tmp_path / "net.dnw")
-    stored = load_program(tmp_path / "net.dnw")
-    for run in (chosen, stored, Runtime(stored, threads=shared), Runtime(stored, native=False)):
-        torch.testing.assert_close(run(images), program(images), rtol=1e-4, atol=1e-5)
-    kinds = {kernel.kind for kernel in Runtime(stored)._layout.lowered.kernels}
-    assert ("matrix" in kinds) == faster
-
-
-@built
-def test_rows_lie_where_vectors_want_them():
-    pitches = {width: Maps(1, 9, width).pitch for width in (2, 3, 7, 8, 9, 16, 17, 28, 56, 112)}
-    assert pitches == {2: 2, 3: 4, 7: 8, 8: 8, 9: 16, 16: 16, 17: 32, 28: 32, 56: 64, 112: 112}
-
-
-@built
-def test_many_threads_may_use_one_runtime(program):
-    from concurrent.futures import ThreadPoolExecutor
-
-    runtime = Runtime(program, threads=2)
-    batches = [torch.randn(4, 3, 21, 18) for _ in range(24)]
-    expected = [Runtime(program)(batch) for batch in batches]
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(runtime, batches))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@built
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_forked_process_has_threads_of_its_own(program, threads, batch):
-    runtime, images = Runtime(program, threads=threads), torch.randn(batch, 3, 21, 18)
-    expected = runtime(images)
-    child = os.fork()
-    if not child:
-        signal.alarm(60)
-        os._exit(0 if torch.equal(runtime(images), expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(runtime(images), expected)
-
-
-@built
-@pytest.mark.parametrize("threads", [1, 2])
-def test_pytorchs_defaults_change_nothing(program, threads):
-    images = torch.randn(3, 3, 21, 18)
-    expected = Runtime(program, threads=threads)(images)
-    model = thinned(lively(tiny_digits()), 3, num_edges=100)
-    before = torch.get_default_dtype()
-    try:
-        for dtype in (torch.float64, torch.float16):
-            torch.set_default_dtype(dtype)
-            assert torch.equal(Runtime(program, threads=threads)(images), expected)
-            program_of_model = plan(model, (1, 8, 8)).apply(model)
-            assert {t.dtype for t in tensors(program_of_model)} <= {torch.float32, torch.int64}
-    finally:
-        torch.set_default_dtype(before)
-    with torch.device("meta"):
-        assert torch.equal(Runtime(program, threads=threads)(images), expected)
-        plan(model, (1, 8, 8)).apply(model)
+@pytest.fixture
+def program() -> Program:
+    return small_program()
 
 
 @pytest.mark.parametrize("native_kernels", [None, False])
@@ -746,6 +695,7 @@ def test_runtimes_are_pickled_and_copied(program, native_kernels):
         assert torch.equal(other(images), runtime(images))
 
 
+@pytest.mark.kernels
 def test_numpy_in_numpy_out_and_other_memory_layouts(program):
     images = torch.randn(3, 3, 21, 18)
     runtime = Runtime(program)
@@ -756,9 +706,14 @@ def test_numpy_in_numpy_out_and_other_memory_layouts(program):
     for other in (array, images.double().numpy(), backwards, array.astype(">f4"), array.astype("longdouble"), readonly):
         assert torch.equal(torch.from_numpy(runtime(other)), expected)
     assert torch.equal(runtime(images.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(runtime(torch._neg_view(-images)), expected)
+    assert torch.equal(runtime(torch.complex(images, -images).conj().imag), expected)
+    assert torch.equal(runtime(images.as_subclass(Picture)), expected)
     assert torch.equal(runtime(images.requires_grad_()), expected)
+    assert torch.equal(runtime(torch._efficientzerotensor(3, 3, 21, 18)), runtime(torch.zeros(3, 3, 21, 18)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_the_runtime_refuses(program):
     whole = torch.zeros(1, 3, 21, 18, dtype=torch.int64)
     for wrong in (torch.randn(1, 3, 21, 19), torch.randn(3, 21, 18), whole, whole.numpy(), None, "images"):
@@ -767,6 +722,24 @@ def test_what_the_runtime_refuses(program):
     for run in (program, Runtime(program, native=False)):
         with pytest.raises(ValueError, match="expected floating-point images"):
             run("images")
+    dense = torch.randn(2, 3, 21, 18)
+    with FakeTensorMode() as mode:
+        traced = mode.from_tensor(dense)
+    no_images = {
+        "nested": torch.nested.nested_tensor([dense[0], dense[1]]),
+        "meta": dense.to("meta"),
+        r"torch\.sparse_coo": dense.to_sparse(),
+        r"torch\._mkldnn": dense.to_mkldnn(),
+    }
+    for kind, wrong in no_images.items():
+        for run in (program, Runtime(program), Runtime(program, native=False)):
+            with pytest.raises(ValueError, match=f"a tensor that is {kind} gives no images"):
+                run(wrong)
+    if native.kernels() is not None:
+        with pytest.raises(ValueError, match="a FakeTensor that holds no numbers of its own"):
+            Runtime(program)(traced)
+        with pytest.raises(ValueError, match="holds no numbers of its own"):
+            torch.func.vmap(Runtime(program))(dense[:, None])
     with pytest.raises(ValueError, match="a str is not a compacted network"):
         Runtime("net.dnw")
     with pytest.raises(ValueError, match="threads=0"):
@@ -782,16 +755,3 @@ def test_without_kernels_pytorch_runs_the_program_and_says_so(program, monkeypat
     torch.testing.assert_close(runtime(images), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the kernels are not built"):
         Runtime(program, native=True)
-
-
-@built
-def test_places_in_the_arena_are_used_again(program):
-    lowered = Runtime(program)._layout.lowered
-    everything = sum(math.prod(size) for _, size in program.walk())
-    assert lowered.arena < 4 * everything
-    space = Space()
-    places = [space.take(100) for _ in range(4)]
-    for place in places[1:3]:
-        space.free(place, 100)
-    assert space.take(200) == places[1]  # two neighbours make one room
-    assert space.size == 4 * 112

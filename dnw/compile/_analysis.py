@@ -137,10 +137,9 @@ def _what(module: nn.Module) -> str:
 
 def _unrolled(graph: DiscreteTimeGraph, name: str) -> Iterator[Step]:
     yield Begin(graph)
-    assert isinstance(graph.conv, nn.Conv2d)
     for _ in range(graph.steps):
         yield Relu()
-        yield Depthwise(graph.conv)
+        yield from _steps(graph.conv, f"{name}.conv")
         yield Mix(graph.weight, None)
         yield from _steps(graph.norm, f"{name}.norm")
     yield Last(graph.num_outputs)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dnw._files import write_whole
 from dnw.compile import _program
-from dnw.compile._program import Constant, Edges, Instruction, Program
+from dnw.compile._program import Constant, Edges, Instruction, Program, in_memory, require_program
 
 _MAGIC = b"dnw-prog"
 _VERSION = 1
@@ -48,7 +48,12 @@ _INSTRUCTIONS: dict[str, Any] = {
 
 
 def save_program(program: Program, path: str | Path) -> int:
-    """Writes a compacted network; returns the number of bytes."""
+    """Writes a compacted network; returns the number of bytes.
+
+    Raises:
+        ValueError: no compacted network.
+    """
+    require_program(program)
     arrays = bytearray()
     tree = [_plain(instruction, arrays) for instruction in program.instructions]
     header = json.dumps({"input_size": program.input_size, "instructions": tree}).encode()
@@ -102,7 +107,7 @@ def _narrowest(numbers: Tensor) -> str:
 
 def raw_bytes(tensor: Tensor) -> bytes:
     """The numbers of a tensor as they lie in memory, in order."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = in_memory(tensor, tensor.dtype)
     return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()) if tensor.numel() else b""
 
 

@@ -12,7 +12,11 @@
 
 enum { SPREAD, EDGES, MATRIX, AFFINE, INSTANCE_NORM, RECTIFY, DEPTHWISE, CONVOLUTION, NODE, MEAN, LINEAR, COPY, ZERO, SLIDE, GATHER };
 
-/* What a call works with. A map is rows of `pitch` floats, of which `width` mean something, and takes `plane` floats. */
+/* What a call works with. A map is rows of `pitch` floats, of which `width` mean something, and takes `plane` floats.
+ *
+ * Whatever the vectors are, a kernel writes all `pitch` floats of each row that it makes: none is left from another image.
+ * Beyond `width` that is 0 on maps with a halo, which the `mask` is for, because nodes read their right neighbours there. On
+ * other maps it is anything, NaN too: a kernel reads such a place for the same place of its target, or not at all. */
 typedef struct {
   int32_t kind, relu, outside, targets, sources, others, maps;
   int32_t height, width, pitch, plane, second_plane;
@@ -35,7 +39,7 @@ typedef struct {
   int32_t part, parts;
 } place;
 
-int dnw_version(void) { return 5; }
+int dnw_version(void) { return 6; }
 
 int64_t dnw_size(int32_t of_call) { return of_call ? (int64_t)sizeof(call) : (int64_t)sizeof(instruction); }
 
@@ -43,6 +47,11 @@ int64_t dnw_size(int32_t of_call) { return of_call ? (int64_t)sizeof(call) : (in
 static int32_t share(int32_t count, int32_t part, int32_t parts) { return (int32_t)((int64_t)count * part / parts); }
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Zeros from one column of a row to another. */
+INLINE void blank(float *row, int32_t from, int32_t to) {
+  for (int32_t x = from; x < to; x++) row[x] = 0.0f;
+}
 
 #define LANES 4
 #define WIDTH(name) name##_4

@@ -220,7 +220,7 @@ static FAST void WIDTH(affine)(const instruction *op, const call *now, const pla
         float value = in[x] * scale + shift;
         out[x] = op->relu && value <= 0.0f ? 0.0f : value;
       }
-      for (int32_t x = op->width; x < op->pitch; x++) out[x] = 0.0f;
+      blank(out, op->width, op->pitch);
     }
   }
 }
@@ -249,7 +249,7 @@ static FAST void WIDTH(instance_norm)(const instruction *op, const call *now, co
         float value = in[x] * scale + shift;
         out[x] = op->relu && value <= 0.0f ? 0.0f : value;
       }
-      for (int32_t x = op->width; x < op->pitch; x++) out[x] = 0.0f;
+      blank(out, op->width, op->pitch);
     }
   }
 }
@@ -371,6 +371,8 @@ static FAST void WIDTH(convolution)(const instruction *op, const call *now, cons
           }
           done += n;
         }
+        for (int32_t i = 0; i < 1 + pair; i++)
+          blank(here->arena + (now->to + (int64_t)(t + i) * op->out_plane + (int64_t)y * op->out_pitch), width, op->out_pitch);
         t += 1 + pair;
       }
     }
@@ -387,8 +389,8 @@ INLINE FAST vec WIDTH(finished)(const instruction *op, vec sum, int64_t at) {
   return op->mask ? masked(sum, op->mask + at) : sum;
 }
 
-/* A convolution of 3x3 places, map by map, padded by 1 and of stride 1 or 2. Its maps have a row of zeros above and below, and
- * zeros beyond the ends of their rows. */
+/* A convolution of 3x3 places, map by map, padded by 1 and of stride 1 or 2. Its maps have a halo: the zeros above, below and
+ * beyond the ends of rows are its padding. */
 static FAST void WIDTH(node)(const instruction *op, const call *now, const place *here) {
   int32_t pitch = op->pitch, stride = op->stride_y;
   for (int32_t c = share(op->targets, here->part, here->parts); c < share(op->targets, here->part + 1, here->parts); c++) {
@@ -400,7 +402,8 @@ static FAST void WIDTH(node)(const instruction *op, const call *now, const place
     if (stride == 2)
       for (int32_t y = 0; y < now->rows; y++, in += 2 * pitch, out += op->out_pitch) {
         vec before = {0};
-        for (int32_t x = 0; x < op->out_width; x += LANES) {
+        int32_t x = 0;
+        for (; x < op->out_width; x += LANES) {
           const float *b = in + 2 * x, *a = b - pitch, *d = b + pitch;
           vec a0 = read(a), a1 = read(a + LANES), b0 = read(b), b1 = read(b + LANES), d0 = read(d), d1 = read(d + LANES);
           vec ao = SHUFFLE(a0, a1, ODD), bo = SHUFFLE(b0, b1, ODD), to = SHUFFLE(d0, d1, ODD);
@@ -414,6 +417,7 @@ static FAST void WIDTH(node)(const instruction *op, const call *now, const place
           else
             memcpy(out + x, &sum, sizeof(float) * (size_t)(op->out_pitch - x));
         }
+        blank(out, x, op->out_pitch);
       }
     else if (pitch % LANES == 0)
       for (int32_t y = 0; y < now->rows; y++, in += pitch, out += pitch) {
@@ -491,7 +495,7 @@ static FAST void WIDTH(copy)(const instruction *op, const call *now, const place
     float *target = out + (int64_t)t * op->out_plane;
     for (int32_t y = 0; y < op->height; y++, map += pitch, target += op->out_pitch) {
       memcpy(target, map, sizeof(float) * (size_t)op->width);
-      for (int32_t x = op->width; x < op->out_pitch; x++) target[x] = 0.0f;
+      blank(target, op->width, op->out_pitch);
     }
   }
 }

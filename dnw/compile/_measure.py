@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dnw.compile._native import Runtime
-from dnw.compile._program import Edges, Graph, Instruction, Program, Size
+from dnw.compile._program import Edges, Graph, Instruction, Program, Size, require_program
 
 _ROUNDS = 9
 
@@ -52,7 +52,11 @@ def measured(program: Program, least: float = 0.1) -> tuple[Program, tuple[Timin
 
     Returns:
         The program and what was measured.
+
+    Raises:
+        ValueError: no compacted network.
     """
+    require_program(program)
     timings: list[Timing] = []
     instructions = []
     for number, (instruction, size) in enumerate(program.walk()):

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from dnw.compile._lower import CACHE, Kernel, Lowered
-from dnw.compile._program import Program
+from dnw.compile._program import Program, in_memory, require_program
 
-_VERSION = 5
+_VERSION = 6
 _KINDS = (
     "spread",
     "edges",
@@ -128,8 +128,7 @@ class Runtime:
     """
 
     def __init__(self, program: Program, *, threads: int = 1, native: bool | None = None) -> None:
-        if not isinstance(program, Program):
-            raise ValueError(f"a {type(program).__name__} is not a compacted network; plan(...).apply or load_program give one")
+        require_program(program)
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads={threads!r}: a whole number from 1 on")
         if native and kernels() is None:
@@ -156,14 +155,14 @@ class Runtime:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]`` in float32, as a tensor or as a NumPy array.
 
         Raises:
-            ValueError: another shape than the network was compiled for, or no floating-point numbers.
+            ValueError: another shape than the network was compiled for, no floating-point numbers, or no dense tensor.
         """
         given = images if isinstance(images, Tensor) else self._from_numpy(images)
         self.program.check_images(given)
         if self.kind == "torch":
             outputs = self.program(given)
         else:
-            outputs = self._run(given.detach().to("cpu", torch.float32).contiguous())
+            outputs = self._run(in_memory(given, torch.float32))
         return outputs if isinstance(images, Tensor) else outputs.numpy()
 
     def _from_numpy(self, images: Any) -> Tensor:
@@ -231,7 +230,7 @@ class _Layout:
         try:
             return self._arenas.pop()
         except IndexError:
-            return _floats(self.lowered.arena).zero_()
+            return _floats(self.lowered.arena).zero_()  # vectors reach beyond rows, and subnormal numbers there would be slow
 
     def give_arena(self, arena: Tensor) -> None:
         self._arenas.append(arena)
@@ -298,7 +297,7 @@ class _Layout:
         for name, number in numbers.items():
             setattr(record, name, number if name == "eps" else int(number))
         for name, array in arrays.items():
-            held = array.to("cpu", torch.float32 if name in _FLOATS else torch.int32).contiguous()
+            held = in_memory(array, torch.float32 if name in _FLOATS else torch.int32)
             self._held.append(held)
             setattr(record, name, held.data_ptr())
         return record

@@ -28,6 +28,7 @@ from dnw.compile._program import (
     Rectify,
     Restore,
     Size,
+    require_program,
 )
 
 _OPSET, _IR_VERSION = 18, 10
@@ -37,8 +38,10 @@ def save_onnx(program: Program, path: str | Path) -> int:
     """Writes a compacted network as an ONNX file of one input, ``images``, and one output; returns the number of bytes.
 
     Raises:
+        ValueError: no compacted network.
         ModuleNotFoundError: the package ``onnx`` is not installed (``pip install dnw[onnx]``).
     """
+    require_program(program)
     try:
         from onnx import checker
     except ModuleNotFoundError as error:

@@ -32,9 +32,13 @@ class Instruction(ABC):
     def check(self, size: Size) -> Size:
         """The size of what goes out; raises ``ValueError`` where the instruction's numbers do not fit together or the input."""
 
-    def multiply_adds(self, size: Size) -> int:
-        """Of products, for one input of a size."""
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        """Of products with weights that are not 0, for one input of a size; or also with the zeros that it computes with."""
         return 0
+
+
+def _number(weight: Tensor, zeros: bool) -> int:
+    return weight.numel() if zeros else int(weight.count_nonzero())
 
 
 def _require(condition: bool, what: str) -> None:
@@ -176,8 +180,9 @@ class Edges(Instruction):
             self.constant.check(given)
         return given
 
-    def multiply_adds(self, size: Size) -> int:
-        return len(self.weight) * size[1] * size[2]
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        weights = self.num_targets * self.num_sources if zeros and self.dense else len(self.weight)
+        return weights * size[1] * size[2]
 
 
 @cache
@@ -265,8 +270,8 @@ class Convolution(Instruction):
             self.constant.check((targets, height, width))
         return targets, height, width
 
-    def multiply_adds(self, size: Size) -> int:
-        return self.weight.numel() * math.prod(self.check(size)[1:])
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        return _number(self.weight, zeros) * math.prod(self.check(size)[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,8 +306,8 @@ class Linear(Instruction):
         )
         return shape[:1]
 
-    def multiply_adds(self, size: Size) -> int:
-        return self.weight.numel()
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        return _number(self.weight, zeros)
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,8 +359,8 @@ class Graph(Instruction):
             given = instruction.check(inner)
         return given
 
-    def multiply_adds(self, size: Size) -> int:
-        return sum(instruction.multiply_adds(inner) for instruction, inner in self._walk(size))
+    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
+        return sum(instruction.multiply_adds(inner, zeros=zeros) for instruction, inner in self._walk(size))
 
     @property
     def num_edges(self) -> int:
@@ -435,7 +440,7 @@ class Program:
         """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]``, in float32.
 
         Raises:
-            ValueError: another shape than the network was compiled for, or no floating-point numbers.
+            ValueError: another shape than the network was compiled for, no floating-point numbers, or no dense tensor.
         """
         self.check_images(images)
         return run(self.instructions, images.float())
@@ -444,6 +449,9 @@ class Program:
         """Raises ``ValueError`` unless images have the shape that the network was compiled for."""
         if not isinstance(images, Tensor):
             raise ValueError(self.refusal(type(images).__name__, getattr(images, "shape", ())))
+        if images.is_nested or images.layout is not torch.strided or images.is_meta:
+            kind = "nested" if images.is_nested else "meta" if images.is_meta else str(images.layout)
+            raise ValueError(f"a tensor that is {kind} gives no images; make a dense one that holds its numbers")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or not images.is_floating_point():
             raise ValueError(self.refusal(images.dtype, images.shape))
 
@@ -477,13 +485,39 @@ class Program:
 
     @property
     def multiply_adds(self) -> int:
-        """Of products, for one input."""
+        """Of products with weights that are not 0, for one input."""
         return sum(instruction.multiply_adds(size) for instruction, size in self.walk())
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that it computes with."""
-        return sum(t.numel() for t in tensors(self) if t.is_floating_point())
+        """Numbers that it computes with and that are not 0."""
+        return sum(int(t.count_nonzero()) for t in tensors(self) if t.is_floating_point())
+
+
+def require_program(given: object) -> None:
+    """Raises ``ValueError`` unless it is a compacted network."""
+    if not isinstance(given, Program):
+        raise ValueError(
+            f"a {type(given).__name__} is not a compacted network; plan(model, input_size).apply(model) makes one of a model, "
+            "load_program(path) reads one"
+        )
+
+
+def in_memory(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of a tensor, as a dtype, one after the other where ``data_ptr`` of what is returned points.
+
+    Raises:
+        ValueError: it holds none, as tensors do that PyTorch only traces or transforms.
+    """
+    found = tensor.detach().to("cpu", dtype).contiguous()
+    try:
+        if type(found) is not Tensor or found.is_neg() or found.is_conj() or not found.data_ptr():  # not as memory has it
+            given, found = found, torch.empty(found.shape, dtype=dtype, device="cpu")
+            found.copy_(given)
+    except (RuntimeError, AssertionError):
+        kind = type(tensor).__name__
+        raise ValueError(f"a {kind} that holds no numbers of its own in memory, which native code reads") from None
+    return found
 
 
 def tensors(thing: object) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dnw._files import write_whole
 from dnw.compile._lower import Maps, Operation, Part, Space, operations
-from dnw.compile._program import Constant, Convolution, Edges, Pick, Program
+from dnw.compile._program import Constant, Convolution, Edges, Pick, Program, require_program
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def save_c(program: Program, path: str | Path) -> Needs:
         path: of the C file; its name without the ending becomes the prefix of what is declared.
 
     Raises:
-        ValueError: the name of the file is no name in C, or a weight is no finite number.
+        ValueError: no compacted network, the name of the file is no name in C, or a weight is no finite number.
     """
+    require_program(program)
     path = Path(path)
     if path.suffix != ".c":
         raise ValueError(f"{path.name}: its name must end with .c; the header is written beside it")
