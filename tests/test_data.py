@@ -3,6 +3,8 @@
 import gzip
 import pickle
 import sys
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from dnw.data import (
     read_digits,
     read_mnist,
 )
-from dnw.data._batches import deal
+from dnw.data._batches import _Decoder, deal
 
 CPU = torch.device("cpu")
 
@@ -106,6 +108,68 @@ def test_damaged_mnist(tmp_path):
         read_mnist(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("train-labels-idx1", np.full(20, 10, np.uint8), "label 0 is 10, not a digit from 0 to 9"),
+        ("t10k-labels-idx1", np.arange(3, 13, dtype=np.uint8), "label 9 is 12, not a digit from 0 to 9"),
+        ("train-images-idx3", np.zeros((0, 28, 28), np.uint8), r"holds no images \(its header says 0x28x28\)"),
+        ("t10k-images-idx3", np.zeros((10, 0, 28), np.uint8), r"holds no images \(its header says 10x0x28\)"),
+    ],
+)
+def test_mnist_of_wrong_values(tmp_path, part, values, message):
+    write_mnist(tmp_path)
+    write_idx(tmp_path / f"{part}-ubyte", values)
+    with pytest.raises(ValueError, match=rf"{part}-ubyte: {message}$"):
+        read_mnist(tmp_path)
+
+
+def test_images_of_another_size_than_the_config_says(tmp_path):
+    write_mnist(tmp_path)
+    assert load("mnist", tmp_path, 28)[0].images.shape == (20, 1, 28, 28)
+    with pytest.raises(ValueError, match=r"data.image_size=32: the images of data.name=mnist are 28x28 pixels"):
+        load("mnist", tmp_path, 32)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", np.zeros((10, 28, 30), np.uint8))
+    with pytest.raises(ValueError, match=r"data.image_size=28: the images of data.name=mnist are 28x30 pixels"):
+        load("mnist", tmp_path, 28)
+    with pytest.raises(ValueError, match=r"data.image_size=9: the images of data.name=digits are 8x8 pixels"):
+        load("digits", tmp_path, 9)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("sizes", [(2**31, 28, 28), (2**32 - 1,) * 3, (2**30 // 784 + 1, 28, 28)])
+def test_a_header_of_more_than_is_read(tmp_path, sizes, zipped):
+    write_mnist(tmp_path, zipped=zipped)
+    path = tmp_path / f"train-images-idx3-ubyte{'.gz' * zipped}"
+    raw = bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in sizes) + bytes(784)
+    path.write_bytes(gzip.compress(raw) if zipped else raw)
+    shown = "x".join(map(str, sizes))
+    with pytest.raises(ValueError, match=rf"{path.name}: its header says {shown} bytes of values; at most 1,073,741,824"):
+        read_mnist(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 6, 15])
+def test_an_idx_file_cut_off_in_its_header(tmp_path, length):
+    write_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte: (not an IDX file|cut off in its header)"):
+        read_mnist(tmp_path)
+
+
+def test_no_more_is_unpacked_than_the_header_says(tmp_path):
+    write_mnist(tmp_path, zipped=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    start = bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in (20, 28, 28))
+    path.write_bytes(gzip.compress(start + bytes(100_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"more than 15,680 bytes of values, its header says 15,680$"):
+        read_mnist(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
 # --- CIFAR-10 ---
 
 
@@ -173,7 +237,13 @@ class Hostile:
             pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=2),
             "one label for each of 2 images",
         ),
-        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, protocol=2), "outside 0 to 9"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, protocol=2), "label 0 is not a whole number"),
+        (pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, protocol=4), "holds no images"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": (1,)}, protocol=2), "one label for each of 1"),
+        (
+            pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"\xff": 0, b"labels": 1}, protocol=2),
+            "one label for each of 1",
+        ),
         (b"", "damaged or no pickle"),
         (b"\x80\x04\x95\xff\xff", "damaged or no pickle|refused"),
     ],
@@ -182,6 +252,28 @@ def test_bad_cifar_batches(tmp_path, content, message):
     write_cifar(tmp_path)
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        read_cifar10(tmp_path)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 10**30, True, 3.0, 3.7, float("nan"), None, "3", [3], [], np.zeros((), np.uint8)])
+def test_cifar_labels_are_whole_numbers(tmp_path, label):
+    write_cifar(tmp_path)
+    content = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [9, label]}
+    (tmp_path / "data_batch_2").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match=r"data_batch_2: label 1 is not a whole number from 0 to 9$"):
+        read_cifar10(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shape", [b"K\x02", b"K\x02M\x00\x0c\x86\x85", b"J\xff\xff\xff\xffM\x00\x0c\x86", b"G@\0\0\0\0\0\0\0M\x00\x0c\x86"]
+)
+def test_cifar_shapes_are_whole_numbers(tmp_path, shape):
+    """As a pickle spells 2, ((2, 3072),), (-1, 3072) and (2.0, 3072)."""
+    write_cifar(tmp_path)
+    raw = pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2]}, protocol=2)
+    assert raw.count(b"K\x02M\x00\x0c\x86") == 1
+    (tmp_path / "test_batch").write_bytes(raw.replace(b"K\x02M\x00\x0c\x86", shape))
+    with pytest.raises(ValueError, match=r"test_batch: (no image bytes \[n, 3072\] under 'data'|damaged or no pickle)"):
         read_cifar10(tmp_path)
 
 
@@ -250,6 +342,37 @@ def test_an_image_of_another_size_is_named(tmp_path):
     Image.new("RGB", (9, 6)).save(tmp_path / "train" / "dog" / "1.png")
     with pytest.raises(ValueError, match="1.png: is 9x6 pixels, the others are 6x6"):
         load("folder", tmp_path, 6)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_image_of_too_many_pixels_is_one_clear_error(tmp_path, monkeypatch, factor, strict):
+    """Pillow warns above its limit and raises above twice that; both are the same here, whatever becomes of warnings."""
+    write_tree(tmp_path)
+    path = tmp_path / "train" / "dog" / "1.png"
+    Image.new("RGB", (100 * factor, 15)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if strict else "ignore")
+        with pytest.raises(ValueError, match=r"^[^\n]*dog/1.png: cannot be read as an image \(.*pixels"):
+            load("folder", tmp_path, 6)
+        Image.new("RGB", (100 * factor, 15)).save(path.with_name("0.png"))  # the one whose size is looked at first
+        with pytest.raises(ValueError, match=r"^[^\n]*dog/0.png: cannot be read as an image \(.*pixels"):
+            load("folder", tmp_path, 6)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # whoever trusts the images
+    assert isinstance(load("folder", tmp_path, 6)[0], FolderImages)
+
+
+def test_a_strip_too_thin_to_be_resized(tmp_path):
+    """Its shorter side of one pixel would become six, and its longer one 400,000."""
+    write_tree(tmp_path, size=12)
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "test" / "dog" / "1.png")
+    train, test = list_folder(tmp_path)
+    decoder = _Decoder(test, 224, training=False)
+    with pytest.raises(ValueError, match=r"dog/1.png: is 60000x1 pixels, too thin a strip to be resized"):
+        decoder[4, []]
+    assert decoder[3, []][0].shape == (3, 224, 224)
+    assert _Decoder(train, 224, training=True)[4, [0.5] * 5][0].shape == (3, 224, 224)
 
 
 # --- augmentation ---

@@ -23,10 +23,20 @@ from dnw.cli import main
 from dnw.graphs import DiscreteTimeGraph
 from dnw.models import GraphChain, Stage, tiny_cifar10, tiny_digits
 from dnw.recipes import digits
-from dnw.train import RunDirectory, load_trained, override, run_record, train, view_runs
+from dnw.train import RunDirectory, load_trained, override, resume, run_record, train, view_runs
 from dnw.train._build import load_data, make_batches, make_model
 from dnw.train._view import Page
-from dnw.view import Record, Snapshot, SnapshotWriter, read_snapshots, record, write_page, write_still
+from dnw.view import (
+    NothingToShowError,
+    Record,
+    Snapshot,
+    SnapshotWriter,
+    inside,
+    read_snapshots,
+    record,
+    write_page,
+    write_still,
+)
 from dnw.view._record import _thinned
 
 SHORT = ["epochs=3", "first_epoch_snapshots=2"]
@@ -137,17 +147,57 @@ def test_snapshots_of_too_many_edges_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("dnw.view._record._EDGES", 500)
     one = record(model, [dense, *snapshots[1:]], name="x")
     assert (one.steps, one.omitted) == ((1, 2), 1)
-    with pytest.raises(ValueError, match="every snapshot has more than 500 edges, too many to show"):
+    with pytest.raises(NothingToShowError, match="every snapshot has more than 500 edges, too many to show"):
         record(model, [dense], name="x")
 
 
 def test_what_has_nothing_to_show(tmp_path):
-    with pytest.raises(ValueError, match="there are no snapshots to show"):
+    with pytest.raises(NothingToShowError, match="there are no snapshots to show"):
         record(tiny_digits(), [], name="x")
     model = nn.Sequential(nn.Linear(20, 10))
     snapshots_of(model, tmp_path, 2, density=0.5)
-    with pytest.raises(ValueError, match="none of the wired weights belongs to a graph"):
+    with pytest.raises(NothingToShowError, match="none of the wired weights belongs to a graph"):
         record(model, read_snapshots(tmp_path), name="x")
+
+
+def test_weights_filters_and_maps_beyond_all_bounds_are_shown(tmp_path):
+    """Beyond half precision, and not finite: nothing of it reaches a picture as NaN."""
+    model = tiny_digits()
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.3), num_edges=80)
+    wiring["graph.weight"].latent = wiring["graph.weight"].latent * 1e30
+    with torch.no_grad():
+        for node, value in zip(model.graph.nodes, (7e4, -3e38, float("inf"), float("nan")), strict=False):
+            node.conv.weight[0].fill_(value)
+    seen = inside(model, torch.randn(2, 1, 8, 8), (0.0,), (1.0,))
+    assert all(np.isfinite(array).all() for array in seen.values())
+    assert np.abs(seen["filters/graph"]).max() == 65_504
+    SnapshotWriter(tmp_path).write(wiring, 0, 0.0, seen)
+    one = record(model, read_snapshots(tmp_path), name="x")
+    assert one.largest == 65_504
+    assert (one.strengths != 0).sum() == 80
+    assert one.filters.any()
+    write_page([one], tmp_path / "page.html")
+    assert "NaN" not in json.dumps(unpacked(tmp_path / "page.html")[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "array"),
+    [
+        ("filters/graph", np.zeros((3, 9), np.float16)),
+        ("filters/graph", np.zeros(9, np.float16)),
+        ("maps/graph", np.zeros((3, 5, 8, 8), np.uint8)),
+        ("maps/graph", np.zeros((2, 136, 8, 8), np.uint8)),
+        ("maps/graph", np.zeros((3, 136, 8, 8), np.float32)),
+        ("images", np.zeros((3, 8, 8), np.uint8)),
+        ("images", np.zeros((3, 1, 8, 8), np.float32)),
+    ],
+)
+def test_pictures_of_nodes_that_this_network_does_not_have(run, key, array):
+    model = make_model(RunDirectory(run).config(), 10)
+    first = next(iter(read_snapshots(RunDirectory(run).snapshots)))
+    beside = {**first.beside, key: array}
+    with pytest.raises(ValueError, match=f"the snapshot of step 0: .*, {array.dtype} .*, is not of this network|'maps/graph'"):
+        record(model, [replace(first, beside=beside)], name="x")
 
 
 # --- pages ---
@@ -187,11 +237,27 @@ def test_hostile_names_do_nothing(run, tmp_path):
     assert header["runs"][0]["name"] == header["runs"][0]["about"] == name
 
 
-def test_losses_that_are_no_numbers_do_not_break_a_page(run, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["a\x00\x07\x1b[31m\u2028\u202eb", "\ud800", "é\n\t\\", "@HEADER@@TITLE@", "<!--<script>", "]]>"]
+)
+def test_odd_names_come_back_as_they_were(run, name, tmp_path):
     one = run_record(run)
-    broken = tuple({**m, "test_loss": float("nan"), "train_loss": float("inf")} for m in one.metrics)
+    graphs = tuple(replace(graph, name=name) for graph in one.graphs)
+    write_page([replace(one, name=name, about=name, graphs=graphs)], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<script") == 3
+    (described,) = unpacked(tmp_path / "page.html")[0]["runs"]
+    assert [described["name"], described["about"], described["graphs"][0]["name"]] == [name] * 3
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -1e300, pytest.param(10**400, id="huge"), None, "0.5", [1.0], np.float32("nan")]
+)
+def test_metrics_that_are_no_numbers_do_not_break_a_page(run, tmp_path, value):
+    one = run_record(run)
+    broken = ({"epoch": 1, "test_loss": value, "top1": np.float32(0.5)}, {"epoch": value, "top1": 0.5}, {"top1": 0.5}, {})
     write_page([replace(one, metrics=broken)], tmp_path / "page.html")
-    assert unpacked(tmp_path / "page.html")[0]["runs"][0]["metrics"][0]["test_loss"] is None
+    (described,) = unpacked(tmp_path / "page.html")[0]["runs"]
+    assert described["metrics"] == [{"epoch": 1, "test_loss": None, "top1": 0.5}]
 
 
 def test_the_page_of_a_run_that_trains_reads_itself_again(run, tmp_path):
@@ -215,7 +281,7 @@ def test_the_page_of_a_run_that_trains_reads_itself_again(run, tmp_path):
     assert len(unpacked(member)[0]["runs"]) == 2
 
 
-def test_networks_without_graphs_and_pages_that_cannot_be_written(run, tmp_path, monkeypatch):
+def test_networks_without_graphs_have_no_page(run, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "view.html").unlink()
@@ -223,9 +289,101 @@ def test_networks_without_graphs_and_pages_that_cannot_be_written(run, tmp_path,
     monkeypatch.setattr("dnw.train._view.read_snapshots", lambda folder: pytest.fail("nothing is to be read"))
     Page(RunDirectory(copy), config, torch.nn.Linear(2, 2)).refresh(last=True)
     monkeypatch.undo()
+
+
+@pytest.fixture
+def page_of(run, tmp_path) -> tuple[Path, Page]:
+    """A run of one's own that has no page yet, and what writes its page while it trains."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "view.html").unlink()
+    config = RunDirectory(copy).config()
+    return copy, Page(RunDirectory(copy), config, make_model(config, 10))
+
+
+FAILURES = [
+    OSError("no space"),
+    RuntimeError("odd"),
+    IndexError("9"),
+    MemoryError(),
+    TypeError("x"),
+    KeyError("k"),
+    ValueError("v"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
+def test_training_goes_on_whatever_befalls_its_page_and_says_so_once(page_of, monkeypatch, failure):
+    copy, page = page_of
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("dnw.train._view.write_page", fail)
+    reason = re.escape(str(failure) if isinstance(failure, (OSError, ValueError)) else repr(failure))
+    with pytest.warns(UserWarning, match=f"^no page of this run: {reason}$") as warned:
+        page.refresh(last=True)
+    assert len(warned) == 1
+    page.refresh(last=True)
+    monkeypatch.undo()
+    page.refresh(last=True)
+    assert unpacked(copy / "view.html")[0]["runs"][0]["name"] == "copy"
+
+
+def test_a_damaged_snapshot_is_a_warning_while_training(page_of):
+    copy, page = page_of
+    path = sorted((copy / "snapshots").iterdir())[2]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=rf"^no page of this run: {path}: not a readable snapshot"):
+        page.refresh(last=True)
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(page_of):
+    copy, page = page_of
     (copy / "view.html").mkdir()
     with pytest.warns(UserWarning, match="no page of this run"):
-        Page(RunDirectory(copy), config, make_model(config, 10)).refresh(last=True)
+        page.refresh(last=True)
+
+
+@pytest.mark.parametrize("kind", ["no snapshots", "too many edges"])
+def test_a_run_with_nothing_to_show_says_nothing(page_of, monkeypatch, kind):
+    copy, page = page_of
+    if kind == "no snapshots":
+        shutil.rmtree(copy / "snapshots")
+    else:
+        monkeypatch.setattr("dnw.view._record._EDGES", 10)
+    page.refresh(last=True)
+    assert not (copy / "view.html").exists()
+    assert main(["view", str(copy)]) == 1  # whoever asks for a page is told
+
+
+def test_a_run_is_resumed_past_a_damaged_snapshot(page_of):
+    copy, _ = page_of
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "epochs": 4, "baseline": None}))
+    files = sorted((copy / "snapshots").iterdir())
+    files[2].write_bytes(files[2].read_bytes()[:-9])
+    with pytest.warns(
+        UserWarning, match=rf"{files[2]}: not a readable snapshot .*; it and the 3 after it are set aside"
+    ) as warned:
+        resume(copy)
+    assert len(warned) == 1
+    assert len(RunDirectory(copy).metrics()) == 4
+    (described,) = unpacked(copy / "view.html")[0]["runs"]
+    assert described["epochs"] == [*(s.epoch for s in read_snapshots(copy / "snapshots"))]
+    assert len(described["epochs"]) == 3
+    assert described["epochs"][-1] == 4
+    last = list(read_snapshots(copy / "snapshots"))[-1]
+    active = load_trained(copy, "last").model.graph.weight.detach().flatten().numpy().nonzero()[0]
+    assert np.array_equal(last.edges["graph.weight"], active)
+
+
+def test_a_picture_draws_from_no_generator_of_the_caller(run, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run_record(run)
+    view_runs([run], tmp_path / "page.html")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_training_run_leaves_its_page_and_its_baselines(run):
@@ -465,6 +623,31 @@ def test_hostile_names_do_nothing_in_a_browser(run, browser, tmp_path):
     assert page.evaluate("state.broken") is None
     assert page.inner_text("h1") == name
     assert page.problems == []
+
+
+def test_what_is_not_known_of_a_run_is_left_out(run, browser, tmp_path):
+    one = run_record(run)
+    facts = "[...document.querySelectorAll('#now span')].map(e => e.textContent)"
+    for reload, metrics, shown in (
+        (None, (), []),
+        (None, ({"epoch": 1, "lr": 0.1},), []),
+        (None, ({"epoch": 1, "train_loss": 2.5}, {"epoch": 2}), ["loss"]),
+        (3600, (), ["accuracy", "loss"]),
+    ):
+        write_page([replace(one, metrics=metrics)] * 2, tmp_path / "page.html", reload=reload)
+        page = opened(browser, tmp_path / "page.html", viewport={"width": 1280, "height": 800})
+        for moment in range(len(one.steps)):
+            page.evaluate(f"show({moment})")
+            settle(page)
+            assert page.evaluate(facts) == ["edges", "live", "come", "gone", *shown]
+            assert page.is_visible("#accuracy") == ("accuracy" in shown)
+            assert page.is_visible("#loss") == ("loss" in shown)
+        numbers = [n.replace("\n", " ") for n in page.locator("#now div").all_inner_texts()[4:]]
+        assert numbers == {0: [], 1: ["2.500 loss"], 2: ["none yet accuracy", "none yet loss"]}[len(shown)]
+        assert page.evaluate("document.querySelectorAll('#table th').length") == 7 + (shown == ["loss"])
+        assert "NaN" not in page.evaluate("document.body.innerText + document.querySelector('#table').textContent")
+        assert page.problems == []
+        page.close()
 
 
 def test_edges_are_summed_between_levels_until_one_zooms_in(run, browser):

@@ -8,6 +8,7 @@ image, not to the process.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dnw.data._augment import Augment, crop_and_flip
-from dnw.data._folder import FolderImages, open_image
-from dnw.data._images import Images
+from dnw.data._folder import FolderImages, open_image, too_large
+from dnw.data._images import Images, sizes_text
 
 Batch = tuple[Tensor, Tensor]
 
@@ -131,7 +132,7 @@ class _Decoder(Dataset[tuple[Tensor, int]]):
             if draws[4] < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         else:
-            image = _centre(image, self.size)
+            image = _centre(image, self.size, self.folder.paths[index])
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.folder.labels[index]
 
 
@@ -144,12 +145,14 @@ def _random_box(width: int, height: int, draws: Sequence[float]) -> tuple[float,
     return left, top, left + w, top + h
 
 
-def _centre(image, size: int):  # type: ignore[no-untyped-def]
+def _centre(image, size: int, path: Path):  # type: ignore[no-untyped-def]
     """Resizes the shorter side to 8/7 of the size (256 for 224) and takes the centre."""
     from PIL import Image
 
     scale = size * 8 / 7 / min(image.size)
     width, height = (max(size, round(x * scale)) for x in image.size)
+    if too_large(width, height):  # resizing a thin strip fills the memory as a large image does
+        raise ValueError(f"{path}: is {sizes_text(image.size)} pixels, too thin a strip to be resized; remove it")
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from dnw.data._images import Images
+from dnw.data._images import Images, sizes_text
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm"}
 _IN_MEMORY_BYTES = 4 << 30
@@ -67,28 +68,40 @@ def fits_in_memory(folder: FolderImages, size: int) -> bool:
 
 
 def _size(path: Path) -> tuple[int, int]:
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose header has been read, and not yet its pixels.
+
+    Raises:
+        ValueError: a damaged file, or one that says it has more pixels than Pillow takes for harmless; named.
+    """
     try:
         with Image.open(path) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise _damaged(path, error) from None
+            if too_large(*image.size):  # of twice as many Pillow makes an error itself; up to there it only warns
+                raise ValueError(f"{sizes_text(image.size)} pixels, more than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}")
+            yield image
+    except Exception as error:  # whatever damage makes a decoder stumble over
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from None
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: cannot be read as an image ({error}); mend or remove it")
+def too_large(width: float, height: float) -> bool:
+    """Whether an image has so many pixels that a small file may have been made to fill the memory."""
+    return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
 
 
 def open_image(path: Path) -> Image.Image:
     """An image file as RGB.
 
     Raises:
-        ValueError: a damaged file, named.
+        ValueError: a damaged file, or one of too many pixels; named.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _damaged(path, error) from None
+    with _opened(path) as image:
+        return image.convert("RGB")
 
 
 def decode(folder: FolderImages, size: int) -> Images:
@@ -99,7 +112,7 @@ def decode(folder: FolderImages, size: int) -> Images:
         for i in span:
             image = open_image(folder.paths[i])
             if image.size != (size, size):
-                raise ValueError(f"{folder.paths[i]}: is {image.size[0]}x{image.size[1]} pixels, the others are {size}x{size}")
+                raise ValueError(f"{folder.paths[i]}: is {sizes_text(image.size)} pixels, the others are {size}x{size}")
             images[i] = np.asarray(image)
 
     with ThreadPoolExecutor() as pool:

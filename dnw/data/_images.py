@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,3 +24,8 @@ class Images:
 
     def __len__(self) -> int:
         return self.labels.numel()
+
+
+def sizes_text(sizes: Sequence[int]) -> str:
+    """Sizes as an error names them, such as ``28x28``."""
+    return "x".join(map(str, sizes))

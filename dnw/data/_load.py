@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnw.data._folder import FolderImages, decode, fits_in_memory, list_folder
-from dnw.data._images import Images
+from dnw.data._images import Images, sizes_text
 from dnw.data._readers import read_cifar10, read_digits, read_mnist
 
 Pair = tuple[Images, Images] | tuple[FolderImages, FolderImages]
@@ -59,6 +59,11 @@ def load(name: str, folder: Path, size: int) -> Pair:
         size: side in pixels of the square images that the network gets.
 
     Raises:
-        ValueError: missing or damaged data, or a wrong layout; the message says what was looked for.
+        ValueError: missing or damaged data, images of another size, or a wrong layout; the message says what was looked for.
     """
-    return DATASETS[name](folder, size)
+    pair = DATASETS[name](folder, size)
+    for part in pair:
+        if isinstance(part, Images) and part.images.shape[2:] != (size, size):
+            found = sizes_text(part.images.shape[2:])
+            raise ValueError(f"data.image_size={size}: the images of data.name={name} are {found} pixels and are not resized")
+    return pair

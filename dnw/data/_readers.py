@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import pickle
 import zlib
 from importlib import resources
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnw.data._images import Images
+from dnw.data._images import Images, sizes_text
 
 _DIGITS = tuple("0123456789")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_MOST_BYTES = 1 << 30
+"""Of the values of an IDX file; those of MNIST are 47 million."""
 
 
 def read_digits() -> tuple[Images, Images]:
@@ -36,15 +39,22 @@ def read_mnist(folder: Path) -> tuple[Images, Images]:
     """MNIST from its four IDX files, plain or gzipped, in ``folder`` or ``folder/MNIST/raw``.
 
     Raises:
-        ValueError: a missing, cut-off or foreign file, named.
+        ValueError: a missing, cut-off or foreign file, one without images, one that says it holds more than a gigabyte, or
+            a label above 9; the file is named.
     """
     places = [folder / "MNIST" / "raw", folder / "raw", folder]
     parts = []
     for part in ("train", "t10k"):
-        images = _idx(_find(places, f"{part}-images-idx3-ubyte"), 3)
-        labels = _idx(_find(places, f"{part}-labels-idx1-ubyte"), 1)
+        path = _find(places, f"{part}-images-idx3-ubyte")
+        images = _idx(path, 3)
+        if not images.size:
+            raise ValueError(f"{path}: holds no images (its header says {sizes_text(images.shape)})")
+        path = _find(places, f"{part}-labels-idx1-ubyte")
+        labels = _idx(path, 1)
         if len(images) != len(labels):
             raise ValueError(f"MNIST in {folder}: {len(images):,} {part} images but {len(labels):,} labels")
+        if labels.max() >= len(_DIGITS):
+            raise ValueError(f"{path}: label {labels.argmax():,} is {labels.max()}, not a digit from 0 to {len(_DIGITS) - 1}")
         parts.append(Images(torch.from_numpy(images[:, None]), torch.from_numpy(labels.astype(np.int64)), _DIGITS))
     return parts[0], parts[1]
 
@@ -59,19 +69,31 @@ def _find(places: list[Path], name: str) -> Path:
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes: two zeros, type 8, number of dimensions, the sizes (big-endian), the values."""
+    """An IDX file of bytes: two zeros, type 8, number of dimensions, the sizes (big-endian), the values.
+
+    Of a gzipped file no more is unpacked than its header says that there is.
+    """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(4 + 4 * dimensions)
+            if start[:4] != bytes((0, 0, 8, dimensions)):
+                foreign = f"not an IDX file of {dimensions}-dimensional bytes (it starts with {start[:4].hex(' ')})"
+                raise ValueError(f"{path}: {foreign}")
+            if len(start) < 4 + 4 * dimensions:
+                raise ValueError(f"{path}: cut off in its header, after {len(start)} bytes")
+            sizes = tuple(int.from_bytes(start[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
+            wanted = math.prod(sizes)
+            if wanted > _MOST_BYTES:
+                raise ValueError(
+                    f"{path}: its header says {sizes_text(sizes)} bytes of values; at most {_MOST_BYTES:,} are read"
+                )
+            raw = file.read(wanted)
+            found = f"{len(raw):,}" if len(raw) < wanted else f"more than {wanted:,}" if file.read(1) else None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
-    if raw[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(f"{path}: not an IDX file of {dimensions}-dimensional bytes (it starts with {raw[:4].hex(' ')})")
-    sizes = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
-    start = 4 + 4 * dimensions
-    wanted = int(np.prod(sizes, dtype=np.int64))
-    if len(raw) - start != wanted:
-        raise ValueError(f"{path}: cut off or damaged: {len(raw) - start:,} bytes of values, its header says {wanted:,}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes).copy()
+    if found:
+        raise ValueError(f"{path}: cut off or damaged: {found} bytes of values, its header says {wanted:,}")
+    return np.frombuffer(raw, np.uint8).reshape(sizes).copy()
 
 
 def read_cifar10(folder: Path) -> tuple[Images, Images]:
@@ -92,16 +114,18 @@ def _cifar_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     content = read_plain_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary, found a {type(content).__name__}")
-    entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-    data, labels = entries.get("data"), entries.get("labels")
-    if not isinstance(data, _Array) or data.shape is None or len(data.shape) != 2 or data.shape[1] != 3072:
+    data, labels = (content.get(key, content.get(key.encode())) for key in ("data", "labels"))
+    if not isinstance(data, _Array) or not data.is_matrix(columns=3072):
         raise ValueError(f"{path}: no image bytes [n, 3072] under 'data'")
-    if not isinstance(labels, list) or len(labels) != data.shape[0]:
-        raise ValueError(f"{path}: 'labels' does not give one label for each of {data.shape[0]:,} images")
-    targets = torch.tensor(labels, dtype=torch.int64)
-    if bool(((targets < 0) | (targets > 9)).any()):
-        raise ValueError(f"{path}: a label lies outside 0 to 9")
-    return torch.from_numpy(data.to_numpy(path)).view(-1, 3, 32, 32), targets
+    images = data.to_numpy(path)
+    if not len(images):
+        raise ValueError(f"{path}: holds no images")
+    if not isinstance(labels, list) or len(labels) != len(images):
+        raise ValueError(f"{path}: 'labels' does not give one label for each of {len(images):,} images")
+    for i, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < len(CIFAR10_CLASSES):  # True is an int too, and no label
+            raise ValueError(f"{path}: label {i:,} is not a whole number from 0 to {len(CIFAR10_CLASSES) - 1}")
+    return torch.from_numpy(images).view(-1, 3, 32, 32), torch.tensor(labels)
 
 
 class _DType:
@@ -117,18 +141,24 @@ class _DType:
 class _Array:
     """Records the shape and the bytes of an array that a pickle holds; runs nothing."""
 
-    shape: tuple[int, ...] | None = None
+    shape: Any = None
 
     def __setstate__(self, state: Any) -> None:
         _, self.shape, self.dtype, self.columns_first, self.raw = state
 
+    def is_matrix(self, columns: int) -> bool:
+        shape = self.shape
+        return isinstance(shape, tuple) and [type(n) for n in shape] == [int, int] and shape[0] >= 0 and shape[1] == columns
+
     def to_numpy(self, path: Path) -> np.ndarray:
-        raw = self.raw.encode("latin-1") if isinstance(self.raw, str) else self.raw
         code = getattr(self.dtype, "code", None)
-        size = int(np.prod(self.shape or (), dtype=np.int64))
-        if code not in ("u1", b"u1") or self.columns_first or not isinstance(raw, bytes) or len(raw) != size:
+        try:
+            raw = self.raw.encode("latin-1") if isinstance(self.raw, str) else self.raw
+        except UnicodeEncodeError:
+            raw = None
+        if code not in ("u1", b"u1") or self.columns_first or not isinstance(raw, bytes) or len(raw) != math.prod(self.shape):
             raise ValueError(f"{path}: its array is not the plain bytes of images")
-        return np.frombuffer(raw, np.uint8).reshape(self.shape or ()).copy()
+        return np.frombuffer(raw, np.uint8).reshape(self.shape).copy()
 
 
 def _latin1(text: str, encoding: str = "latin-1") -> bytes:

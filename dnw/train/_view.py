@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from dnw.count import graphs_of
-from dnw.train._build import make_model
+from dnw.count import graphs_of, parameter_of
+from dnw.train._build import MODELS
 from dnw.train._config import Config
 from dnw.train._run import RunDirectory
-from dnw.view import Record, read_snapshots, record, write_page
+from dnw.view import NothingToShowError, Record, read_snapshots, record, write_page
 
 _SHARE = 0.05
 """Of the time of a training run, what refreshing its page may take."""
@@ -66,10 +67,10 @@ class Page:
     def __init__(self, run: RunDirectory, config: Config, model: nn.Module) -> None:
         self._run, self._config = run, config
         self._has_graphs = bool(graphs_of(model))
-        self._cost, self._written = 0.0, -1e9
+        self._cost, self._written, self._warned = 0.0, -1e9, False
 
     def refresh(self, *, last: bool) -> None:
-        """After an epoch; the last time in any case. A page that cannot be written is a warning: training goes on."""
+        """After an epoch; the last time in any case. Whatever befalls a page, training goes on; once, a warning says what."""
         started = time.monotonic()
         if not self._has_graphs or (not last and started - self._written < self._cost / _SHARE):
             return
@@ -81,10 +82,15 @@ class Page:
             if last and (path / "baseline").is_dir():
                 reload = _SECONDS_TO_RELOAD  # the baseline comes now
             write_page([_record(self._run, self._config)], path / "view.html", reload=reload)
-        except ValueError:  # nothing to show
+        except NothingToShowError:
             pass
-        except OSError as error:
-            warnings.warn(f"no page of this run: {error}", stacklevel=2)
+        except Exception as error:  # a picture is not worth a training run
+            if not self._warned:
+                self._warned = True
+                reason = (
+                    error if isinstance(error, (OSError, ValueError)) else repr(error)
+                )  # of others the text alone says little
+                warnings.warn(f"no page of this run: {reason}", stacklevel=2)
         self._written = time.monotonic()
         self._cost = self._written - started
 
@@ -102,11 +108,14 @@ def _record(member: RunDirectory, config: Config) -> Record:
     top = member.path.resolve()
     while top.name in ("baseline", f"seed-{seed}"):
         top = top.parent
-    snapshots = list(read_snapshots(member.snapshots))
-    if not snapshots:
-        raise ValueError(f"{member.path}: no snapshots to show; a run writes them while it trains")
+    with torch.random.fork_rng(devices=[]):  # its weights do not matter, and nobody's generator moves on for them
+        model = MODELS[config.model](config, 10)
+    sizes = {parameter_of(name): graph.weight.numel() for name, graph in graphs_of(model).items()}
+    snapshots = list(read_snapshots(member.snapshots, sizes))
     metrics = [dataclasses.asdict(m) for m in member.metrics()]
     try:
-        return record(make_model(config, 10), snapshots, name=top.name, about=f"{config.rule}, seed {seed}", metrics=metrics)
+        return record(model, snapshots, name=top.name, about=f"{config.rule}, seed {seed}", metrics=metrics)
+    except NothingToShowError as error:
+        raise NothingToShowError(f"{member.path}: {error}") from None
     except (ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"{member.path}: {error}") from None

@@ -2,12 +2,13 @@
 
 from dnw.view._inside import inside
 from dnw.view._page import write_page
-from dnw.view._record import GraphShape, Record, record
+from dnw.view._record import GraphShape, NothingToShowError, Record, record
 from dnw.view._snapshots import Snapshot, SnapshotWriter, read_snapshots
 from dnw.view._still import write_still
 
 __all__ = [
     "GraphShape",
+    "NothingToShowError",
     "Record",
     "Snapshot",
     "SnapshotWriter",

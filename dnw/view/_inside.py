@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from dnw.count import graphs_of
 from dnw.graphs import DynamicGraph, StaticGraph
+from dnw.view._snapshots import as_half
 
 _SIDE, _IMAGE_SIDE = 8, 48
+_LARGEST = 1e30
+"""In place of an infinity that a node sends."""
 
 
 def inside(model: nn.Module, images: Tensor | None, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, np.ndarray]:
@@ -28,7 +31,7 @@ def inside(model: nn.Module, images: Tensor | None, mean: tuple[float, ...], std
 
 
 def filters_of(model: nn.Module) -> dict[str, np.ndarray]:
-    """The filters of each graph on maps, by the graph's name: float16 ``[nodes, 9]``, 0 for nodes that have none."""
+    """The filters of each graph on maps, by the graph's name: finite float16 ``[nodes, 9]``, 0 for nodes that have none."""
     found = {}
     for name, graph in _graphs(model).items():
         rows = torch.zeros(graph.num_nodes, 9)
@@ -38,7 +41,7 @@ def filters_of(model: nn.Module) -> dict[str, np.ndarray]:
                 rows[first : first + len(conv.weight)] = conv.weight.detach().flatten(1).cpu()
                 first += len(conv.weight)
         if first:
-            found[name] = rows.half().numpy()
+            found[name] = as_half(rows.numpy())
     return found
 
 
@@ -59,7 +62,7 @@ def maps_of(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
         def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
             if output.ndim == 4:
                 parts = sent.setdefault(name, [])
-                parts[place:] = [_shrunk(output.float(), _SIDE)]
+                parts[place:] = [_shrunk(output.float().nan_to_num(posinf=_LARGEST, neginf=-_LARGEST), _SIDE)]
 
         return hook
 

@@ -69,7 +69,7 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         "went": one.went,
         "least": one.least,
         "largest": one.largest,
-        "metrics": [{k: v if isinstance(v, int) or abs(v) < 1e30 else None for k, v in m.items()} for m in one.metrics],
+        "metrics": [{k: _number(v) for k, v in m.items()} for m in one.metrics if _number(m.get("epoch")) is not None],
         "sources": array(one.sources),
         "targets": array(one.targets),
         "strengths": array(differences),
@@ -81,3 +81,8 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
             for i, graphs in one.maps.items()
         ],
     }
+
+
+def _number(value: object) -> float | None:
+    """A number that JSON can hold; None in place of any other, such as the loss of an epoch that went wrong."""
+    return float(value) if isinstance(value, (int, float, np.floating)) and -1e30 < value < 1e30 else None

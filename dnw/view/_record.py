@@ -24,6 +24,10 @@ _EDGES = 1_000_000
 """In one snapshot, at most."""
 
 
+class NothingToShowError(ValueError):
+    """There is no wiring between nodes that could be drawn; nothing is wrong with the run."""
+
+
 @dataclass(frozen=True)
 class GraphShape:
     """One graph in a picture.
@@ -56,7 +60,8 @@ class Record:
         active, came, went: edges in each snapshot, and how many came and went since the one before. A weight that serves two
             edges (:class:`dnw.graphs.Levels`, shared outputs) counts once.
         live: live nodes, boolean ``[snapshots, nodes]``.
-        metrics: a mapping per epoch, with ``epoch``, ``train_loss``, ``test_loss`` and ``top1`` among its keys.
+        metrics: a mapping per epoch, with ``epoch`` among its keys and, where they are known, ``train_loss``, ``test_loss`` and
+            ``top1``.
         filters: of each node in each snapshot, int8 ``[snapshots, nodes, 9]``, its largest number 127; empty where none are
             stored.
         images: those whose maps are stored, uint8 ``[images, channels, height, width]``; None where there are none.
@@ -103,22 +108,25 @@ def record(
             Snapshots of more than a million edges, as a falling density begins with, are left out in any case.
 
     Raises:
-        ValueError: no snapshots, none of a graph, or only such of more than a million edges.
+        NothingToShowError: no snapshots, none of a graph, or only such of more than a million edges.
+        ValueError: what lies beside a snapshot is not of this network.
     """
     graphs = graphs_of(model)
     every = list(snapshots)
     parameters = {n: parameter_of(n) for n in graphs}
-    wired = [n for n in graphs if every and parameters[n] in every[0].edges]
     if not every:
-        raise ValueError("there are no snapshots to show; a run writes them while it trains")
+        raise NothingToShowError("there are no snapshots to show; a run writes them while it trains")
+    wired = [n for n in graphs if all(parameters[n] in s.edges for s in every)]
     if not wired:
-        raise ValueError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
+        raise NothingToShowError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
     names = [parameters[n] for n in wired]
     chosen = [s for s in every if sum(len(s.edges[name]) for name in names) <= _EDGES]
     if not chosen:
-        raise ValueError(f"every snapshot has more than {_EDGES:,} edges, too many to show")
+        raise NothingToShowError(f"every snapshot has more than {_EDGES:,} edges, too many to show")
     ever = {n: _ever_active(chosen, parameters[n]) for n in wired}
     chosen = _thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
+    for one in chosen:
+        _check_beside(one, {n: graphs[n].num_nodes for n in wired})
     magnitudes = [np.abs(s.weights[parameters[n]].astype(np.float32)) for s in chosen for n in wired]
     above = [m[m > 0] for m in magnitudes]
     least = float(min((np.quantile(m, 0.01) for m in above if len(m)), default=1e-3))
@@ -164,6 +172,25 @@ def record(
             if all(f"maps/{n}" in s.beside for n in wired)
         },
     )
+
+
+def _check_beside(snapshot: Snapshot, nodes: Mapping[str, int]) -> None:
+    """Raises ``ValueError`` where pictures of nodes are not those of graphs with so many nodes, by name."""
+    beside = snapshot.beside
+    images = beside.get("images", np.zeros((0, 0, 0, 0), np.uint8))
+    fits = {"images": images.ndim == 4 and images.dtype == np.uint8}
+    for name, count in nodes.items():
+        filters, maps = beside.get(f"filters/{name}"), beside.get(f"maps/{name}")
+        fits[f"filters/{name}"] = filters is None or filters.shape == (count, 9)
+        fits[f"maps/{name}"] = maps is None or (
+            maps.ndim == 4 and maps.dtype == np.uint8 and maps.shape[:2] == (len(images), count)
+        )
+    for key, right in fits.items():
+        if not right:
+            array = beside[key]
+            raise ValueError(
+                f"the snapshot of step {snapshot.step}: {key!r}, {array.dtype} {array.shape}, is not of this network"
+            )
 
 
 def _filters(snapshots: Sequence[Snapshot], wired: Sequence[str], nodes: int) -> np.ndarray:
