@@ -1,8 +1,8 @@
 """Parameters and multiply-adds of any model: dense, nominal and live.
 
-Contract: every matrix product and convolution of one forward pass is counted by the parameter that takes part in it, on the
-meta device, so that nothing is computed and any module counts (packed attention, recurrent cells, graphs). What a count
-leaves out is said once, in :func:`count`.
+Contract: every matrix product and convolution of one forward pass is counted by the parameter that takes part in it, by looking
+at the run itself, so that any module counts (packed attention, recurrent cells, graphs). What a count leaves out is said once,
+in :func:`count`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -34,9 +35,10 @@ class CountRow:
         name: of the parameter, or of the module.
         parameters: number of entries.
         active: how many of them are active edges, or all of them where the parameter is not wired.
-        dense: multiply-adds of one forward pass for one input, every entry counted.
+        dense: multiply-adds of the forward pass, every entry counted.
         nominal: active edges counted only, and in a graph the convolutions of nodes with an outgoing edge only.
-        live: active edges between live nodes counted only, and the convolutions of live nodes.
+        live: active edges between live nodes of graphs and live channels of other layers counted only, and the convolutions of
+            live nodes.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Count:
 
     @property
     def live(self) -> int:
-        """Multiply-adds of active edges between live nodes."""
+        """Multiply-adds of active edges between live nodes and channels."""
         return sum(row.live for row in self.rows)
 
     def __str__(self) -> str:
@@ -129,8 +131,10 @@ def count(
     sequence of whole numbers is a size, anything else an example.
 
     Multiply-adds are those of matrix products and convolutions; norms, activations, additions, pooling and lookups in an
-    embedding are left out. Products with a parameter shared by several layers stand in its one row. An edge that takes part
-    several times (at each step of a recurrent network) is live where it is so once.
+    embedding are left out. Products with a parameter shared by several layers stand in its one row. An edge is live if its
+    source depends on an input and an output depends on its target; one that takes part several times (at each step of a
+    recurrent network) if that is so once. Without ``active`` all are, and where the program reads numbers that it computes
+    all active ones.
 
     Nothing is computed: the model runs on the meta device, without its weights. Where that is not possible, because what it
     does depends on numbers that it computes, it runs for real on the examples.
@@ -178,10 +182,10 @@ def _undisturbed() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         torch.compiler.set_stance("force_eager"),
         _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),  # of function transforms
     ):
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one operation in which no products are seen
@@ -200,15 +204,23 @@ def _count(
     evaluations: int,
 ) -> Count:
     model = inner_model(model)
-    masks = _masks(model, active)
+    with torch.device("cpu"):
+        masks = _masks(model, active)
     run = _run(model, size, inputs, named_inputs, bool(masks), evaluations)
+    with torch.device("cpu"):
+        return _counted(run, masks)
+
+
+def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
     ledger, graphs = run.ledger, graphs_of(run.model)
     live = live_by_graph(run.model, masks)
     nominal, alive = dict(ledger.products), dict(ledger.products)
     parameters = dict(run.model.named_parameters())
-    if masks and not ledger.is_opaque:
-        by_parameter = {parameters[name]: mask for name, mask in masks.items()}
+    if masks:
+        by_parameter: dict[Tensor, Tensor] = {parameters[name]: mask for name, mask in masks.items()}
         nominal, alive = shares_of_products(ledger.run, by_parameter, run.inputs, run.outputs)
+        if ledger.is_opaque:
+            alive = nominal
     rows = []
     for name, parameter in parameters.items():
         dense = ledger.products.pop(name, 0)
@@ -218,14 +230,10 @@ def _count(
         kept = parameter.numel() if mask is None else int(mask.count_nonzero())
         of_active, of_live = nominal.get(name, 0), alive.get(name, 0)
         graph = _graph_of(name, graphs)
-        if graph is not None and mask is None:
-            sending, living = _shares(name, graph, graphs[graph], masks, live)
-            of_active = _scaled(dense, sending)
-            of_live = of_live if isinstance(graphs[graph], StaticGraph) else _scaled(dense, living)
-        elif graph is not None and name == parameter_of(graph) and not isinstance(graphs[graph], StaticGraph):
-            nodes = live[graph]
-            between = int((mask & nodes[:, None] & nodes[None, :]).count_nonzero())
-            of_live = dense * between // parameter.numel()
+        if graph is not None:
+            sending, living = _shares(name, graph, graphs[graph], masks, live[graph])
+            of_active = of_active if sending is None else _scaled(dense, sending)
+            of_live = of_live if living is None else _scaled(dense, living)
         rows.append(CountRow(name, parameter.numel(), kept, dense, of_active, of_live))
     rows += [CountRow(name or "model", 0, 0, n, nominal[name], alive[name]) for name, n in ledger.products.items()]
     everything = sum(p.numel() for p in parameters.values())
@@ -236,13 +244,16 @@ def _count(
 def _masks(model: nn.Module, active: Wiring | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     if active is None:
         return {}
-    masks = {n: p.active if isinstance(active, Wiring) else p for n, p in active.items()}
+    masks = {n: p.active for n, p in active.items()} if isinstance(active, Wiring) else dict(active)
     first: dict[int, str] = {}
     found = {}
     for name, parameter in plain_parameters(model):
         first.setdefault(id(parameter), name)
         if name in masks and masks[name].shape == parameter.shape:
-            found[first[id(parameter)]] = masks.pop(name).bool().cpu()
+            mask = masks.pop(name)
+            if hasattr(mask, "full_tensor"):  # of a sharded parameter
+                mask = mask.full_tensor()
+            found[first[id(parameter)]] = mask.bool().cpu()
     for name, mask in masks.items():
         raise ValueError(f"active edges for {name!r} of shape {tuple(mask.shape)}, which fit no parameter of the model")
     return found
@@ -261,8 +272,8 @@ def _run(
     model: nn.Module, size: Sequence[int] | None, args: tuple, kwargs: dict[str, Any], keep_run: bool, evaluations: int
 ) -> _Run:
     """Runs a copy of the model on the meta device, or for real where it can be run in no other way."""
+    ghost, inputs = copied(model, (args, kwargs), empty=True)
     try:
-        ghost, inputs = copied(model, (args, kwargs), empty=True)
         if size is not None:
             dtype = next((p.dtype for p in ghost.parameters() if p.is_floating_point()), torch.float32)
             inputs = ((torch.empty((1, *size), device="meta", dtype=dtype),), {})
@@ -270,7 +281,8 @@ def _run(
     except Exception as error:  # whatever a model raises
         if size is not None:
             shape = "x".join(map(str, size))
-            raise ValueError(f"the model does not take an input of {shape} ({_reason(error)})") from error
+            remedy = "; on example inputs it runs for real" if "meta" in str(error).lower() else ""
+            raise ValueError(f"the model does not take an input of {shape} ({_reason(error)}){remedy}") from error
     try:
         with (
             torch.backends.mkldnn.flags(enabled=False),  # recurrent networks as one operation
@@ -288,11 +300,12 @@ def _reason(error: Exception) -> str:
 
 def _watched(model: nn.Module, inputs: Any, keep_run: bool, evaluations: int) -> _Run:
     args, kwargs = inputs
+    model.eval()
     times = _replace_solvers(model, evaluations)
     ledger = Ledger(model, keep_run)
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: ledger.modules.append(name))
-        module.register_forward_hook(lambda *_: (ledger.modules.pop(), None)[1], always_call=True)
+        module.register_forward_hook(ledger.leave, always_call=True)
     with ledger:
         out = model(*args, **kwargs)
     return _Run(model, ledger, [*tensors(inputs)], [*tensors(out)], times)
@@ -323,21 +336,35 @@ def _graph_of(name: str, graphs: Mapping[str, nn.Module]) -> str | None:
     return max(inside, key=len) if inside else None
 
 
+_Share = tuple[int, int]
+
+
 def _shares(
-    name: str, graph: str, module: Any, masks: Mapping[str, Tensor], live: Mapping[str, Tensor]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of the convolution of a graph's nodes, the share of nodes with an outgoing edge and that of live nodes."""
+    name: str, graph: str, module: Any, masks: Mapping[str, Tensor], live: Tensor
+) -> tuple[_Share | None, _Share | None]:
+    """What stands for the run's own count of active and of live entries in a graph's parameter; None where that holds.
+
+    Nodes without an outgoing edge are active in no product, as the paper counts. A graph whose state evolves has the same
+    nodes at all times: an edge between live ones is live at each.
+    """
     weight = parameter_of(graph)
-    if weight not in masks or not name.endswith("conv.weight"):
-        return (1, 1), (1, 1)
-    sends = module.node_matrix(masks[weight]).any(0)
+    is_static = isinstance(module, StaticGraph)
+    if weight not in masks:
+        return None, None
+    mask = masks[weight]
+    if name == weight and not is_static:
+        return None, (int((mask & live[:, None] & live[None, :]).count_nonzero()), mask.numel())
+    if name in masks or not name.endswith("conv.weight"):
+        return None, None
+    sends = module.node_matrix(mask).any(0)
     nodes = slice(0, module.num_nodes)
-    if isinstance(module, StaticGraph):
+    if is_static:
         level = int(name.removeprefix(f"{graph}." if graph else "").split(".")[1])
         start = sum(module.levels.sizes[:level])
         nodes = slice(start, start + module.levels.sizes[level])
     number = nodes.stop - nodes.start
-    return (int(sends[nodes].count_nonzero()), number), (int((live[graph] & sends)[nodes].count_nonzero()), number)
+    sending = int(sends[nodes].count_nonzero()), number
+    return sending, None if is_static else (int((live & sends)[nodes].count_nonzero()), number)
 
 
 def _scaled(number: int, share: tuple[int, int]) -> int:

@@ -80,12 +80,17 @@ class Ledger(TorchDispatchMode):
         self.modules: list[str] = []
         self.run: list[Operation] = []
         self.is_opaque = False
-        """Whether there were tensors whose elements are no places in memory (sparse, nested)."""
+        """Whether there is more to the run than its operations show: elements that are no places in memory (sparse tensors), or
+        numbers that the program read."""
         self._keep_run = keep_run
         # what is made of parameters and buffers alone (casts, masked or normalised weights) is known by its storage and kept,
         # so that the storage is not another's later
         self._weights: dict[int, tuple[Tensor, str | None]] = {storage(b): (b, None) for b in model.buffers()}
         self._weights |= {storage(p): (p, n) for n, p in model.named_parameters()}
+
+    def leave(self, *_: Any) -> None:
+        """A forward hook: the module that was running has ended."""
+        self.modules.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -101,8 +106,10 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, func: Any, packet: Any, args: tuple, kwargs: dict, out: Any) -> None:
         given, made = [*tensors((args, kwargs))], [*tensors(out)]
-        self.is_opaque |= any(t.layout is not torch.strided for t in (*given, *made))
-        if self.is_opaque and not all(t.layout is torch.strided for t in (*given, *made)):
+        is_strided = all(t.layout is torch.strided for t in (*given, *made))
+        reads = torch.Tag.data_dependent_output in getattr(func, "tags", ()) and any(t.is_floating_point() for t in given)
+        self.is_opaque |= reads or not is_strided
+        if not is_strided:
             return
         written = _written(func, args, kwargs)
         if not written and made and {storage(t) for t in made} <= {storage(t) for t in given}:
