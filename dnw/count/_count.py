@@ -7,8 +7,9 @@ in :func:`count`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, overload
@@ -284,11 +285,12 @@ def _run(
             remedy = "; on example inputs it runs for real" if "meta" in str(error).lower() else ""
             raise ValueError(f"the model does not take an input of {shape} ({_reason(error)}){remedy}") from error
     try:
-        with (
-            torch.backends.mkldnn.flags(enabled=False),  # recurrent networks as one operation
-            torch.backends.cudnn.flags(enabled=False),
-            sdpa_kernel(SDPBackend.MATH),
-        ):
+        with warnings.catch_warnings(), ExitStack() as unfused:
+            warnings.filterwarnings("ignore", message="TF32 acceleration")  # what naming the settings of oneDNN gives
+            # recurrent networks and attention as one operation
+            unfused.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            unfused.enter_context(torch.backends.cudnn.flags(enabled=False))
+            unfused.enter_context(sdpa_kernel(SDPBackend.MATH))
             return _watched(*copied(model, (args, kwargs), empty=False), keep_run, evaluations)
     except Exception as error:
         raise ValueError(f"the model does not take these inputs ({_reason(error)})") from error

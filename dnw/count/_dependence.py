@@ -62,10 +62,8 @@ class Linear:
         return reached.any()
 
     def forward(self, reached: Sequence[Tensor | None], out: Tensor) -> Tensor:
-        numbers = [
-            torch.zeros(s.shape, dtype=torch.float32) if r is None else r.float()
-            for s, r in zip(self.sources, reached, strict=True)
-        ]
+        pairs = zip(self.sources, reached, strict=True)
+        numbers = [torch.zeros(s.shape, dtype=torch.float32) if r is None else r.float() for s, r in pairs]
         return _fit(self.function(*numbers) > 0, out.shape)
 
     def backward(self, sources: Sequence[Tensor], wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
