@@ -500,6 +500,14 @@ def test_states_made_on_another_device_take_part():
     assert rows == {"first.weight": 1, "second.weight": 1}
 
 
+def test_a_model_that_its_wiring_guards_counts():
+    model = two_layers()
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.5, rule=dnw.TargetedDropout())
+    assert count(model, (4,), wiring).nominal == 10 + 8
+    with pytest.raises(RuntimeError, match="evaluate inside"), torch.no_grad():
+        model.eval()(torch.zeros(1, 4))
+
+
 def test_counting_leaves_model_and_inputs_alone():
     model = nn.Sequential(nn.BatchNorm1d(4), two_layers())
     seen = []

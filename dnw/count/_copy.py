@@ -101,7 +101,7 @@ def _attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
         return None
     if name.endswith("_hooks") and isinstance(value, dict):
         # those of sharded training would gather the parameters, which have their whole shape here
-        return type(value)((k, v) for k, v in value.items() if not _is_of_sharding(v))
+        return type(value)((k, _copied_if_possible(v, memo)) for k, v in value.items() if not _is_of_sharding(v))
     return _copied_if_possible(value, memo)
 
 

@@ -174,7 +174,9 @@ def count(
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(n, Integral) and not isinstance(n, bool) for n in value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    return all(isinstance(n, Integral) and not isinstance(n, bool) for n in value)
 
 
 @contextmanager
@@ -236,7 +238,9 @@ def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
             of_active = of_active if sending is None else _scaled(dense, sending)
             of_live = of_live if living is None else _scaled(dense, living)
         rows.append(CountRow(name, parameter.numel(), kept, dense, of_active, of_live))
-    rows += [CountRow(name or "model", 0, 0, n, nominal[name], alive[name]) for name, n in ledger.products.items()]
+    rows += [
+        CountRow(name or "model", 0, 0, n, nominal.get(name, 0), alive.get(name, 0)) for name, n in ledger.products.items()
+    ]
     everything = sum(p.numel() for p in parameters.values())
     dormant = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
     return Count(tuple(rows), everything, everything - dormant, run.evaluations)
@@ -306,7 +310,7 @@ def _watched(model: nn.Module, inputs: Any, keep_run: bool, evaluations: int) ->
     times = _replace_solvers(model, evaluations)
     ledger = Ledger(model, keep_run)
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: ledger.modules.append(name))
+        module.register_forward_pre_hook(lambda *_, name=name: ledger.modules.append(name), prepend=True)
         module.register_forward_hook(ledger.leave, always_call=True)
     with ledger:
         out = model(*args, **kwargs)

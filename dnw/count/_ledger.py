@@ -109,10 +109,8 @@ class Ledger(TorchDispatchMode):
         is_strided = all(t.layout is torch.strided for t in (*given, *made))
         reads = torch.Tag.data_dependent_output in getattr(func, "tags", ()) and any(t.is_floating_point() for t in given)
         self.is_opaque |= reads or not is_strided
-        if not is_strided:
-            return
         written = _written(func, args, kwargs)
-        if not written and made and {storage(t) for t in made} <= {storage(t) for t in given}:
+        if is_strided and not written and made and {storage(t) for t in made} <= {storage(t) for t in given}:
             return  # a view
         products, owner, is_constant = 0, "", False
         if packet in _PRODUCTS:
@@ -127,7 +125,7 @@ class Ledger(TorchDispatchMode):
             for tensor in made:
                 name = next((n for t, n in known if n is not None and t.numel() == tensor.numel()), None)
                 self._weights.setdefault(storage(tensor), (tensor, name))
-        if self._keep_run:
+        if self._keep_run and is_strided:
             outputs = tuple({id(t): t for t in (*made, *written)}.values())
             self.run.append(Operation(func, args, kwargs, outputs, products, owner, is_constant))
 
