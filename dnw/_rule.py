@@ -204,9 +204,13 @@ def chosen(pools: Sequence[Pool], scores: Sequence[Sequence[Tensor]]) -> list[li
 
 def _by_pattern(pool: Pool, scores: Sequence[Tensor]) -> list[Tensor] | None:
     """The edges of a pool's layers where their pattern fixes them without a ranking."""
-    masks = [x.pattern.choose(score) if x.pattern else None for x, score in zip(pool.layers, scores, strict=True)]
-    found = [mask for mask in masks if mask is not None]
-    return found if len(found) == len(masks) else None
+    found = []
+    for x, score in zip(pool.layers, scores, strict=True):
+        mask = None if x.pattern is None else x.pattern.choose(x.layout.by_target(score))
+        if mask is None:
+            return None
+        found.append(x.layout.from_targets(mask))
+    return found
 
 
 def checked_score(rule: Rule, hook: str, layer: Layer, score: Tensor) -> Tensor:
