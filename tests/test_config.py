@@ -88,7 +88,8 @@ def test_a_number_that_cannot_work_is_refused(key, value):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("data.crop_padding=100000", "allowed is a whole number from 0 to image_size, here 8"),
+        ("data.crop_padding=100000", "less than or equal to 4096"),
+        ("data.crop_padding=9", "allowed is a whole number from 0 to image_size, here 8"),
         ("data.std=0", r"data.std.0: .*greater than or equal to 0.001"),
         ("first_epoch_snapshots=1000000000", r"less than or equal to 1000 \(given: 1000000000\)"),
         ("rule_settings.penalty=1e300", r"rule_settings.penalty: .*less than or equal to 1000"),
