@@ -14,8 +14,8 @@ from dnw.models import resnet18_cifar, resnet50
 from dnw.recipes import RECIPES, digits
 from dnw.train import RunDirectory, count_config, count_run, evaluate, override, plot_sweep, results_table, resume, sweep, train
 from dnw.train._build import wire_model
+from dnw.train._checkpoint import read_checkpoint
 from dnw.train._config import RULE_SETTINGS, OptimConfig
-from dnw.train._run import read_checkpoint
 from dnw.train._sweep import accuracies_of
 from dnw.train._ticket import draw_ticket
 

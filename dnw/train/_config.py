@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -62,6 +63,8 @@ MODEL_NAMES: tuple[str, ...] = get_args(ModelName)
 MOST_EPOCHS = 100_000
 _MOST_STEPS = 10**9
 """Between two changes of the wiring: longer than any run."""
+MAY_CHANGE = ("device", "data.workers", "first_epoch_snapshots")
+"""Settings that may be changed in the config.json of a run: they say where and how it is computed and shown."""
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 
 
@@ -338,6 +341,26 @@ def changes(config: Config, base: Config) -> list[str]:
     """What has to be overridden of a base to get a config: the inverse of :func:`override`."""
     values, present = _flat(config.model_dump(mode="json")), _flat(base.model_dump(mode="json"))
     return [f"{key}={_text(value)}" for key, value in values.items() if value != present[key]]
+
+
+def check_unchanged(config: Config, earlier: object, when: str, source: Path) -> None:
+    """Raises ``ValueError`` where a config is another than an earlier one, apart from where and how a run is computed.
+
+    Settings that the earlier version of dnw did not have count as their defaults, in both.
+
+    Args:
+        config: as it is now.
+        earlier: the values of the earlier one, as stored.
+        when: what was done with the earlier one, for messages.
+        source: the file that holds one of the two.
+    """
+    before, now = (_flat(one.model_dump(mode="json")) for one in (_validate(earlier, f"{source}: the config in it"), config))
+    differ = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    if differ:
+        listed = ", ".join(f"{key}={_text(before[key])}, not {_text(now[key])}" for key in differ[:4])
+        raise ValueError(
+            f"{source}: {when} with {listed}, as config.json says now; put that back, or train a new run with the new config"
+        )
 
 
 def _value(text: str, present: Any) -> Any:
