@@ -34,13 +34,15 @@ def read_checkpoint(path: Path, config: Config | None = None) -> dict[str, Any]:
         config: of the single run that it belongs to, which must be the one that it was made with.
 
     Returns:
-        ``model`` and ``optimizer`` (state dicts), ``epoch`` and ``step`` (done), ``num_classes``, and ``config`` where the file
-        is not of an older version.
+        ``model`` and ``optimizer`` (state dicts), ``epoch`` and ``step`` (done) and, where the file is not of an older version,
+        ``num_classes`` and ``config``.
 
     Raises:
         ValueError: no checkpoint of ours, a damaged one, one of a newer version, or one that was made with another config.
     """
     content = _read(path, ("model", "optimizer", "epoch", "step"))
+    if config is not None and "config" in content:
+        check_unchanged(config, content["config"], "it was trained", path)
     _check_weights(path, content["model"])
     if not isinstance(content["optimizer"], dict):
         raise ValueError(f"{path}: not a checkpoint of a run (its optimizer is no state dict)")
@@ -50,16 +52,17 @@ def read_checkpoint(path: Path, config: Config | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: is of epoch {epoch}, but the run has {most} epochs")
     if (step and not epoch) or step % max(1, epoch):
         raise ValueError(f"{path}: step {step} is not the end of epoch {epoch}")
-    if "num_classes" not in content:  # older files: the outputs of the last layer
-        heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
-        if not heads:
-            raise ValueError(f"{path}: does not say how many classes there are")
-        content["num_classes"] = heads[-1].shape[0]
-    if _whole(path, content, "num_classes") < 1:
-        raise ValueError(f"{path}: num_classes=0: there is at least one class")
-    if config is not None and "config" in content:
-        check_unchanged(config, content["config"], "it was trained", path)
     return content
+
+
+def num_classes_of(path: Path, content: dict[str, Any]) -> int:
+    """The number of classes of a checkpoint's network; of older files, which do not say it, the outputs of the last layer."""
+    if "num_classes" in content:
+        return max(1, _whole(path, content, "num_classes"))
+    heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
+    if not heads:
+        raise ValueError(f"{path}: does not say how many classes there are")
+    return heads[-1].shape[0]
 
 
 def read_weights(path: Path, *keys: str) -> dict[str, dict[str, Tensor]]:
@@ -79,7 +82,7 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(content, dict) or any(key not in content for key in keys):
         raise ValueError(f"{path}: not a checkpoint of a run")
     version = content.get("format")
-    if version != FORMAT:
+    if not isinstance(version, int) or version != FORMAT:
         raise ValueError(f"{path}: a checkpoint of format {version!r:.40}; this version of dnw reads {FORMAT}")
     return content
 

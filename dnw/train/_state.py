@@ -65,6 +65,9 @@ class State:
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
+            classes = content.get("num_classes", self._num_classes)
+            if classes != self._num_classes:
+                raise ValueError(f"it tells {classes} classes apart, and there are {self._num_classes}")
             self._check_kinds(content["model"])
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "the loaded optimizer state")  # says that latent weights are missing

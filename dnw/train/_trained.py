@@ -10,7 +10,7 @@ from torch import nn
 
 from dnw._wiring import Wiring
 from dnw.compile import Plan, Program, plan
-from dnw.train._checkpoint import read_checkpoint
+from dnw.train._checkpoint import num_classes_of, read_checkpoint
 from dnw.train._config import Config
 from dnw.train._run import RunDirectory
 from dnw.train._state import State
@@ -51,7 +51,7 @@ def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Trained:
         raise ValueError(f"{member.path}: no {file.name} yet; dnw resume {path} trains on")
     content = read_checkpoint(file, config)
     steps = content["step"] * config.epochs // content["epoch"] if content["step"] else None
-    state = State(config, content["num_classes"], steps, member)
+    state = State(config, num_classes_of(file, content), steps, member)
     state.load(file, content)
     return Trained(state.model.eval(), state.wiring, config)
 
