@@ -1,8 +1,8 @@
 """Attacks on runs that take longer than a test may: ``python tests/soak.py --minutes 30 --seed 0``.
 
-Runs are killed and interrupted at random moments and must end where an unbroken one does; bits of their files are flipped, files
-are cut, checkpoints are crafted and settings drawn at random, and whatever reads them must refuse in one line or read what was
-written. Prints a table of what was tried and what happened; exits 1 when something went wrong.
+Runs are killed and interrupted at random moments and must end where an unbroken one does; bits of their files are flipped,
+files are cut, checkpoints are crafted and settings drawn at random, and whatever reads them must refuse in one line or read
+what was written. Prints a table of what was tried and what happened; exits 1 when something went wrong.
 """
 
 from __future__ import annotations

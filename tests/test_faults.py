@@ -203,6 +203,16 @@ def test_metrics_that_are_gone_do_not_make_a_run_unfinished_for_ever(run):
         resume(run)
 
 
+def test_the_best_checkpoint_can_take_the_place_of_a_damaged_last_one(run, finished):
+    cut_back(run)
+    (run / "last.pt").write_bytes(b"PK damaged")
+    with pytest.raises(ValueError, match="last.pt: not a readable PyTorch file"):
+        resume(run)
+    shutil.copy(run / "best.pt", run / "last.pt")
+    resume(run)
+    assert same(read_checkpoint(run / "last.pt"), read_checkpoint(finished / "last.pt"))
+
+
 def without(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda content: content.pop(key)
 
@@ -260,6 +270,8 @@ CRAFTED: dict[str, Callable[[dict[str, Any]], None]] = {
         if entry.get("momentum_buffer") is not None
     ],
     "epoch is a text": put("epoch", "2"),
+    "epoch is a tensor": put("epoch", torch.zeros(3, 3)),
+    "config holds a tensor": put("config", "epochs", torch.zeros(3, 3)),
     "epoch is a truth": put("epoch", True),
     "epoch is negative": put("epoch", -1),
     "epoch after the last": lambda content: content.update(epoch=3, step=3 * content["step"] // content["epoch"]),

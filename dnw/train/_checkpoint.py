@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dnw._files import read_tensors, write_whole
-from dnw.train._config import MOST_EPOCHS, Config, check_unchanged
+from dnw.train._config import MOST_EPOCHS, Config, check_unchanged, short
 
 FORMAT = 1
 
@@ -83,14 +83,14 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: not a checkpoint of a run")
     version = content.get("format")
     if not isinstance(version, int) or version != FORMAT:
-        raise ValueError(f"{path}: a checkpoint of format {version!r:.40}; this version of dnw reads {FORMAT}")
+        raise ValueError(f"{path}: a checkpoint of format {short(version)}; this version of dnw reads {FORMAT}")
     return content
 
 
 def _whole(path: Path, content: dict[str, Any], key: str) -> int:
     value = content[key]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"{path}: {key}={value!r:.40}: expected a whole number from 0 on")
+        raise ValueError(f"{path}: {key}={short(value)}: expected a whole number from 0 on")
     return value
 
 

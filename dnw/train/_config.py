@@ -393,8 +393,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """A value as a message shows it: in one line, and not too long."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
@@ -405,7 +406,7 @@ def _validate(values: Any, source: str) -> Config:
         problems = []
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"]) or "config"
-            given = "" if isinstance(problem["input"], dict) else f" (given: {_short(problem['input'])})"
+            given = "" if isinstance(problem["input"], dict) else f" (given: {short(problem['input'])})"
             hint = ""
             if problem["type"] == "extra_forbidden":
                 hint = did_you_mean(key.rsplit(".", 1)[-1], [*Config.model_fields, *OptimConfig.model_fields])

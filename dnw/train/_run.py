@@ -24,7 +24,7 @@ import torch
 
 from dnw import __version__
 from dnw._files import PART, read_text, write_whole
-from dnw.train._config import Config, check_unchanged, config_from_json
+from dnw.train._config import Config, check_unchanged, config_from_json, short
 from dnw.train._lock import NAME as LOCK
 from dnw.train._lock import held
 from dnw.train._sealed import sealed, unsealed
@@ -222,7 +222,7 @@ def _metrics(values: dict[str, Any]) -> EpochMetrics:
             raise ValueError(f"nothing is called {name!r}")
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole and value >= 0 if kinds[name] == "int" else whole or isinstance(value, float)):
-            raise ValueError(f"{name}: expected a {'whole number' if kinds[name] == 'int' else 'number'}, got {value!r:.40}")
+            raise ValueError(f"{name}: expected a {'whole number' if kinds[name] == 'int' else 'number'}, got {short(value)}")
     missing = [name for name in kinds if name not in values and name != "evaluations"]
     if missing:
         raise ValueError(f"{missing[0]} is missing")
