@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PART = ".part"
 """How the name of a file ends that is being written aside; one that is left over belongs to a process that was killed."""
 
@@ -89,6 +87,8 @@ def read_tensors(path: Path, inert: Sequence[tuple[type, str]] = ()) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one that names anything else.
     """
+    import torch  # here, because the command reads configs without it
+
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     content = path.read_bytes()

@@ -334,6 +334,28 @@ def test_other_data_than_a_run_was_trained_on_is_noticed(run, monkeypatch):
         resume(run)
 
 
+def test_files_that_are_no_configs_are_named(tmp_path, capsys):
+    for content, message in [
+        (b"{}" + b" " * 2**20, "larger than 1,048,576 bytes"),
+        (b'{"recipe": "\xff"}', "damaged (byte 12 is no text)"),
+        (b"[" * 100_000, "not a config (maximum recursion depth exceeded"),
+    ]:
+        (tmp_path / "file.json").write_bytes(content)
+        assert main(["train", str(tmp_path / "file.json")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"dnw: {tmp_path / 'file.json'}: {message}")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**9])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads, run):
+    values = json.loads((run / "environment.json").read_text()) | {"threads": threads}
+    values.pop("check")
+    (run / "environment.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"environment.json: damaged \(threads={threads}: allowed is a whole number from 1"):
+        resume(run)
+
+
 # --- pictures ---
 
 

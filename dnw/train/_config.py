@@ -60,6 +60,8 @@ ModelName = Literal[
     "resnet50",
 ]
 MODEL_NAMES: tuple[str, ...] = get_args(ModelName)
+MOST_BYTES = 2**20
+"""Of the file of a config."""
 MOST_EPOCHS = 100_000
 _MOST_STEPS = 10**9
 """Between two changes of the wiring: longer than any run."""

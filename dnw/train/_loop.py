@@ -266,7 +266,8 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 if pictures and epoch == 0 and i + 1 in early and i + 1 < batches.num_batches:
                     pictures.snapshot(step, (i + 1) / batches.num_batches)
                 advance()
-        _check_finite(fabric, sums[0] if state.is_finite() else sums[0] * torch.nan, epoch, step, lr, run)
+        next_loss = sums[0] if state.is_finite() else sums[0] * torch.nan  # weights that are not finite are not saved
+        _check_finite(fabric, next_loss, epoch, step, lr, run)
         _check_agreement(fabric, wiring, epoch)
         sums = _sum_over_processes(fabric, sums)
         top1, top5, test_loss = _test(fabric, state, batches)

@@ -24,13 +24,13 @@ import torch
 
 from dnw import __version__
 from dnw._files import PART, read_text, write_whole
-from dnw.train._config import Config, check_unchanged, config_from_json, short
+from dnw.train._config import MOST_BYTES, Config, check_unchanged, config_from_json, short
 from dnw.train._lock import NAME as LOCK
 from dnw.train._lock import held
 from dnw.train._sealed import sealed, unsealed
 
-_LARGEST_JSON = 2**20
 _LARGEST_METRICS = 2**26
+_MOST_THREADS = 4096
 _WRITTEN = re.compile(r"(config|environment|metrics|last|best|first|ticket|view|step-)[^/]*" + re.escape(PART))
 """What files of ours are called while they are written."""
 
@@ -138,7 +138,7 @@ class RunDirectory:
             inside = runs_inside(self.path)
             hint = f"; {inside[0]} is one" if inside else ""
             raise ValueError(f"{self.path}: not a run directory (it has no config.json){hint}")
-        config = config_from_json(read_text(path, _LARGEST_JSON), str(path))
+        config = config_from_json(read_text(path, MOST_BYTES), str(path))
         started = self.environment().get("config")
         if started is not None:
             check_unchanged(config, started, "the run was started", path)
@@ -154,13 +154,15 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            values = unsealed(read_text(path, _LARGEST_JSON))
+            values = unsealed(read_text(path, MOST_BYTES))
             unknown = values.keys() - _ENVIRONMENT.keys()
             if unknown:
                 raise ValueError(f"nothing is called {min(unknown)!r}")
             wrong = [key for key, value in values.items() if not isinstance(value, _ENVIRONMENT[key] | None)]
             if wrong:
                 raise ValueError(f"{wrong[0]} is of another kind")
+            if not 1 <= values.get("threads", 1) <= _MOST_THREADS:
+                raise ValueError(f"threads={short(values['threads'])}: allowed is a whole number from 1 to {_MOST_THREADS}")
             return values
         except ValueError as error:
             raise ValueError(
