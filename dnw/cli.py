@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if parsed.traceback or not _is_users(error):
             raise
+        if isinstance(error, ChildProcessError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            return 1  # the first process has said what is wrong
         print(f"dnw: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         return 1
     return 0

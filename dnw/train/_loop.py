@@ -72,10 +72,11 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     for seed in config.seeds if config.rule == "ticket" else ():  # before anything is written
         draw_ticket(config.model_copy(update={"seeds": (seed,)}), len(data[0].classes))
     fabric = _launch(config)
-    path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
-    run = RunDirectory(fabric.broadcast(path))
+    with _lost_processes_named(out or Path("runs")):
+        path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
+        run = RunDirectory(fabric.broadcast(path))
     _run_members(run, fabric, data, data_dir, log or Log())
-    _part(fabric)
+    _part(fabric, run.path)
     return run.path
 
 
@@ -96,7 +97,7 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     log = log or Log()
     with _threads(run, log if fabric.is_global_zero else None):
         _run_members(run, fabric, data, data_dir, log)
-    _part(fabric)
+    _part(fabric, run.path)
 
 
 def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
@@ -181,9 +182,10 @@ def _lost_processes_named(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _part(fabric: Fabric) -> None:
+def _part(fabric: Fabric, path: Path) -> None:
     """Ends the group of processes together: one that goes first makes the others abort on their way out."""
-    fabric.barrier()
+    with _lost_processes_named(path):
+        fabric.barrier()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
