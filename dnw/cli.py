@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from dnw import __version__
 from dnw._checks import did_you_mean, listing
+from dnw._files import read_text
 
 if TYPE_CHECKING:
     from dnw.train import Config
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if parsed.traceback or not _is_users(error):
             raise
+        if isinstance(error, ChildProcessError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            return 1  # the first process has said what is wrong
         print(f"dnw: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
@@ -260,8 +263,8 @@ def _view(parsed: argparse.Namespace) -> None:
 
 def _input_size(text: str) -> tuple[int, int, int]:
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"--input {text}: expected colours, height and width, such as 3x224x224")
+    if len(parts) != 3 or not all(p.isdecimal() and len(p) < 6 and 0 < int(p) <= 4096 for p in parts):
+        raise ValueError(f"--input {text:.40}: expected colours, height and width, such as 3x224x224, each from 1 to 4096")
     colours, height, width = map(int, parts)
     return colours, height, width
 
@@ -324,6 +327,7 @@ def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
     """The config of a recipe or of a stored file, with overrides."""
     from dnw.recipes import RECIPES
     from dnw.train import config_from_json, override
+    from dnw.train._config import MOST_BYTES
 
     if name is None or "=" in name:
         overrides = [*([name] if name else []), *overrides]
@@ -331,7 +335,7 @@ def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
     if name in RECIPES:
         config = RECIPES[name]()
     elif name.endswith(".json"):
-        config = config_from_json(Path(name).read_text(), name)
+        config = config_from_json(read_text(Path(name), MOST_BYTES), name)
     else:
         raise ValueError(
             f"no recipe {name!r}{did_you_mean(name, RECIPES)}; there are {listing(RECIPES)}, or give the path of a config.json"

@@ -1,6 +1,9 @@
 """Configs, overrides and their messages."""
 
+import re
+
 import pytest
+from pydantic import BaseModel
 
 from dnw.recipes import RECIPES, digits
 from dnw.train import Config, changes, config_from_json, override
@@ -55,6 +58,55 @@ def test_overrides():
 def test_bad_overrides(item, message):
     with pytest.raises(ValueError, match=message):
         override(digits(), [item])
+
+
+def numeric_settings(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of all settings that hold a number, or several."""
+    found = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += numeric_settings(field.annotation, f"{prefix}{name}.")
+        elif re.search(r"\b(int|float)\b", str(field.annotation)):
+            found.append(prefix + name)
+    return found
+
+
+def test_all_numeric_settings_are_found():
+    found = numeric_settings(Config)
+    assert {"epochs", "seeds", "data.mean", "optim.milestones", "rule_settings.every", "density_schedule.power"} <= set(found)
+    assert not {"recipe", "rule", "data.flip", "dense"} & set(found)
+
+
+@pytest.mark.parametrize("key", numeric_settings(Config))
+@pytest.mark.parametrize("value", ["1e30", "1e308", "-1e30", "9" * 4000, "9" * 5000])
+def test_a_number_that_cannot_work_is_refused(key, value):
+    with pytest.raises(ValueError, match=key.split(".")[-1]) as error:
+        override(digits(), [f"{key}={value}"])
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("data.crop_padding=100000", "less than or equal to 4096"),
+        ("data.crop_padding=9", "allowed is a whole number from 0 to image_size, here 8"),
+        ("data.std=0", r"data.std.0: .*greater than or equal to 0.001"),
+        ("first_epoch_snapshots=1000000000", r"less than or equal to 1000 \(given: 1000000000\)"),
+        ("rule_settings.penalty=1e300", r"rule_settings.penalty: .*less than or equal to 1000"),
+        ("optim.lr=1e308", r"optim.lr: .*less than or equal to 1000000"),
+        ("pattern=" + "9" * 5000 + ":4", "pattern: "),
+        ("epochs=" + "[" * 100_000, r"epochs: .*\[ \.\.\.\)"),
+    ],
+)
+def test_where_the_bounds_are(item, message):
+    with pytest.raises(ValueError, match=message):
+        override(digits(), [item])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"epochs": ' + "9" * 5000 + "}"])
+def test_a_config_that_no_reader_takes_is_named(text):
+    with pytest.raises(ValueError, match=r"^c.json: not a config \(.*\)$"):
+        config_from_json(text, "c.json")
 
 
 def test_the_budget_of_a_chain():

@@ -19,7 +19,7 @@ import dnw
 from dnw.cli import main
 from dnw.recipes import RECIPES, digits
 from dnw.train import RunDirectory, TrainingStoppedError, evaluate, override, resume, train
-from dnw.train._run import read_checkpoint
+from dnw.train._checkpoint import read_checkpoint
 from dnw.view import read_snapshots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric", "ignore::FutureWarning")
@@ -118,12 +118,12 @@ def test_a_saved_model_holds_the_sparse_weights(unbroken):
 
 @pytest.mark.parametrize("broken_at", [0, 1, 3])
 def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, broken_at):
-    import dnw.train._loop as loop
+    import dnw.train._state as state
 
     class Killed(Exception):
         pass
 
-    real, calls = loop.write_checkpoint, []
+    real, calls = state.write_checkpoint, []
 
     def write(path, content):
         if path.name == "last.pt" and "baseline" not in str(path):
@@ -132,10 +132,10 @@ def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, b
                 raise Killed  # metrics, snapshot and best checkpoint of this epoch are written, the last one is not
         real(path, content)
 
-    monkeypatch.setattr(loop, "write_checkpoint", write)
+    monkeypatch.setattr(state, "write_checkpoint", write)
     with pytest.raises(Killed):
         train(short("epochs=4"), data_dir=Path("data"), out=tmp_path / "run")
-    monkeypatch.setattr(loop, "write_checkpoint", real)
+    monkeypatch.setattr(state, "write_checkpoint", real)
     resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
     assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
@@ -334,8 +334,8 @@ def test_damaged_runs_are_named(unbroken, tmp_path, monkeypatch, capsys):
     for file, content, message in [
         ("last.pt", b"PK cut", "last.pt: not a readable PyTorch file"),
         ("config.json", b"{", "config.json: not JSON"),
-        ("metrics.jsonl", b"{\n", "metrics.jsonl: damaged"),
-        ("environment.json", b"", "environment.json does not say where the data is"),
+        ("metrics.jsonl", b"{\n", "metrics.jsonl, line 1: damaged"),
+        ("environment.json", b"", "environment.json: damaged"),
     ]:
         shutil.copytree(unbroken, "run")
         (tmp_path / "run" / file).write_bytes(content)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -59,6 +60,13 @@ ModelName = Literal[
     "resnet50",
 ]
 MODEL_NAMES: tuple[str, ...] = get_args(ModelName)
+MOST_BYTES = 2**20
+"""Of the file of a config."""
+MOST_EPOCHS = 100_000
+_MOST_STEPS = 10**9
+"""Between two changes of the wiring: longer than any run."""
+MAY_CHANGE = ("device", "data.workers", "first_epoch_snapshots")
+"""Settings that may be changed in the config.json of a run: they say where and how it is computed and shown."""
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 
 
@@ -70,30 +78,34 @@ class DataConfig(_Frozen):
     """Which images, and what is done to them."""
 
     name: Literal["digits", "mnist", "cifar10", "folder"] = Field(description="data set")
-    image_size: int = Field(gt=0, description="side in pixels of the square images that the network gets")
-    mean: tuple[float, ...] = Field(description="per colour, in units of the full range")
-    std: tuple[float, ...] = Field(description="per colour, in units of the full range")
-    crop_padding: int = Field(default=0, ge=0, description="pixels of padding for random crops; 0 for none")
+    image_size: int = Field(gt=0, le=4096, description="side in pixels of the square images that the network gets")
+    mean: tuple[Annotated[float, Field(ge=-10, le=10)], ...] = Field(description="per colour, in units of the full range")
+    std: tuple[Annotated[float, Field(ge=1e-3, le=10)], ...] = Field(description="per colour, in units of the full range")
+    crop_padding: int = Field(default=0, ge=0, le=4096, description="pixels of padding for random crops; 0 for none")
     flip: bool = Field(default=False, description="mirror half of the training images")
+
+    workers: int = Field(default=2, ge=0, le=256, description="processes that decode, for data that does not fit in memory")
 
     @model_validator(mode="after")
     def _per_colour(self) -> DataConfig:
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ValueError(f"mean={self.mean} and std={self.std}: give one of each per colour, the std above 0")
+        if len(self.mean) != len(self.std) or not self.std:
+            raise ValueError(f"mean={self.mean} and std={self.std}: give one of each per colour")
+        if self.crop_padding > self.image_size:
+            raise ValueError(
+                f"crop_padding={self.crop_padding}: allowed is a whole number from 0 to image_size, here {self.image_size}"
+            )
         return self
-
-    workers: int = Field(default=2, ge=0, description="processes that decode, for data that does not fit in memory")
 
 
 class OptimConfig(_Frozen):
     """Stochastic gradient descent and its learning rate over the run."""
 
-    lr: float = Field(default=0.1, gt=0, description="learning rate")
+    lr: float = Field(default=0.1, gt=0, le=1e6, description="learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=1e-4, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0, le=100)
     decay_norms: bool = Field(default=True, description="weight decay on norms and biases, too")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    warmup_epochs: int = Field(default=0, ge=0, description="epochs at the beginning over which the rate rises")
+    warmup_epochs: int = Field(default=0, ge=0, le=MOST_EPOCHS, description="epochs at the beginning over which the rate rises")
     per_epoch: bool = Field(default=False, description="set the rate once an epoch instead of at every step")
     schedule: Literal["constant", "steps", "cosine"] = "steps"
     milestones: tuple[float, ...] = Field(default=(0.5, 0.75), description="shares of the run at which 'steps' lowers the rate")
@@ -124,27 +136,29 @@ class OptimConfig(_Frozen):
 class RuleConfig(_Frozen):
     """Settings of the run's rule; what is null is the rule's own default."""
 
-    every: int | None = Field(default=None, ge=1, description="steps between two exchanges of edges")
+    every: int | None = Field(default=None, ge=1, le=_MOST_STEPS, description="steps between two exchanges of edges")
     fraction: float | None = Field(default=None, ge=0, le=1, description="share of the edges that is exchanged")
     until: float | None = Field(default=None, gt=0, le=1, description="share of the run after which none are exchanged")
     rate: float | None = Field(default=None, ge=0, le=1, description="with which dormant edges are dropped")
     by_sign: bool | None = Field(default=None, description="prune positive and negative edges apart")
-    penalty: float | None = Field(default=None, ge=0, description="factor of the penalty on weights")
-    decay: float | None = Field(default=None, ge=0, description="of dormant edges, beside weight decay")
+    penalty: float | None = Field(default=None, ge=0, le=1000, description="factor of the penalty on weights")
+    decay: float | None = Field(default=None, ge=0, le=100, description="of dormant edges, beside weight decay")
     rescale: bool | None = Field(default=None, description="scale shrunk weights up")
-    power: float | None = Field(default=None, ge=1, description="of the threshold")
+    power: float | None = Field(default=None, ge=1, le=100, description="of the threshold")
     dormant_gradient: float | None = Field(default=None, ge=0, le=1, description="factor of dormant edges' gradient")
-    backward: float | None = Field(default=None, ge=1, description="edges that get a gradient, as a multiple of the active")
+    backward: float | None = Field(
+        default=None, ge=1, le=1e6, description="edges that get a gradient, as a multiple of the active"
+    )
 
 
 class DensityConfig(_Frozen):
     """How the number of active edges falls to the budget over the run; it is constant where ``end`` is null."""
 
     end: float | None = Field(default=None, gt=0, description="share of the run after which the budget is reached")
-    begin: float = Field(default=0.0, ge=0, description="share of the run after which the number begins to fall")
-    every: int = Field(default=1, ge=1, description="steps between two changes")
+    begin: float = Field(default=0.0, ge=0, lt=1, description="share of the run after which the number begins to fall")
+    every: int = Field(default=1, ge=1, le=_MOST_STEPS, description="steps between two changes")
     initial: float = Field(default=1.0, gt=0, le=1, description="density before")
-    power: float = Field(default=3.0, gt=0, description="3 for the cubic schedule, 1 for a linear one")
+    power: float = Field(default=3.0, gt=0, le=100, description="3 for the cubic schedule, 1 for a linear one")
 
     @model_validator(mode="after")
     def _within(self) -> DensityConfig:
@@ -173,10 +187,13 @@ class Config(_Frozen):
     width: float | None = Field(
         default=None,
         gt=0,
+        le=8,
         description="mobilenet_v1: its channels; a chain of graphs: as many edges as MobileNetV1 of that width",
     )
     solver: SolverName = Field(default="dopri5", description="of a graph in continuous time")
-    solver_steps: int = Field(default=8, ge=1, description="of the solvers with equal steps: euler, midpoint and rk4")
+    solver_steps: int = Field(
+        default=8, ge=1, le=10_000, description="of the solvers with equal steps: euler, midpoint and rk4"
+    )
     adjoint: bool = Field(default=False, description="gradients of a graph in continuous time by the adjoint equation")
     rectify_in_place: bool = Field(default=False, description="ReLU on the solver's own states, as in the authors' code")
     rank_all_entries: bool = Field(
@@ -187,23 +204,23 @@ class Config(_Frozen):
     density_schedule: DensityConfig = DensityConfig()
     pattern: str | None = Field(
         default=None,
-        pattern=r"^([1-9]\d*:[1-9]\d*|[1-9]\d*x[1-9]\d*|channels)$",
+        pattern=r"^([1-9]\d{0,5}[:x][1-9]\d{0,5}|channels)$",
         description="which edges stand or fall together: 2:4, blocks such as 4x4, or channels",
     )
     ticket: TicketConfig = TicketConfig()
     dense: tuple[str, ...] = Field(default=(), description="name patterns of parameters that stay dense")
     shared_budget: bool = Field(default=False, description="all layers compete for one budget")
-    num_edges: int | None = Field(default=None, ge=1, description="active edges of each graph")
+    num_edges: int | None = Field(default=None, ge=1, le=10**12, description="active edges of each graph")
     density: float | None = Field(default=None, gt=0, le=1, description="share of the candidate edges that is active")
     baseline: RuleName | None = Field(default=None, description="a second rule that runs beside, on the same budget")
     optim: OptimConfig = OptimConfig()
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="images per step, over all processes")
-    seeds: tuple[int, ...] = Field(default=(0,), description="one run each")
+    epochs: int = Field(ge=1, le=MOST_EPOCHS)
+    batch_size: int = Field(ge=1, le=10**6, description="images per step, over all processes")
+    seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(default=(0,), max_length=1000, description="one run each")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    processes: int = Field(default=1, ge=1, description="processes that train together")
-    first_epoch_snapshots: int = Field(default=8, ge=0, description="snapshots of the wiring within the first epoch")
+    processes: int = Field(default=1, ge=1, le=1024, description="processes that train together")
+    first_epoch_snapshots: int = Field(default=8, ge=0, le=1000, description="snapshots of the wiring within the first epoch")
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -296,6 +313,8 @@ def config_from_json(text: str, source: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}: not JSON (line {error.lineno}: {error.msg})") from None
+    except (RecursionError, ValueError) as error:  # brackets in brackets without end, a number of thousands of digits
+        raise ValueError(f"{source}: not a config ({str(error).partition(';')[0]})") from None
     return _validate(values, source)
 
 
@@ -327,6 +346,26 @@ def changes(config: Config, base: Config) -> list[str]:
     return [f"{key}={_text(value)}" for key, value in values.items() if value != present[key]]
 
 
+def check_unchanged(config: Config, earlier: object, when: str, source: Path) -> None:
+    """Raises ``ValueError`` where a config is another than an earlier one, apart from where and how a run is computed.
+
+    Settings that the earlier version of dnw did not have count as their defaults, in both.
+
+    Args:
+        config: as it is now.
+        earlier: the values of the earlier one, as stored.
+        when: what was done with the earlier one, for messages.
+        source: the file that holds one of the two.
+    """
+    before, now = (_flat(one.model_dump(mode="json")) for one in (_validate(earlier, f"{source}: the config in it"), config))
+    differ = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    if differ:
+        listed = ", ".join(f"{key}={_text(before[key])}, not {_text(now[key])}" for key in differ[:4])
+        raise ValueError(
+            f"{source}: {when} with {listed}, as config.json says now; put that back, or train a new run with the new config"
+        )
+
+
 def _value(text: str, present: Any) -> Any:
     if text in ("null", "none", "None"):
         return None
@@ -338,7 +377,7 @@ def _value(text: str, present: Any) -> Any:
 def _scalar(text: str) -> Any:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         return text
     return value if isinstance(value, (int, float, bool)) else text
 
@@ -357,6 +396,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def short(value: Any) -> str:
+    """A value as a message shows it: in one line, and not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
 def _validate(values: Any, source: str) -> Config:
     try:
         return Config.model_validate(values)
@@ -364,7 +409,7 @@ def _validate(values: Any, source: str) -> Config:
         problems = []
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"]) or "config"
-            given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+            given = "" if isinstance(problem["input"], dict) else f" (given: {short(problem['input'])})"
             hint = ""
             if problem["type"] == "extra_forbidden":
                 hint = did_you_mean(key.rsplit(".", 1)[-1], [*Config.model_fields, *OptimConfig.model_fields])

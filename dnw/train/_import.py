@@ -9,9 +9,10 @@ import torch
 from dnw._rules import Frozen
 from dnw._wire import wire
 from dnw.models import GraphChain, GraphClassifier, load_original, read_original
-from dnw.train._build import make_model, wire_model
+from dnw.train._build import make_model, parameter_groups, wire_model
+from dnw.train._checkpoint import write_checkpoint
 from dnw.train._config import Config
-from dnw.train._run import RunDirectory, write_checkpoint
+from dnw.train._run import RunDirectory
 
 
 def import_original(file: Path, config: Config, *, data_dir: Path, out: Path | None = None) -> Path:
@@ -49,13 +50,13 @@ def import_original(file: Path, config: Config, *, data_dir: Path, out: Path | N
         edges = load_original(model, content.weights)
     except ValueError as error:
         raise ValueError(f"{file} does not fit recipe {config.recipe}: {error}") from None
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr, momentum=config.optim.momentum)
+    optimizer = torch.optim.SGD(parameter_groups(model, config.optim), lr=config.optim.lr, momentum=config.optim.momentum)
     if edges:
         if config.rule != "random":
             raise ValueError(f"{file}: it holds a fixed edge set, so choose the recipe of a random graph (rule={config.rule})")
         wire(model, optimizer, rule=Frozen(edges), include=list(edges))
         check = make_model(config, heads[0].shape[0])  # the budget of the config must be that of the file
-        wire_model(config, check, other := torch.optim.SGD(check.parameters(), lr=1.0))
+        wire_model(config, check, other := torch.optim.SGD(parameter_groups(check, config.optim), lr=1.0))
         try:
             other.load_state_dict(optimizer.state_dict())
         except ValueError as error:
@@ -66,8 +67,18 @@ def import_original(file: Path, config: Config, *, data_dir: Path, out: Path | N
         raise ValueError(
             f"{file}: it holds no fixed edge set, so choose the recipe of the learned wiring, not rule={config.rule}"
         )
+    epoch = content.epoch or 0
+    if not 0 <= epoch <= config.epochs:
+        raise ValueError(f"{file}: is of epoch {epoch}, but recipe {config.recipe} has {config.epochs}; give epochs={epoch}")
     run = RunDirectory.create(config, data_dir, out)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "step": 0,
+        "num_classes": heads[0].shape[0],
+        "config": config.model_dump(mode="json"),
+    }
     for path in (run.best, run.last):
-        write_checkpoint(path, {**state, "epoch": content.epoch or 0, "step": 0})
+        write_checkpoint(path, state)
     return run.path

@@ -38,7 +38,8 @@ class Log:
     def epoch(self, m: EpochMetrics, epochs: int) -> None:
         self.line(
             f"epoch {m.epoch:>{len(str(epochs))}}/{epochs}  loss {m.train_loss:.3f}  test loss {m.test_loss:.3f}  "
-            f"accuracy {m.top1:6.2%}  edges {m.active:,}  entered {m.entered:,}  live nodes {m.live}/{m.nodes}  "
+            f"accuracy {m.top1:6.2%}  edges {m.active:,}  entered {m.entered:,}  "
+            + (f"live nodes {m.live}/{m.nodes}  " if m.nodes else "")
             + (f"evaluations {m.evaluations:.1f}  " if m.evaluations else "")
             + f"{m.seconds:.1f} s"
         )
@@ -46,7 +47,9 @@ class Log:
     def results(self, runs: Sequence[tuple[str, int, list[EpochMetrics]]]) -> None:
         """A line per rule: accuracy at the best and at the last epoch, over seeds."""
         for rule in dict.fromkeys(rule for rule, _, _ in runs):
-            metrics = [m for r, _, m in runs if r == rule]
+            metrics = [m for r, _, m in runs if r == rule and m]  # a run that was imported finished has none
+            if not metrics:
+                continue
             best = [max(x.top1 for x in m if x.active == m[-1].active) for m in metrics]
             last = [m[-1].top1 for m in metrics]
             seeds = f"  ({len(metrics)} seeds)" if len(metrics) > 1 else ""

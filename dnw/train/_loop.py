@@ -1,16 +1,18 @@
 """The training loop, from top to bottom.
 
-Contract: a run is a function of its config alone. Whatever is drawn in an epoch depends on seed and epoch, a checkpoint
-is written after every epoch, and a resumed run ends in exactly the state of an unbroken one.
+Contract: a run is a function of its config, and of what computes it: sums are taken in another order with another number
+of threads, so that number is stored with the run, and a resumed run takes it again. Whatever is drawn in an epoch depends on
+seed and epoch, a checkpoint is written after every epoch, and a resumed run ends in exactly the state of an unbroken one.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +23,16 @@ from dnw._wiring import Wiring
 from dnw.count import num_live_nodes
 from dnw.data import Batches
 from dnw.graphs import ContinuousTimeGraph
-from dnw.train._build import ImageData, check_fit, load_data, make_batches, make_model, num_steps, parameter_groups, wire_model
+from dnw.train._build import ImageData, check_fit, load_data, make_batches, num_steps
+from dnw.train._checkpoint import read_checkpoint, write_checkpoint
 from dnw.train._config import Config
+from dnw.train._lock import held
 from dnw.train._log import Log
-from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError, read_checkpoint, write_checkpoint
-from dnw.train._ticket import draw_ticket, edges_of_ticket, keep_ticket
-from dnw.train._view import Page
-from dnw.view import SnapshotWriter, inside
+from dnw.train._pictures import Pictures
+from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError
+from dnw.train._state import State
+from dnw.train._ticket import draw_ticket, keep_ticket
 
-_IMAGES_SEEN = 3  # by the nodes, for the picture of a run
 _STEPS_BETWEEN_CHECKS = 50
 
 
@@ -61,6 +64,7 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     Raises:
         ValueError, OSError: missing or damaged data, or a run directory that cannot be made.
         TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
+        ChildProcessError: a process that trains or decodes along with this one has died; the run can be resumed.
     """
     _check_launcher(config)
     data = load_data(config, data_dir)
@@ -68,10 +72,11 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
     for seed in config.seeds if config.rule == "ticket" else ():  # before anything is written
         draw_ticket(config.model_copy(update={"seeds": (seed,)}), len(data[0].classes))
     fabric = _launch(config)
-    path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
-    run = RunDirectory(fabric.broadcast(path))
+    with _lost_processes_named(out or Path("runs")):
+        path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
+        run = RunDirectory(fabric.broadcast(path))
     _run_members(run, fabric, data, data_dir, log or Log())
-    _part(fabric)
+    _part(fabric, run.path)
     return run.path
 
 
@@ -79,7 +84,8 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     """Continues a run from its last checkpoints, to exactly the result of an unbroken run.
 
     Raises:
-        ValueError: this is no run directory, or something in it is damaged; the file is named.
+        ValueError: this is no run directory, another process trains it, or something in it is damaged; the file is named.
+        TrainingStoppedError, ChildProcessError: as for :func:`train`.
     """
     run = RunDirectory(path)
     config = run.config()
@@ -88,8 +94,10 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     data = load_data(config, data_dir)
     check_fit(config, data)
     fabric = _launch(config)
-    _run_members(run, fabric, data, data_dir, log or Log())
-    _part(fabric)
+    log = log or Log()
+    with _threads(run, log if fabric.is_global_zero else None):
+        _run_members(run, fabric, data, data_dir, log)
+    _part(fabric, run.path)
 
 
 def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
@@ -103,41 +111,18 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
     data = load_data(config, run.data_dir() if data_dir is None else data_dir)
     fabric = _launch(config.model_copy(update={"processes": 1}))
     scores = []
-    for member, one in run.members():
-        for checkpoint in (member.best, member.last):
-            if not checkpoint.exists():
-                raise ValueError(f"{member.path}: no {checkpoint.name} yet; dnw resume {path} trains on")
-            batches = make_batches(one, data, fabric.device, 0, 1)
-            state = _State(one, fabric, len(data[0].classes), num_steps(one, batches), member)
-            content = state.load(checkpoint)
-            top1, top5, _ = _test(fabric, state, batches)
-            scores.append(Scores(member.path, one.rule, one.seeds[0], checkpoint.stem, content["epoch"], top1, top5))
+    with _threads(run), _lost_processes_named(path):
+        for member, one in run.members():
+            for file in (member.best, member.last):
+                if not file.exists():
+                    raise ValueError(f"{member.path}: no {file.name} yet; dnw resume {path} trains on")
+                content = read_checkpoint(file, one)
+                batches = make_batches(one, data, fabric.device, 0, 1)
+                state = State(one, len(data[0].classes), num_steps(one, batches), member, fabric)
+                state.load(file, content)
+                top1, top5, _ = _test(fabric, state, batches)
+                scores.append(Scores(member.path, one.rule, one.seeds[0], file.stem, content["epoch"], top1, top5))
     return scores
-
-
-class _State:
-    """A model with its optimizer and its wiring, as a run trains them."""
-
-    def __init__(self, config: Config, fabric: Fabric, num_classes: int, steps: int, run: RunDirectory) -> None:
-        self.model = make_model(config, num_classes)
-        edges = edges_of_ticket(run.path, self.model)
-        optim = config.optim
-        self.optimizer = torch.optim.SGD(parameter_groups(self.model, optim), lr=optim.lr, momentum=optim.momentum)
-        self.wrapped_model, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
-        self.wiring = wire_model(config, self.wrapped_model, self.wrapped_optimizer, steps, edges)
-
-    def save(self, path: Path, epoch: int, step: int) -> None:
-        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        write_checkpoint(path, {**content, "epoch": epoch, "step": step})
-
-    def load(self, path: Path) -> dict[str, Any]:
-        content = read_checkpoint(path)
-        try:
-            self.model.load_state_dict(content["model"])  # first: the optimizer's latent weights then count
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}: does not fit the run's config ({str(error).splitlines()[0]})") from None
-        return content
 
 
 def _check_launcher(config: Config) -> None:
@@ -165,9 +150,42 @@ def _launch(config: Config) -> Fabric:
     return fabric
 
 
-def _part(fabric: Fabric) -> None:
+@contextmanager
+def _threads(run: RunDirectory, log: Log | None = None) -> Iterator[None]:
+    """Computes with as many threads as the run was started with, where it says so."""
+    before = torch.get_num_threads()
+    wanted = run.environment().get("threads") or before
+    if log is not None and wanted != before:
+        log.line(f"{wanted} threads, as this run was started with")
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _lost_processes_named(path: Path) -> Iterator[None]:
+    """Says in one line what PyTorch says in many when a process has died that works along with this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            who = "a process that decodes images (data.workers)"
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
+            who = "another process of this run"
+        else:
+            raise
+        raise ChildProcessError(
+            f"{who} has died; nothing of a finished epoch is lost: continue with dnw resume {path}"
+        ) from None
+
+
+def _part(fabric: Fabric, path: Path) -> None:
     """Ends the group of processes together: one that goes first makes the others abort on their way out."""
-    fabric.barrier()
+    with _lost_processes_named(path):
+        fabric.barrier()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -176,14 +194,14 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
     log.enabled = fabric.is_global_zero
     members = list(run.members())
     try:
-        for member, config in members if fabric.is_global_zero else ():
-            if not (member.path / "config.json").exists():
-                member.start(config, data_dir)
-            keep_ticket(member.path, config, len(data[0].classes))
-        fabric.barrier()
-        for member, config in members:
-            batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
-            _train_one(config, fabric, member, batches, data, log)
+        with ExitStack() as stack:
+            stack.enter_context(_lost_processes_named(run.path))
+            if fabric.is_global_zero:
+                _prepare(run, members, data, data_dir, stack)
+            fabric.barrier()
+            for member, config in members:
+                batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
+                _train_one(config, fabric, member, batches, data, log)
     except KeyboardInterrupt:
         log.line(f"stopped; continue with: dnw resume {run.path}")
         raise
@@ -192,26 +210,36 @@ def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: P
     log.line(f"run: {run.path}   (dnw eval {run.path} tests its best and last checkpoint again)")
 
 
+def _prepare(
+    run: RunDirectory, members: list[tuple[RunDirectory, Config]], data: ImageData, data_dir: Path, stack: ExitStack
+) -> None:
+    """Holds the directories of a run for this process, clears up after one that was killed, writes what is missing."""
+    stack.enter_context(held(run.path))
+    for member, config in members:
+        if not (member.path / "config.json").exists():
+            member.start(config, data_dir)
+        if member.path != run.path:
+            stack.enter_context(held(member.path))
+        member.remove_parts()
+        keep_ticket(member.path, config, len(data[0].classes))
+    run.remove_parts()
+
+
 def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log) -> None:
-    state = _State(config, fabric, len(data[0].classes), num_steps(config, batches), run)
+    state = State(config, len(data[0].classes), num_steps(config, batches), run, fabric)
     model, optimizer, wiring = state.wrapped_model, state.wrapped_optimizer, state.wiring
     (seed,) = config.seeds
-    done = step = 0
-    if run.last.exists():
-        content = state.load(run.last)
-        done, step = content["epoch"], content["step"]
-    metrics = run.metrics()[:done]
-    page = Page(run, config, state.model)
+    done, step, metrics = _continue(config, run, state, batches)
+    pictures = Pictures(run, config, state, step, log) if fabric.is_global_zero else None
     if done == config.epochs:
-        if fabric.is_global_zero:
-            page.refresh(last=True)
+        if pictures:
+            pictures.refresh(last=True)
         return
     log.start(config, run.path, wiring.summary(), done)
-    writer = SnapshotWriter(run.snapshots, step) if fabric.is_global_zero else None
-    if writer and step == 0 and config.rule == "complete":
-        write_checkpoint(run.first, {"model": state.model.state_dict()})
-    if writer and step == 0:
-        writer.write(wiring, 0, 0.0, _inside(state, config, batches))
+    if pictures and step == 0:
+        if config.rule == "complete":
+            write_checkpoint(run.first, {"model": state.model.state_dict()})
+        pictures.snapshot(0, 0.0, batches)
     early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
 
     for epoch in range(done, config.epochs):
@@ -237,10 +265,11 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 sums += torch.stack([loss.detach().float() * len(labels), right.float(), right.new_tensor(len(labels)).float()])
                 if i % _STEPS_BETWEEN_CHECKS == 0:
                     _check_finite(fabric, sums[0], epoch, step, lr, run)
-                if writer and epoch == 0 and i + 1 in early and i + 1 < batches.num_batches:
-                    writer.write(wiring, step, (i + 1) / batches.num_batches, _inside(state, config))
+                if pictures and epoch == 0 and i + 1 in early and i + 1 < batches.num_batches:
+                    pictures.snapshot(step, (i + 1) / batches.num_batches)
                 advance()
-        _check_finite(fabric, sums[0], epoch, step, lr, run)
+        next_loss = sums[0] if state.is_finite() else sums[0] * torch.nan  # weights that are not finite are not saved
+        _check_finite(fabric, next_loss, epoch, step, lr, run)
         _check_agreement(fabric, wiring, epoch)
         sums = _sum_over_processes(fabric, sums)
         top1, top5, test_loss = _test(fabric, state, batches)
@@ -264,22 +293,34 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         )
         is_best = all(top1 > m.top1 for m in metrics if m.active <= wiring.num_active)  # before a schedule's end none counts
         metrics.append(epoch_metrics)
-        if writer:
-            seen = epoch + 1 in (1, config.epochs)
-            writer.write(wiring, step, epoch + 1.0, _inside(state, config, batches if seen else None))
+        if pictures:
+            pictures.snapshot(step, epoch + 1.0, batches if epoch + 1 in (1, config.epochs) else None)
             if is_best:
                 state.save(run.best, epoch + 1, step)
             run.write_metrics(metrics)
             state.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
-            page.refresh(last=epoch + 1 == config.epochs)
+            pictures.refresh(last=epoch + 1 == config.epochs)
         log.epoch(epoch_metrics, config.epochs)
 
 
-def _inside(state: _State, config: Config, batches: Batches | None = None) -> dict[str, Any]:
-    """What a snapshot holds of the nodes: their filters and, given batches, what the first test images look like there."""
-    with state.wiring.settled():
-        images = None if batches is None else next(iter(batches.test()))[0][:_IMAGES_SEEN]
-        return inside(state.model, images, config.data.mean, config.data.std)
+def _continue(config: Config, run: RunDirectory, state: State, batches: Batches) -> tuple[int, int, list[EpochMetrics]]:
+    """Takes over a run's last checkpoint, where it has one; returns the epochs and steps done, and their metrics."""
+    if not run.last.exists():
+        return 0, 0, []
+    content = read_checkpoint(run.last, config)
+    done, step = content["epoch"], content["step"]
+    if step and step != done * batches.num_batches:
+        raise ValueError(
+            f"{run.last}: it was trained on {step // done:,} batches an epoch, and the data now gives {batches.num_batches:,}; "
+            "continue with the same images and number of processes"
+        )
+    state.load(run.last, content)
+    metrics = [m for m in run.metrics() if m.epoch <= done]
+    if step and (len(metrics) != done or metrics[-1].step != step):
+        raise ValueError(
+            f"{run.path / 'metrics.jsonl'}: does not hold the {done} epochs of {run.last.name}; put it back from a copy"
+        )
+    return done, step, metrics
 
 
 def _solves(model: nn.Module) -> tuple[int, int]:
@@ -294,7 +335,7 @@ def _evaluations_per_pass(before: tuple[int, int], after: tuple[int, int]) -> fl
 
 
 @torch.no_grad()
-def _test(fabric: Fabric, state: _State, batches: Batches) -> tuple[float, float, float]:
+def _test(fabric: Fabric, state: State, batches: Batches) -> tuple[float, float, float]:
     """Top-1, top-5 and mean loss on the test images, with the weights that the rule evaluates with."""
     sums = torch.zeros(4, device=fabric.device)
     model: nn.Module = state.wrapped_model

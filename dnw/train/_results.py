@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -47,15 +46,17 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
         raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
     changed = {row: _changed(runs[0][1], recipes) for row, runs in rows.items()}
     in_all = [change for change in next(iter(changed.values())) if all(change in found for found in changed.values())]
-    lines = [
-        "| recipe | rule | epochs | seeds | last | best | edges | live nodes | s per epoch |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    with_graphs = any(metrics[-1].nodes for runs in rows.values() for _, _, metrics in runs)
+    titles = ["recipe", "rule", "epochs", "seeds", "last", "best", "edges", "live nodes", "s per epoch"]
+    if not with_graphs:
+        titles.remove("live nodes")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row, runs in rows.items():
         config = runs[0][1]
         only = " ".join(change for change in changed[row] if change not in in_all)
         ends = [metrics[-1] for _, _, metrics in runs]
         evaluations = f" ({ends[0].evaluations:g} evaluations)" if ends[0].evaluations else ""
+        live = f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}" if ends[0].nodes else ""
         cells = (
             f"`{config.recipe}`" + (f" `{only}`" if only else ""),
             config.rule,
@@ -64,7 +65,7 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
             _accuracy([end.top1 for end in ends]),
             _accuracy([max(m.top1 for m in metrics if m.active == metrics[-1].active) for _, _, metrics in runs]),
             f"{ends[0].active:,}",
-            f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}" if ends[0].nodes else "",
+            *([live] if with_graphs else []),
             f"{statistics.median(m.seconds for _, _, metrics in runs for m in metrics):.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -120,12 +121,14 @@ def _changed(config: Config, recipes: Mapping[str, Callable[[], Config]]) -> lis
 
 
 def _source(member: RunDirectory, config: Config) -> str:
-    try:
-        environment = json.loads((member.path / "environment.json").read_text())
-    except (OSError, ValueError):
-        raise ValueError(f"{member.path}: environment.json is missing or damaged") from None
+    environment = member.environment()
+    if not environment:
+        raise ValueError(f"{member.path}: environment.json is missing")
     machine = environment.get("accelerator") or environment.get("machine")
-    return f"data {config.data.name}, {machine}, torch {environment.get('torch')}, commit `{environment.get('commit')}`"
+    threads = "" if environment.get("accelerator") or not environment.get("threads") else f"{environment['threads']} threads, "
+    return (
+        f"data {config.data.name}, {machine}, torch {environment.get('torch')}, {threads}commit `{environment.get('commit')}`"
+    )
 
 
 def _accuracy(values: Sequence[float]) -> str:

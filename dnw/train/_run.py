@@ -1,18 +1,19 @@
 """Run directories: what a run leaves behind and continues from.
 
-Contract: every file is whole or not there. A run directory holds ``config.json`` (the resolved config),
-``environment.json`` (versions, machine, commit, where the data lies), ``metrics.jsonl`` (one line per epoch), ``last.pt``
-and ``best.pt`` (checkpoints of plain tensors) and ``snapshots/`` (the wiring over time). A run of several seeds holds one
-such directory per seed, ``seed-0`` and so on; a run with a baseline holds it in ``baseline``.
+Contract: every file is whole or not there, and one in which a bit has changed is found. A run directory holds
+``config.json`` (the resolved config), ``environment.json`` (versions, machine, threads, commit, where the data lies, and the
+config once more), ``metrics.jsonl`` (one line per epoch), ``last.pt`` and ``best.pt`` (checkpoints of plain tensors) and, of a
+network with graphs, ``snapshots/`` (the wiring over time). A run of several seeds holds one such directory per seed,
+``seed-0`` and so on; a run with a baseline holds it in ``baseline``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +23,16 @@ from typing import Any
 import torch
 
 from dnw import __version__
-from dnw._files import read_tensors, write_whole
-from dnw.train._config import Config, config_from_json
+from dnw._files import PART, read_text, write_whole
+from dnw.train._config import MOST_BYTES, Config, check_unchanged, config_from_json, short
+from dnw.train._lock import NAME as LOCK
+from dnw.train._lock import held
+from dnw.train._sealed import sealed, unsealed
 
-CHECKPOINT_FORMAT = 1
+_LARGEST_METRICS = 2**26
+_MOST_THREADS = 4096
+_WRITTEN = re.compile(r"(config|environment|metrics|last|best|first|ticket|view|step-)[^/]*" + re.escape(PART))
+"""What files of ours are called while they are written."""
 
 
 class TrainingStoppedError(Exception):
@@ -102,43 +109,79 @@ class RunDirectory:
             OSError: it cannot be made.
         """
         if out is not None:
-            begun = {"environment.json", "environment.json.part", "config.json.part"}  # of a run that was killed at once
-            if out.exists() and (not out.is_dir() or any(entry.name not in begun for entry in out.iterdir())):
-                raise ValueError(f"{out}: exists already; name a new directory with --out, or continue it with dnw resume")
+            _check_new(out)
             out.mkdir(parents=True, exist_ok=True)
             path = out
         else:
             path = _new_numbered(Path("runs"), config.recipe)
         run = cls(path)
-        run.start(config, data_dir)
+        with held(path):
+            _check_new(path)  # again: another process may have been first
+            run.start(config, data_dir)
         return run
 
     def start(self, config: Config, data_dir: Path) -> None:
         """Writes what a run starts with."""
         self.path.mkdir(parents=True, exist_ok=True)
-        environment = json.dumps(_environment(data_dir), indent=2) + "\n"
-        write_whole(self.path / "environment.json", environment.encode())
+        environment = sealed({**_environment(data_dir), "config": config.model_dump(mode="json")})
+        write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
         write_whole(self.path / "config.json", config.to_json().encode())
 
     def config(self) -> Config:
         """The stored config.
 
         Raises:
-            ValueError: this is no run directory, or its config is not valid.
+            ValueError: this is no run directory, or its config is not valid, or another than the run was started with.
         """
         path = self.path / "config.json"
         if not path.is_file():
             inside = runs_inside(self.path)
             hint = f"; {inside[0]} is one" if inside else ""
             raise ValueError(f"{self.path}: not a run directory (it has no config.json){hint}")
-        return config_from_json(path.read_text(), str(path))
+        config = config_from_json(read_text(path, MOST_BYTES), str(path))
+        started = self.environment().get("config")
+        if started is not None:
+            check_unchanged(config, started, "the run was started", path)
+        return config
+
+    def environment(self) -> dict[str, Any]:
+        """What a run was started in; empty where nothing says so, and without ``threads`` and ``config`` for older runs.
+
+        Raises:
+            ValueError: a damaged ``environment.json``.
+        """
+        path = self.path / "environment.json"
+        if not path.exists():
+            return {}
+        try:
+            values = unsealed(read_text(path, MOST_BYTES))
+            unknown = values.keys() - _ENVIRONMENT.keys()
+            if unknown:
+                raise ValueError(f"nothing is called {min(unknown)!r}")
+            wrong = [key for key, value in values.items() if not isinstance(value, _ENVIRONMENT[key] | None)]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is of another kind")
+            if not 1 <= values.get("threads", 1) <= _MOST_THREADS:
+                raise ValueError(f"threads={short(values['threads'])}: allowed is a whole number from 1 to {_MOST_THREADS}")
+            return values
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: damaged ({error}); put it back from a copy, or take it away and give --data-dir"
+            ) from None
 
     def data_dir(self) -> Path:
         """Where the data lay when the run was started."""
-        try:
-            return Path(json.loads((self.path / "environment.json").read_text())["data_dir"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path}: environment.json does not say where the data is; give --data-dir") from None
+        found = self.environment().get("data_dir")
+        if found is None:
+            raise ValueError(f"{self.path}: environment.json does not say where the data is; give --data-dir")
+        return Path(found)
+
+    def remove_parts(self) -> None:
+        """Removes what a process that was killed has left half-written; for the one that holds the run."""
+        for folder in (self.path, self.snapshots):
+            for part in folder.glob(f"*{PART}"):
+                if _WRITTEN.fullmatch(part.name):
+                    part.unlink(missing_ok=True)
 
     def members(self) -> Iterator[tuple[RunDirectory, Config]]:
         """The single runs: one per seed, each with its baseline after it."""
@@ -154,41 +197,48 @@ class RunDirectory:
         """The epochs done so far.
 
         Raises:
-            ValueError: a damaged ``metrics.jsonl``.
+            ValueError: a damaged ``metrics.jsonl``; the line is named.
         """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        try:
-            return [EpochMetrics(**json.loads(line)) for line in path.read_text().splitlines()]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: damaged ({error})") from None
+        found: list[EpochMetrics] = []
+        for number, line in enumerate(read_text(path, _LARGEST_METRICS).splitlines(), 1):
+            try:
+                found.append(_metrics(unsealed(line)))
+                if found[-1].epoch != found[0].epoch + number - 1:
+                    raise ValueError(f"epoch {found[-1].epoch} does not follow epoch {found[-2].epoch}")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: damaged ({error}); put it back from a copy") from None
+        return found
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
-        lines = "".join(json.dumps(dataclasses.asdict(m)) + "\n" for m in metrics)
+        lines = "".join(json.dumps(sealed(dataclasses.asdict(m))) + "\n" for m in metrics)
         write_whole(self.path / "metrics.jsonl", lines.encode())
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Stores tensors and plain values; the file is whole or not there."""
-    buffer = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
-    write_whole(path, buffer.getvalue())
+def _metrics(values: dict[str, Any]) -> EpochMetrics:
+    kinds = {field.name: field.type for field in dataclasses.fields(EpochMetrics)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"nothing is called {name!r}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and value >= 0 if kinds[name] == "int" else whole or isinstance(value, float)):
+            raise ValueError(f"{name}: expected a {'whole number' if kinds[name] == 'int' else 'number'}, got {short(value)}")
+    missing = [name for name in kinds if name not in values and name != "evaluations"]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+    return EpochMetrics(**values)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what :func:`write_checkpoint` wrote; nothing in the file is run.
-
-    Raises:
-        ValueError: no checkpoint of ours, a damaged one, or one of a newer version.
-    """
-    content = read_tensors(path)
-    if not isinstance(content, dict) or not {"model", "optimizer", "epoch", "step"} <= content.keys():
-        raise ValueError(f"{path}: not a checkpoint of a run")
-    version = content.get("format")
-    if version != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: a checkpoint of format {version}; this version of dnw reads {CHECKPOINT_FORMAT}")
-    return content
+def _check_new(path: Path) -> None:
+    """Raises ``ValueError`` unless a run can begin there: nothing is there, or only what one leaves that was killed at once."""
+    if not path.exists():
+        return
+    if not path.is_dir() or any(
+        entry.name not in ("environment.json", LOCK) and not _WRITTEN.fullmatch(entry.name) for entry in path.iterdir()
+    ):
+        raise ValueError(f"{path}: exists already; name a new directory with --out, or continue it with dnw resume")
 
 
 def _new_numbered(parent: Path, name: str) -> Path:
@@ -204,6 +254,19 @@ def _new_numbered(parent: Path, name: str) -> Path:
             return path
 
 
+_ENVIRONMENT: dict[str, type] = {
+    "dnw": str,
+    "commit": str,
+    "torch": str,
+    "python": str,
+    "machine": str,
+    "threads": int,
+    "accelerator": str,
+    "data_dir": str,
+    "config": dict,
+}
+
+
 def _environment(data_dir: Path) -> dict[str, Any]:
     return {
         "dnw": __version__,
@@ -211,6 +274,7 @@ def _environment(data_dir: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data_dir": str(data_dir.absolute()),
     }

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dnw._checks import listing
-from dnw._files import read_tensors
 from dnw.train._build import make_model, wire_model
+from dnw.train._checkpoint import read_checkpoint, read_weights, write_checkpoint
 from dnw.train._config import Config
-from dnw.train._run import RunDirectory, read_checkpoint, write_checkpoint
+from dnw.train._run import RunDirectory
 
 _FILE = "ticket.pt"
 
@@ -49,9 +49,10 @@ def draw_ticket(config: Config, num_classes: int) -> dict[str, dict[str, Tensor]
     trained, wanted = (f"{c.model} on {c.data.name}" for c in (other, config))
     if trained != wanted:
         raise ValueError(f"ticket.run={source.path}: it trained {trained}, not {wanted}")
-    if not run.last.exists() or read_checkpoint(run.last)["epoch"] < other.epochs:
+    content = read_checkpoint(run.last, other) if run.last.exists() else None
+    if content is None or content["epoch"] < other.epochs:
         raise ValueError(f"ticket.run={run.path}: it is not finished; dnw resume {source.path} trains on")
-    last = read_checkpoint(run.last)["model"]
+    last = content["model"]
     if config.ticket.rewind and not run.first.exists():
         raise ValueError(f"ticket.run={run.path}: {run.first.name} is missing, the weights it began with")
     model = make_model(config, num_classes)
@@ -61,7 +62,7 @@ def draw_ticket(config: Config, num_classes: int) -> dict[str, dict[str, Tensor]
         raise ValueError(f"ticket.run={run.path}: it trained another network ({str(error).splitlines()[-1].strip()})") from None
     wiring = wire_model(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
     edges = {name: parameter.active for name, parameter in wiring.items()}
-    return {"edges": edges, "model": read_tensors(run.first)["model"] if config.ticket.rewind else last}
+    return {"edges": edges, "model": read_weights(run.first, "model")["model"] if config.ticket.rewind else last}
 
 
 def keep_ticket(path: Path, config: Config, num_classes: int) -> None:
@@ -71,10 +72,20 @@ def keep_ticket(path: Path, config: Config, num_classes: int) -> None:
 
 
 def edges_of_ticket(path: Path, model: nn.Module | None = None) -> dict[str, Tensor] | None:
-    """The edges of a run's ticket, None where it has none; a model gets the ticket's weights."""
-    if not (path / _FILE).exists():
+    """The edges of a run's ticket, None where it has none; a model gets the ticket's weights.
+
+    Raises:
+        ValueError: a damaged ticket, or one of another network.
+    """
+    file = path / _FILE
+    if not file.exists():
         return None
-    content = read_tensors(path / _FILE)
+    content = read_weights(file, "model", "edges")
+    if any(mask.dtype != torch.bool for mask in content["edges"].values()):
+        raise ValueError(f"{file}: not a ticket (its edges are no masks)")
     if model is not None:
-        model.load_state_dict(content["model"])
-    return dict(content["edges"])
+        try:
+            model.load_state_dict(content["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{file}: does not fit the run's network ({str(error).splitlines()[-1].strip()})") from None
+    return content["edges"]

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
 from torch import nn
 
 from dnw._wiring import Wiring
 from dnw.compile import Plan, Program, plan
-from dnw.train._build import make_model, parameter_groups, wire_model
+from dnw.train._checkpoint import num_classes_of, read_checkpoint
 from dnw.train._config import Config
-from dnw.train._run import RunDirectory, read_checkpoint
-from dnw.train._ticket import edges_of_ticket
+from dnw.train._run import RunDirectory
+from dnw.train._state import State
 
 Checkpoint = Literal["last", "best"]
 
@@ -50,18 +49,11 @@ def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Trained:
     file = member.best if checkpoint == "best" else member.last
     if not file.exists():
         raise ValueError(f"{member.path}: no {file.name} yet; dnw resume {path} trains on")
-    content = read_checkpoint(file)
-    heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
-    model = make_model(config, heads[-1].shape[0])
-    optimizer = torch.optim.SGD(parameter_groups(model, config.optim), lr=1.0, momentum=config.optim.momentum)
-    steps = content["step"] * config.epochs // content["epoch"] if content["epoch"] else None
-    wiring = wire_model(config, model, optimizer, steps, edges_of_ticket(member.path))
-    try:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{file}: does not fit the run's config ({str(error).splitlines()[0]})") from None
-    return Trained(model.eval(), wiring, config)
+    content = read_checkpoint(file, config)
+    steps = content["step"] * config.epochs // content["epoch"] if content["step"] else None
+    state = State(config, num_classes_of(file, content), steps, member)
+    state.load(file, content)
+    return Trained(state.model.eval(), state.wiring, config)
 
 
 def compile_run(
