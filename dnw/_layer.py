@@ -178,7 +178,7 @@ class WiredLayer(Layer):
         """Takes a new edge set, in place."""
         self._changed = True
         if self.active is None:
-            self.active = mask.clone()
+            self.active = mask.clone(memory_format=torch.contiguous_format)
         else:
             self.active.copy_(mask)
 

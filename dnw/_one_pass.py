@@ -23,12 +23,15 @@ def fits(layer: WiredLayer) -> bool:
         return False
     if held.device.type != "cpu":
         return False
-    if not (held.dtype == latent.dtype == torch.float32 and held.is_contiguous()):
+    assert layer.active is not None
+    in_one_piece = held.is_contiguous() and latent.is_contiguous() and layer.active.is_contiguous()
+    if not (held.dtype == latent.dtype == torch.float32 and in_one_piece):
         return False
     if layer.pattern is None:
         return True
-    targets_first = not (layer.layout.transposed or layer.layout.stacked)
-    return isinstance(layer.pattern, NOfM) and targets_first and _exchange.is_native(held, latent)
+    if not isinstance(layer.pattern, NOfM) or layer.layout.transposed or layer.layout.stacked:
+        return False
+    return _exchange.takes_n_of_m(held, latent, layer.active, layer.pattern.m)
 
 
 def take_over(layer: WiredLayer, k: int) -> bool:

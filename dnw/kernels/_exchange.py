@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VERSION = 1
+_VERSION = 2
+_GROUPS = 2048  # places that are compared at once: GROUPS of exchange.c
 _SMALL = 1 << 16
 """Entries, in all, that are not worth waking threads for."""
 
@@ -157,11 +158,16 @@ def _between(latent: Tensor, candidates: Tensor | None, low: int, high: int) -> 
     return (between if candidates is None else between & candidates.view(-1)).nonzero().squeeze(1)
 
 
+def takes_n_of_m(held: Tensor, latent: Tensor, active: Tensor, m: int) -> bool:
+    """Whether :func:`take_n_of_m` takes these tensors."""
+    return is_native(held, latent, active) and held.numel() > 0 and m * held[0, 0].numel() <= _GROUPS
+
+
 def take_n_of_m(held: Tensor, latent: Tensor, active: Tensor, n: int, m: int, taken: Tensor) -> None:
     """Makes what a parameter holds its latent weights; of every m sources the n largest become active, the others 0 in it.
 
     Args:
-        held, latent, active: of one shape ``[targets, sources, ...]``, and such as :func:`is_native` says.
+        held, latent, active: of one shape ``[targets, sources, ...]``, and such as :func:`takes_n_of_m` says.
         n, m: of m consecutive sources n, at each place of a kernel; among equals the first.
         taken: as for :func:`take`.
     """
@@ -172,10 +178,10 @@ def take_n_of_m(held: Tensor, latent: Tensor, active: Tensor, n: int, m: int, ta
         _at(held),
         _at(latent),
         _at(active),
-        ctypes.c_int64(held.numel() // (m * kernel)),
+        ctypes.c_int64(held.numel()),
         ctypes.c_int64(kernel),
-        ctypes.c_int32(n),
-        ctypes.c_int32(m),
+        ctypes.c_uint32(n),
+        ctypes.c_uint32(m),
         _at(taken),
     )
 

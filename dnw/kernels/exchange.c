@@ -16,9 +16,9 @@
 
 #define MAGNITUDE 0x7fffffffu
 #define INFINITE 0x7f800000u
-enum { BLOCK = 128 };
+enum { BLOCK = 128, GROUPS = 2048 };
 
-int dnw_exchange_version(void) { return 1; }
+int dnw_exchange_version(void) { return 2; }
 
 static inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -97,25 +97,31 @@ WIDEST void dnw_take(float *restrict held, float *restrict latent, uint8_t *rest
 }
 
 /* The same where n of every m sources of a target are active: held is [targets, groups, m, kernel], the lowest index first among
- * equals. */
-WIDEST void dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_t *restrict active, int64_t groups, int64_t kernel,
-                            int32_t n, int32_t m, int64_t *restrict taken) {
-  *taken = groups * m * kernel;
-  memcpy(latent, held, sizeof(float) * (size_t)(groups * m * kernel));
-  for (int64_t g = 0; g < groups; g++) {
-    const float *in = latent + g * m * kernel;
-    float *out = held + g * m * kernel;
-    uint8_t *chosen = active + g * m * kernel;
-    for (int64_t k = 0; k < kernel; k++)
-      for (int32_t i = 0; i < m; i++) {
-        uint32_t mine = bits_of(in[i * kernel + k]) & MAGNITUDE;
-        int32_t before = 0;
-        for (int32_t j = 0; j < m; j++) {
-          uint32_t other = bits_of(in[j * kernel + k]) & MAGNITUDE;
-          before += other > mine || (other == mine && j < i);
-        }
-        chosen[i * kernel + k] = before < n;
-        out[i * kernel + k] = before < n ? in[i * kernel + k] : 0.0f;
-      }
+ * equals. Several groups are compared at once, each place with those of its group that are some members further on. m * kernel is
+ * at most GROUPS. */
+WIDEST void dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_t *restrict active, int64_t size, int64_t kernel,
+                            uint32_t n, uint32_t m, int64_t *restrict taken) {
+  uint32_t member[GROUPS], magnitude[GROUPS], before[GROUPS];
+  int64_t whole = GROUPS / (m * kernel) * (m * kernel);
+  for (int64_t i = 0; i < whole; i++) member[i] = (uint32_t)(i / kernel % m);
+  *taken = size;
+  for (int64_t start = 0; start < size; start += whole) {
+    int64_t length = size - start < whole ? size - start : whole;
+    float *in = held + start, *out = latent + start;
+    for (int64_t i = 0; i < length; i++) {
+      out[i] = in[i];
+      magnitude[i] = bits_of(in[i]) & MAGNITUDE;
+      before[i] = 0;
+    }
+    for (uint32_t d = 1; d < m; d++) {
+      int64_t step = d * kernel;
+      for (int64_t i = 0; i < length - step; i++) before[i] += (magnitude[i] < magnitude[i + step]) & (member[i] + d < m);
+      for (int64_t i = step; i < length; i++) before[i] += (magnitude[i - step] >= magnitude[i]) & (member[i] >= d);
+    }
+    for (int64_t i = 0; i < length; i++) {
+      uint32_t is_in = before[i] < n;
+      active[start + i] = (uint8_t)is_in;
+      in[i] = float_of(bits_of(in[i]) & -is_in);
+    }
   }
 }
