@@ -188,6 +188,11 @@ class WiredLayer(Layer):
         self._changed = True
         return self.active
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether edges have been chosen since the last were remembered, be they the same."""
+        return self._changed
+
     def remember(self) -> None:
         """Makes the present edges the previous ones."""
         assert self.active is not None

@@ -18,6 +18,7 @@ import math
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ from dnw._schedules import DensitySchedule
 from dnw._shards import local
 from dnw._state import FORMAT, STATE_KEYS, check_entry
 from dnw._state import check_finite as require_finite
+from dnw._stats import Statistics
 from dnw._step import OpenStep, closure_of, run_exchanged, steps_on_the_stack, with_closure
 from dnw._wired_parameter import WiredParameter
 from dnw.kernels._exchange import each, is_finite, masked
@@ -126,6 +128,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._ranks_to_check = check_ranks
         self._finite = check_finite
         self._known_empty: set[str] = set()
+        self._statistics = Statistics()
         self._handles: list[Any] = []
         with torch.no_grad():
             for layer in layers:
@@ -222,6 +225,25 @@ class Wiring(Mapping[str, WiredParameter]):
         with nullcontext() if sharded else self._question():
             rows = [SummaryRow(x.name, x.shape, x.num_candidates, x.count()) for x in self._layers]
         return Summary(tuple(rows), tuple(self._left))
+
+    def stats(self, since: int | None = None) -> dict[str, Any]:
+        """What a log wants to know, as plain numbers: of each layer and in all.
+
+        Args:
+            since: a step at which this was asked before, one of the last eight times, from which entered and left edges are
+                counted; by default the last time.
+
+        Returns:
+            ``step``; ``layers``, by name; ``total``. Each holds ``candidates``, ``active``, ``density``; ``entered`` and
+            ``left``, 0 the first time; ``ever_active``, the share of candidates that has been active since the first time;
+            and, of parameters that are not sharded, ``dead_targets`` and ``dead_sources``: rows and columns of the weight
+            without an active edge.
+
+        Raises:
+            ValueError: nobody has asked at that step.
+        """
+        with self._question():
+            return self._statistics.ask(self._layers, self._step, since)
 
     def to_json(self) -> str:
         """The whole wiring as JSON: for every wired parameter its shape, sizes and edges (target, source, weight)."""
@@ -387,6 +409,9 @@ class Wiring(Mapping[str, WiredParameter]):
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
             optimizer.register_step_post_hook(uncompiled(self._after_step)),
         ]
+        hooks = optimizer._optimizer_step_post_hooks
+        if isinstance(hooks, OrderedDict):  # hooks that were there before see what the step has made, as later ones do
+            hooks.move_to_end(self._handles[1].id, last=False)
         for keeper in filter(has_state_hooks, self._chain):
             self._handles += [
                 keeper.register_state_dict_pre_hook(lambda _: self._catch_up()),
@@ -727,6 +752,7 @@ class Wiring(Mapping[str, WiredParameter]):
             layer.take_back()
             layer.accept()
         self._close(step, stepped)
+        self._statistics.see(self._layers)
         self._step = step.number
         for layer in self._layers:
             self._enter_state(layer, even_alone=layer in stepped)

@@ -15,7 +15,7 @@ FLOORS = [
     ["_budgets", "_kinds", "_schedules", "_patterns", "_select", "_dormant"],
     ["_parameters", "_rule"],
     ["_edges", "_guard", "_layer", "_rules"],
-    ["_step", "_one_pass"],
+    ["_step", "_one_pass", "_stats"],
     ["_state", "_ranks"],
     ["_membership"],
     ["_wired_parameter"],
@@ -33,6 +33,7 @@ FLOORS = [
 CORE = {
     "kernels",
     "_one_pass",
+    "_stats",
     "_foreign",
     "_membership",
     "_checks",

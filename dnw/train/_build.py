@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,16 +127,15 @@ def check_fit(config: Config, data: ImageData) -> None:
         shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(f"model={config.model} does not take images of {shape} ({str(error).splitlines()[0]})") from None
     for rule in filter(None, (config.rule, config.baseline)):
-        one = config.model_copy(update={"rule": rule, "baseline": None})
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=config.optim.momentum)
-        wiring = wire_model(one, model, optimizer, num_steps(config, batches))
-        live, nodes = num_live_nodes(model, wiring)
+        one, wired = config.model_copy(update={"rule": rule, "baseline": None}), copy.deepcopy(model)
+        optimizer = torch.optim.SGD(wired.parameters(), lr=1.0, momentum=config.optim.momentum)
+        wiring = wire_model(one, wired, optimizer, num_steps(config, batches))
+        live, nodes = num_live_nodes(wired, wiring)
         if wiring.rule.fixed and nodes and not live:
             raise ValueError(
                 f"rule={rule}, seed {config.seeds[0]}: with its {wiring.num_active:,} edges nothing can reach an output of the "
                 "graph, and they never change; raise the budget or take another seed"
             )
-        wiring.remove("latent")
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

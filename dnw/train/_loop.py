@@ -259,7 +259,10 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
                 optimizer.zero_grad()
                 fabric.backward(loss)
-                optimizer.step()
+                try:
+                    optimizer.step()
+                except FloatingPointError:  # whatever the loss is, nothing can be learned from such a gradient
+                    raise _not_finite("a gradient", epoch, step + 1, lr, run) from None
                 step += 1
                 right = (logits.argmax(1) == labels).sum()
                 sums += torch.stack([loss.detach().float() * len(labels), right.float(), right.new_tensor(len(labels)).float()])
@@ -373,10 +376,12 @@ def _check_agreement(fabric: Fabric, wiring: Wiring, epoch: int) -> None:
 
 
 def _check_finite(fabric: Fabric, loss: Tensor, epoch: int, step: int, lr: float, run: RunDirectory) -> None:
-    if bool(torch.isfinite(_sum_over_processes(fabric, loss.clone()))):
-        return
+    if not bool(torch.isfinite(_sum_over_processes(fabric, loss.clone()))):
+        raise _not_finite("the loss", epoch, step, lr, run)
+
+
+def _not_finite(what: str, epoch: int, step: int, lr: float, run: RunDirectory) -> TrainingStoppedError:
     kept = f"the last good checkpoint is {run.last} (epoch {epoch})" if run.last.exists() else "no epoch was finished"
-    raise TrainingStoppedError(
-        f"the loss is not finite in epoch {epoch + 1} (step {step}, learning rate {lr:g}); {kept}; lower optim.lr and "
-        "start anew"
+    return TrainingStoppedError(
+        f"{what} is not finite in epoch {epoch + 1} (step {step}, learning rate {lr:g}); {kept}; lower optim.lr and start anew"
     )
