@@ -46,6 +46,7 @@ from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer, is_in_place
 from dnw._membership import WIRED, Members, gone, watch_other_optimizers
 from dnw._parameters import LeftOut, Wirable, parameters_named
+from dnw._paths import has_path
 from dnw._patterns import Pattern
 from dnw._ranks import check_ranks, gathered, local_optimizer
 from dnw._rule import Layer, Pool, Rule
@@ -142,6 +143,7 @@ class Wiring(Mapping[str, WiredParameter]):
         for pool in self._pools_of(layers):
             pool.num_active = pool.k
         self._warn_of_empty(layers)
+        self._warn_of_cut(layers)
         self._register()
 
     @_exclusive
@@ -874,6 +876,22 @@ class Wiring(Mapping[str, WiredParameter]):
                 f"{listing(empty)} has no active edge left, so nothing passes it; give it a budget of its own, or a floor "
                 "(wire(..., floor=dnw.Floor(edges=1)))",
                 stacklevel=2,
+            )
+
+    def _warn_of_cut(self, layers: Sequence[WiredLayer]) -> None:
+        """Warns of graphs whose outputs no input reaches: they compute the same of every input."""
+        cut = []
+        for layer in layers:
+            sizes = [getattr(layer.module, name, None) for name in ("num_inputs", "num_outputs")]
+            if layer.is_graph and layer.shard is None and hasattr(layer.module, "node_matrix") and None not in sizes:
+                adjacency: Tensor = layer.module.node_matrix(layer.active)  # type: ignore[operator]
+                if not has_path(adjacency, *sizes):  # type: ignore[arg-type]
+                    cut.append(layer.name)
+        if cut:
+            warnings.warn(
+                f"no path of active edges leads from an input to an output of {listing(cut)}; with more edges, or another "
+                "seed, there is one",
+                stacklevel=3,
             )
 
     def _prepare(self, layers: Sequence[WiredLayer]) -> list[WiredLayer]:

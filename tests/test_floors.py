@@ -169,3 +169,17 @@ def test_impossible_floors_are_refused(arguments):
 def test_floors_of_all_kinds_of_layers():
     assert [dnw.Floor(edges=2, density=0.1).of(n) for n in (1, 10, 100)] == [1, 2, 10]
     assert all(dnw.Floor(edges=e, density=d).of(n) <= n for e, d, n in itertools.product((0, 5), (0, 0.5, 1), (1, 4, 9)))
+
+
+def test_a_graph_without_a_path_is_named():
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), dnw.graphs.StaticGraph((4, 50), 4))
+    with pytest.warns(UserWarning, match=r"no path of active edges leads from an input to an output of '1\.weight'"):
+        dnw.wire(net, torch.optim.SGD(net.parameters(), lr=0.1), num_edges=1, rule=dnw.RandomGraph(), seed=1)
+
+
+def test_a_graph_with_one_path_is_not():
+    graph = dnw.graphs.StaticGraph((4, 50), 4)
+    edges = torch.zeros_like(graph.weight, dtype=torch.bool)
+    edges[0, 0], edges[50, 4] = True, True  # from the first input to node 4, and from there to the first output
+    wiring = dnw.wire(graph, torch.optim.SGD(graph.parameters(), lr=0.1), rule=dnw.Frozen({"weight": edges}))
+    assert wiring.num_active == 2

@@ -11,7 +11,7 @@ import dnw
 
 ROOT = Path(dnw.__file__).parent
 FLOORS = [
-    ["_checks", "_files", "_layout", "_shards", "_foreign", "kernels"],
+    ["_checks", "_files", "_layout", "_shards", "_foreign", "_paths", "kernels"],
     ["_budgets", "_kinds", "_schedules", "_patterns", "_select", "_dormant"],
     ["_parameters", "_rule"],
     ["_edges", "_guard", "_layer", "_rules"],
@@ -33,6 +33,7 @@ FLOORS = [
 CORE = {
     "kernels",
     "_one_pass",
+    "_paths",
     "_stats",
     "_foreign",
     "_membership",

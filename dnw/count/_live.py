@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dnw._paths import reached
 from dnw._wiring import Wiring
 
 
@@ -46,16 +47,7 @@ def live_nodes(adjacency: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     Returns:
         Boolean mask ``[nodes]``.
     """
-    return _reach(adjacency, inputs) & _reach(adjacency.T, outputs)
-
-
-def _reach(adjacency: Tensor, start: Tensor) -> Tensor:
-    """The nodes that can be reached along the edges from the given ones, which are among them."""
-    reached, frontier = start.clone(), start
-    while bool(frontier.any()):
-        frontier = adjacency[:, frontier].any(dim=1) & ~reached
-        reached |= frontier
-    return reached
+    return reached(adjacency, inputs) & reached(adjacency.T, outputs)
 
 
 def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,13 +74,13 @@ def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, T
         for graph, matrix in zip(members, matrices, strict=True):
             start = torch.zeros(graph.num_nodes, dtype=torch.bool, device=matrix.device)
             start[: graph.num_inputs] = True if arriving is None else arriving
-            forwards.append(_reach(matrix, start))
+            forwards.append(reached(matrix, start))
             arriving = forwards[-1][-graph.num_outputs :]
         wanted: Tensor | None = None
         for graph, matrix in zip(reversed(members), reversed(matrices), strict=True):
             start = torch.zeros(graph.num_nodes, dtype=torch.bool, device=matrix.device)
             start[-graph.num_outputs :] = True if wanted is None else wanted
-            backwards.append(_reach(matrix.T, start))
+            backwards.append(reached(matrix.T, start))
             wanted = backwards[-1][: graph.num_inputs]
         for name, forward, backward in zip(chain, forwards, reversed(backwards), strict=True):
             result[name] = forward & backward
