@@ -73,7 +73,7 @@ class WiredLayer(Layer):
         self.parameter, self.module, self.is_graph = found.parameter, found.module, found.is_graph
         held = local(found.parameter).detach()
         shard = shard_of(found.parameter)
-        self.in_place = in_place and shard is None and dtype in (None, held.dtype)
+        self.in_place = in_place and dtype in (None, held.dtype)
         candidates = found.candidates
         self._num_candidates = math.prod(found.parameter.shape) if candidates is None else int(candidates.count_nonzero())
         if shard is not None and candidates is not None:

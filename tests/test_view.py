@@ -23,8 +23,9 @@ from dnw.cli import main
 from dnw.graphs import DiscreteTimeGraph
 from dnw.models import GraphChain, Stage, tiny_cifar10, tiny_digits
 from dnw.recipes import digits
-from dnw.train import RunDirectory, load_trained, override, resume, run_record, train, view_runs
+from dnw.train import EpochMetrics, RunDirectory, load_trained, override, resume, run_record, train, view_runs
 from dnw.train._build import load_data, make_batches, make_model
+from dnw.train._log import Log
 from dnw.train._view import Page
 from dnw.view import (
     NothingToShowError,
@@ -357,10 +358,19 @@ def test_a_run_with_nothing_to_show_says_nothing(page_of, monkeypatch, kind):
     assert main(["view", str(copy)]) == 1  # whoever asks for a page is told
 
 
-def test_a_run_is_resumed_past_a_damaged_snapshot(page_of):
-    copy, _ = page_of
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "epochs": 4, "baseline": None}))
+class Stopping(Log):
+    """Interrupts a run after its third epoch."""
+
+    def epoch(self, metrics: EpochMetrics, epochs: int) -> None:
+        if metrics.epoch == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_is_resumed_past_a_damaged_snapshot(tmp_path):
+    config = override(digits(), [*SHORT, "epochs=4", "baseline=null"])
+    copy = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, data_dir=tmp_path, out=copy, log=Stopping())
     files = sorted((copy / "snapshots").iterdir())
     files[2].write_bytes(files[2].read_bytes()[:-9])
     with pytest.warns(
