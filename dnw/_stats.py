@@ -1,13 +1,14 @@
 """What a wiring did since it was last asked: plain numbers, for a log.
 
-Contract: counts masks, which is one pass over a byte for each entry; keeps the edges of the last few times that it was asked,
-an entry to a bit. Until it is first asked nothing is kept.
+Contract: one pass over the masks of active edges; keeps the edges of the last few times that it was asked, an entry to a bit.
+Until it is first asked nothing is kept.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dnw._checks import listing
 from dnw._layer import WiredLayer
+from dnw.kernels._exchange import dead, each, packed, tally
 
 _KEPT = 8
 """Times asked that are remembered."""
@@ -29,44 +31,45 @@ class Statistics:
 
     def see(self, layers: Iterable[WiredLayer]) -> None:
         """Notes the edges of layers that may have changed, where anybody has asked before."""
-        for layer in layers:
-            ever = self._ever.get(layer.name)
-            if ever is not None and layer.has_changed:
-                assert layer.active is not None
-                ever.logical_or_(layer.active)
+        masks = {x.name: x.active for x in layers if x.name in self._ever and x.has_changed and x.active is not None}
+        for name, words in zip(masks, each([(m.numel(), partial(packed, m)) for m in masks.values()]), strict=True):
+            self._ever[name] |= words
 
-    def ask(self, layers: Iterable[WiredLayer], step: int, since: int | None) -> dict[str, Any]:
+    def ask(self, layers: Sequence[WiredLayer], step: int, since: int | None) -> dict[str, Any]:
         """Numbers per layer and in all; see :meth:`Wiring.stats`."""
         if since is not None and since not in self._before:
             known = listing(map(str, self._before)) if self._before else "none yet"
             raise ValueError(f"since={since}: edges are known of the steps at which they were asked for, {known}")
         last = next(reversed(self._before), None) if since is None else since
         before = {} if last is None else self._before[last]
-        rows, present = {}, {}
-        for layer in layers:
-            assert layer.active is not None
-            active = layer.active
-            ever = self._ever.setdefault(layer.name, active.clone()).logical_or_(active)
-            then = _unpacked(before[layer.name], active) if layer.name in before else active
-            counts = torch.stack([mask.count_nonzero() for mask in (active, ever, active & ~then, then & ~active)])
-            counts = counts if layer.shard is None else layer.shard.sum(counts)
-            num_active, num_ever, entered, left = counts.tolist()
-            rows[layer.name] = {
-                "candidates": layer.num_candidates,
-                "active": num_active,
-                "density": num_active / layer.num_candidates,
-                "entered": entered,
-                "left": left,
-                "ever_active": num_ever / layer.num_candidates,
-            }
-            if layer.shard is None:
-                rows[layer.name] |= _dead(layer.layout.by_target(active), layer.layout.groups)
-            present[layer.name] = _packed(active)
-        self._before[step] = present
+        found = each([(x.latent.numel(), partial(self._of_layer, x, before)) for x in layers])
+        rows = {}
+        for layer, (counts, of_nodes, _) in zip(layers, found, strict=True):
+            if layer.shard is not None:
+                counts = layer.shard.sum(torch.tensor(counts, device=layer.latent.device)).tolist()
+            active, ever, entered, left = counts
+            number = layer.num_candidates
+            rows[layer.name] = {"candidates": number, "active": active, "density": active / number}
+            rows[layer.name] |= {"entered": entered, "left": left, "ever_active": ever / number, **of_nodes}
+        self._before[step] = {layer.name: words for layer, (_, _, words) in zip(layers, found, strict=True)}
         self._before.move_to_end(step)
         while len(self._before) > _KEPT:
             self._before.popitem(last=False)
         return {"step": step, "layers": rows, "total": _totals(list(rows.values()))}
+
+    def _of_layer(self, layer: WiredLayer, before: dict[str, Tensor]) -> tuple[list[int], dict[str, int], Tensor]:
+        """What the part of a layer here counts, what of its targets and sources, and its edges."""
+        assert layer.active is not None
+        words = packed(layer.active)
+        ever = self._ever.setdefault(layer.name, words.clone())
+        counts = tally(words, before.get(layer.name, words), ever)
+        if layer.shard is not None:
+            return counts, {}, words
+        by_target = layer.layout.by_target(layer.active)
+        if by_target.ndim < 2:  # a vector has targets alone
+            return counts, {"dead_targets": by_target.numel() - counts[0], "dead_sources": 0}, words
+        targets, sources = dead(by_target.contiguous(), layer.layout.groups)
+        return counts, {"dead_targets": targets, "dead_sources": sources}, words
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -75,29 +78,3 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     number = max(1, total["candidates"])
     ever = sum(row["ever_active"] * row["candidates"] for row in rows)
     return {**total, "density": total["active"] / number, "ever_active": ever / number}
-
-
-def _dead(by_target: Tensor, groups: int) -> dict[str, int]:
-    """Targets, and sources of a group of targets, all of whose edges are dormant; a vector has targets alone."""
-    if by_target.ndim < 2:
-        return {"dead_targets": int((~by_target).count_nonzero()), "dead_sources": 0}
-    edges = by_target.flatten(2).any(2) if by_target.ndim > 2 else by_target
-    sources = edges.unflatten(0, (groups, -1)).any(1)
-    return {"dead_targets": int((~edges.any(1)).count_nonzero()), "dead_sources": int((~sources).count_nonzero())}
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """A mask, an entry to a bit."""
-    flat = mask.reshape(-1)
-    rest = -flat.numel() % 8
-    flat = torch.cat([flat, flat.new_zeros(rest)]) if rest else flat
-    return (flat.view(-1, 8).to(torch.uint8) * _bits(flat.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
-    bits = (packed.to(like.device).unsqueeze(1) & _bits(like.device)) != 0
-    return bits.view(-1)[: like.numel()].view(like.shape)
-
-
-def _bits(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)

@@ -138,6 +138,29 @@ def test_steps_are_the_same_without_native_code_and_by_ranking(name, lr, monkeyp
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 200])
+def test_packed_masks_and_what_they_count(size, monkeypatch):
+    masks = [torch.rand(size) < share for share in (0.3, 0.5, 0.2)]
+    results = []
+    for _ in range(2):
+        now, then, ever = map(_exchange.packed, masks)
+        results.append((_exchange.tally(now, then, ever), now.tolist(), ever.tolist()))
+        without_native(monkeypatch)
+    assert results[0] == results[1]
+    now, then, ever = masks
+    assert results[0][0] == [int(x.sum()) for x in (now, ever | now, now & ~then, then & ~now)]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3), (6, 1, 3, 3), (2, 70, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 1.0])
+def test_dead_targets_and_sources(shape, groups, density, monkeypatch):
+    mask = torch.rand(shape) < density
+    native = _exchange.dead(mask, groups)
+    without_native(monkeypatch)
+    assert native == _exchange.dead(mask, groups)
+
+
 def test_jobs_give_their_results_in_order_and_raise_what_they_raise(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     jobs = [(1 << 17, lambda i=i: i * i) for i in range(9)]

@@ -7,6 +7,7 @@ one piece; several of them are worked on at once, by as many threads as PyTorch 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VERSION = 2
+_VERSION = 3
 _GROUPS = 2048  # places that are compared at once: GROUPS of exchange.c
 _SMALL = 1 << 16
 """Entries, in all, that are not worth waking threads for."""
@@ -30,7 +31,8 @@ def library() -> ctypes.CDLL | None:
         try:
             found = ctypes.CDLL(str(path))
             if found.dnw_exchange_version() == _VERSION:
-                found.dnw_take.restype = found.dnw_take_n_of_m.restype = None
+                for name in ("take", "take_n_of_m", "pack", "tally", "dead"):
+                    getattr(found, f"dnw_{name}").restype = None
                 return found
         except (OSError, AttributeError):  # of another machine, or no library of ours
             continue
@@ -184,6 +186,49 @@ def take_n_of_m(held: Tensor, latent: Tensor, active: Tensor, n: int, m: int, ta
         ctypes.c_uint32(m),
         _at(taken),
     )
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A mask, 64 entries to a word, the first in the lowest bit: int64."""
+    lib, size = library(), mask.numel()
+    if lib is not None and is_native(mask):
+        words = torch.empty(-(-size // 64), dtype=torch.int64)
+        lib.dnw_pack(_at(mask), ctypes.c_int64(size), _at(words))
+        return words
+    flat = torch.cat([mask.reshape(-1), mask.new_zeros(-size % 64)]).view(-1, 64).to(torch.int64)
+    return (flat << torch.arange(64, device=mask.device)).sum(1)
+
+
+def tally(now: Tensor, then: Tensor, ever: Tensor) -> list[int]:
+    """Of packed masks how many entries are now, have ever been, are now but were not then, were then but are not now.
+
+    Args:
+        now, then: packed.
+        ever: packed; what is now is added to it, in place.
+    """
+    lib = library()
+    if lib is not None and all(x.device.type == "cpu" for x in (now, then, ever)):
+        counts = torch.empty(4, dtype=torch.int64)
+        lib.dnw_tally(_at(now), _at(then), _at(ever), ctypes.c_int64(len(now)), _at(counts))
+        return counts.tolist()
+    ever |= now
+    places = torch.arange(64, device=now.device)
+    return [int(((words.unsqueeze(1) >> places) & 1).sum()) for words in (now, ever, now & ~then, then & ~now)]
+
+
+def dead(mask: Tensor, groups: int) -> tuple[int, int]:
+    """Targets, and sources of a group of targets, without edges in a mask ``[targets, sources, ...]``."""
+    lib = library()
+    if lib is not None and is_native(mask):
+        kernel = math.prod(mask.shape[2:])
+        seen, found = torch.empty(mask.shape[1], dtype=torch.uint8), torch.empty(2, dtype=torch.int64)
+        sizes = (groups, mask.shape[0] // groups, mask.shape[1], kernel)
+        lib.dnw_dead(_at(mask), *map(ctypes.c_int64, sizes), _at(seen), _at(found))
+        targets, sources = found.tolist()
+        return targets, sources
+    edges = mask.flatten(2).any(2) if mask.ndim > 2 else mask
+    read = edges.unflatten(0, (groups, -1)).any(1)
+    return int((~edges.any(1)).count_nonzero()), int((~read).count_nonzero())
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:

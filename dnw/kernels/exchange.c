@@ -18,7 +18,7 @@
 #define INFINITE 0x7f800000u
 enum { BLOCK = 128, GROUPS = 2048 };
 
-int dnw_exchange_version(void) { return 2; }
+int dnw_exchange_version(void) { return 3; }
 
 static inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -124,4 +124,54 @@ WIDEST void dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_
       in[i] = float_of(bits_of(in[i]) & -is_in);
     }
   }
+}
+
+/* A mask, 64 entries to a word, the first in the lowest bit; what is left of the last word is 0. */
+void dnw_pack(const uint8_t *mask, int64_t size, uint64_t *words) {
+  for (int64_t start = 0; start < size; start += 64) {
+    uint64_t word = 0;
+    for (int32_t byte = 0; byte < 8; byte++) {
+      int64_t left = size - start - 8 * byte;
+      uint64_t eight = 0;
+      if (left >= 8)
+        memcpy(&eight, mask + start + 8 * byte, 8);
+      else
+        for (int64_t i = 0; i < left; i++) eight |= (uint64_t)mask[start + 8 * byte + i] << (8 * i);
+      word |= (eight * 0x0102040810204080u >> 56) << (8 * byte);
+    }
+    words[start / 64] = word;
+  }
+}
+
+/* counts = {now, ever, now but not then, then but not now}, of packed masks; what is now has ever been. */
+WIDEST void dnw_tally(const uint64_t *now, const uint64_t *then, uint64_t *ever, int64_t words, int64_t *counts) {
+  int64_t number = 0, all = 0, entered = 0, left = 0;
+  for (int64_t i = 0; i < words; i++) {
+    ever[i] |= now[i];
+    number += __builtin_popcountll(now[i]), all += __builtin_popcountll(ever[i]);
+    entered += __builtin_popcountll(now[i] & ~then[i]), left += __builtin_popcountll(then[i] & ~now[i]);
+  }
+  counts[0] = number, counts[1] = all, counts[2] = entered, counts[3] = left;
+}
+
+/* found = {targets without edges, sources that no target of their group reads}, of a mask [groups, targets, sources, kernel].
+ * Seen has room for a row; it is overwritten. */
+void dnw_dead(const uint8_t *mask, int64_t groups, int64_t targets, int64_t sources, int64_t kernel, uint8_t *seen, int64_t *found) {
+  int64_t row = sources * kernel, dead_targets = 0, dead_sources = 0;
+  for (int64_t g = 0; g < groups; g++) {
+    int64_t missing = sources;
+    memset(seen, 0, (size_t)sources);
+    for (int64_t t = 0; t < targets; t++, mask += row) {
+      const uint8_t *first = memchr(mask, 1, (size_t)row);
+      dead_targets += first == 0;
+      if (first == 0 || missing == 0) continue;
+      for (int64_t i = first - mask; i < row; i++) {
+        if (!mask[i] || seen[i / kernel]) continue;
+        seen[i / kernel] = 1;
+        missing--;
+      }
+    }
+    dead_sources += missing;
+  }
+  found[0] = dead_targets, found[1] = dead_sources;
 }
