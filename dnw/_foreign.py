@@ -6,7 +6,8 @@ Contract: says of an optimizer what it is, by what it has. Nothing here needs th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
@@ -59,13 +60,14 @@ def has_state_hooks(optimizer: Optimizer) -> bool:
     return hasattr(optimizer, "_optimizer_state_dict_pre_hooks") and hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks")
 
 
-def let_hooks_run(optimizer: Optimizer) -> None:
-    """Makes ``step`` run hooks where the class has left out the base class's constructor, which sees to that."""
+def step_with_hooks(optimizer: Optimizer) -> Callable[..., Any] | None:
+    """A ``step`` that runs hooks, where the class has left out the base class's constructor, which sees to that; else None."""
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         vars(optimizer).setdefault(name, OrderedDict())
-    if getattr(optimizer.step, "hooked", None) is None:
-        step = Optimizer.profile_hook_step(type(optimizer).step)
-        optimizer.step = step.__get__(optimizer)  # type: ignore[method-assign]
+    if getattr(optimizer.step, "hooked", None) is not None:
+        return None
+    step: Callable[..., Any] = Optimizer.profile_hook_step(type(optimizer).step).__get__(optimizer)
+    return step
 
 
 def parts(optimizer: Optimizer) -> tuple[str, ...]:

@@ -25,8 +25,10 @@ MARGIN = 1 << 16
 
 
 def is_in_place(rule: Rule, dormant: Dormant) -> bool:
-    """Whether parameters hold their latent weights themselves: dormant edges have none, and nothing is held for them."""
-    return not rule.has_latent_weights and dormant.momentum != "hold"
+    """Whether parameters hold their latent weights themselves: dormant edges have none, and the others are as they are."""
+    hooks = ("updated", "project", "latent_of", "remade", "settle")
+    plain = all(getattr(type(rule), hook) is getattr(Rule, hook) for hook in hooks)
+    return not rule.has_latent_weights and plain and dormant.momentum != "hold"
 
 
 class WiredLayer(Layer):
@@ -76,8 +78,8 @@ class WiredLayer(Layer):
         self.in_place = in_place and dtype in (None, held.dtype)
         candidates = found.candidates
         self._num_candidates = math.prod(found.parameter.shape) if candidates is None else int(candidates.count_nonzero())
-        if shard is not None and candidates is not None:
-            candidates = shard.cut(candidates)
+        if candidates is not None:
+            candidates = (candidates if shard is None else shard.cut(candidates)).contiguous()
         latent = held if self.in_place else held.to(dtype or held.dtype, copy=True)
         super().__init__(found.name, latent, candidates, seed, shard=shard, pattern=pattern, layout=found.layout)
         self.least_per_target = found.least_per_target
@@ -98,7 +100,10 @@ class WiredLayer(Layer):
 
     @latent.setter
     def latent(self, value: Tensor) -> None:
-        self._latent = self.held[:0].detach() if self.in_place else value
+        if not self.in_place:
+            self._latent = value
+        elif value.data_ptr() != self.held.data_ptr():
+            self.held.copy_(value)
 
     @property
     def num_candidates(self) -> int:
@@ -143,12 +148,12 @@ class WiredLayer(Layer):
             grad = grad.redistribute(placements=parameter.placements)  # partial sums of replicated parameters, say
         return local(grad)
 
-    def buffer(self) -> Tensor:
-        """Memory of the shape of the gradient, kept from step to step."""
-        grad = self.local_grad()
-        if self._buffer is None or self._buffer.shape != grad.shape or self._buffer.dtype != grad.dtype:
-            self._buffer = torch.empty_like(grad)
-        return self._buffer
+    def buffer(self, like: Tensor) -> Tensor:
+        """Memory for a gradient like this one, kept from step to step."""
+        kept = self._buffer
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (like.shape, like.dtype, like.device):
+            self._buffer = kept = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return kept
 
     def see_state(self, state: Mapping[str, Any]) -> None:
         """Shows the rule what the optimizer keeps for the parameter."""
@@ -164,10 +169,11 @@ class WiredLayer(Layer):
         self.version = self._present_version()
 
     def clear_dormant(self) -> None:
-        """Writes 0 to the dormant edges of the parameter."""
+        """Sets the latent weights of dormant edges to 0: of the parameter itself where it holds them."""
         assert self.active is not None
-        self.held.masked_fill_(~self.active, 0)
-        self.accept()
+        self.latent.masked_fill_(~self.active, 0)
+        if self.in_place:
+            self.accept()
 
     def _present_version(self) -> int:
         """Moves with every write to the parameter; a sharded one counts writes to it and to its local part apart."""
@@ -239,7 +245,9 @@ class WiredLayer(Layer):
     def take(self, stepped: Tensor) -> None:
         """Takes over latent weights that the base optimizer has made, as far as they are not yet."""
         done = int(self.progress)
-        if not self.in_place and done < self.latent.numel():
+        if not self.in_place and not done:
+            self.latent.copy_(stepped)
+        elif not self.in_place and done < self.latent.numel():  # only what lies in one piece is taken over in parts
             self.latent.view(-1)[done:].copy_(stepped.reshape(-1)[done:])
         self.progress.fill_(self.latent.numel())
 

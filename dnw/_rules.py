@@ -62,7 +62,7 @@ class NoUpdate(Rule):
 
     @property
     def needs_dormant_gradient(self) -> bool:
-        return False
+        return type(self).gradient is not Rule.gradient  # a subclass's own says itself what dormant edges get
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,10 @@ class L1Anneal(MagnitudePruning):
 
     def __post_init__(self) -> None:
         _check(self, penalty=(0.0, math.inf))
+
+    @property
+    def needs_dormant_gradient(self) -> bool:
+        return False
 
     def gradient(self, layer: Layer) -> Tensor | None:
         assert layer.grad is not None
@@ -449,7 +453,7 @@ class SparseMomentum(PruneAndGrow):
             sums.append(both if x.shard is None else x.shard.sum(both))
         momenta, active = (part.tolist() for part in torch.stack(sums).double().unbind(1))
         active = [int(n) // unit for n in active]
-        least = [-(-x.least // unit) for x in pool.layers]
+        least = [-(-max(x.least, x.num_edges_of_targets()) // unit) for x in pool.layers]
         kept = max(sum(least), (pool.k - int(fraction * pool.k)) // unit)
         more = [n - at_least for n, at_least in zip(active, least, strict=True)]
         stay = [a + b for a, b in zip(least, share_out(kept - sum(least), more, more), strict=True)]

@@ -222,6 +222,9 @@ def _set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequen
     if floor.per_target and (pattern is not None or not rule.fits_floors):
         what = repr(pattern) if pattern is not None else type(rule).__name__
         raise ValueError(f"floor={floor!r}: {what} chooses its edges without regard to targets; leave per_target out")
+    for layer in (x for pool in pools for x in pool.layers if x.least_per_target):
+        if isinstance(rule, Frozen) and not bool(layer.layout.by_target(rule.edges[layer.name]).flatten(1).any(1).all()):
+            raise ValueError(f"Frozen edges for {layer.name!r} leave a target without any, and its weight norm would be 0 / 0")
     shared = rule.redistributes or any(len(pool.layers) > 1 for pool in pools)
     if not shared and (floor.edges > 1 or floor.density):
         raise ValueError(f"floor={floor!r}: every layer has a budget of its own, so it would have no effect; leave it out")

@@ -38,9 +38,9 @@ from dnw._foreign import (
     chain,
     evaluates_first,
     has_state_hooks,
-    let_hooks_run,
     loads_in_its_own_way,
     parts,
+    step_with_hooks,
 )
 from dnw._guard import EvaluationGuard
 from dnw._layer import WiredLayer, is_in_place
@@ -79,9 +79,12 @@ class _Replaced:
 
     optimizer: Optimizer
     name: str
+    function: Callable[..., Any]
     own: Callable[..., Any] | None
 
     def remove(self) -> None:
+        if vars(self.optimizer).get(self.name) is not self.function:
+            return  # another wiring has put its own around it, which passes the call on
         if self.own is None:
             vars(self.optimizer).pop(self.name, None)
         else:
@@ -350,6 +353,7 @@ class Wiring(Mapping[str, WiredParameter]):
         self._prepare(self._layers)
         for layer in self._layers:
             layer.write(self._effective(layer))
+            self._clear_momentum(layer)
             self._enter_state(layer)
 
     @contextmanager
@@ -406,14 +410,16 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _register(self) -> None:
         optimizer, uncompiled = self._optimizer, torch.compiler.disable
-        let_hooks_run(optimizer)
-        self._handles = [
+        self._handles = []
+        if (step := step_with_hooks(optimizer)) is not None:
+            self._put(optimizer, "step", step)
+        self._handles += [
             optimizer.register_step_pre_hook(uncompiled(self._before_step)),
             optimizer.register_step_post_hook(uncompiled(self._after_step)),
         ]
         hooks = optimizer._optimizer_step_post_hooks
         if isinstance(hooks, OrderedDict):  # hooks that were there before see what the step has made, as later ones do
-            hooks.move_to_end(self._handles[1].id, last=False)
+            hooks.move_to_end(self._handles[-1].id, last=False)
         for keeper in filter(has_state_hooks, self._chain):
             self._handles += [
                 keeper.register_state_dict_pre_hook(lambda _: self._catch_up()),
@@ -448,17 +454,16 @@ class Wiring(Mapping[str, WiredParameter]):
         optimizer, method = self._optimizer, getattr(self._optimizer, name)
 
         def surrounded(*args: Any, **kwargs: Any) -> Any:
-            if self._open and self._open.is_mine and self._open.is_running():
-                return method(*args, **kwargs)  # a part of what is open already
+            if not self._handles or (self._open and self._open.is_mine and self._open.is_running()):
+                return method(*args, **kwargs)  # the wiring is off, or it is a part of what is open already
             return run_exchanged(optimizer, begin, method, end, args, kwargs)
 
         self._put(optimizer, name, surrounded)
 
     def _put(self, optimizer: Optimizer, name: str, function: Callable[..., Any]) -> None:
         """Puts a function in the place of a method of one optimizer, until the wiring is taken off."""
-        own = vars(optimizer).get(name)
+        self._handles.append(_Replaced(optimizer, name, function, vars(optimizer).get(name)))
         setattr(optimizer, name, function)
-        self._handles.append(_Replaced(optimizer, name, own))
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -600,13 +605,20 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._layers:
             layer.take(layer.held.detach())
         self._open = None
-        self._select(self._layers)
+        if self.rule.has_latent_weights:
+            self._select(self._layers)
         for layer in self._layers:
+            if not self.rule.has_latent_weights:  # edges that came in with weight 0 are not to lose for it
+                layer.take_back()
+                layer.clear_dormant()
+                layer.write(self._effective(layer))
             self._enter_state(layer)
 
     def _load_around(self, keeper: Optimizer, load: Callable[[Any], Any], state_dict: dict[str, Any]) -> Any:
         """Loads a state for an optimizer that does so in its own way, perhaps without running hooks."""
-        if not {"state", "param_groups"} <= set(state_dict):  # it holds that of the optimizer inside, which is loaded by itself
+        if not self._handles or not {"state", "param_groups"} <= set(
+            state_dict
+        ):  # it holds that of the optimizer inside, which is loaded by itself
             return load(state_dict)
         rest = self._take_from_state_dict(keeper, state_dict)
         self._loads_around = True
@@ -632,19 +644,21 @@ class Wiring(Mapping[str, WiredParameter]):
             layer.see_state(self._state.get(layer.parameter, {}))
             layer.grad = given if scale is None else given / scale
             gradient = self.rule.gradient(layer)
-            if not (is_due and self.rule.selects_by_gradient):
+            selects = is_due and self.rule.selects_by_gradient
+            if not selects:
                 layer.grad = None
             elif scale is None and (gradient is None or gradient.data_ptr() == given.data_ptr()):
                 layer.grad = given.clone()  # some optimizers change the gradient in place
             if gradient is not None and scale is not None:
                 gradient = gradient * scale
-            found = given if gradient is None else gradient
+            found, check = given if gradient is None else gradient, self._checks(layer)
             if self._is_masked(layer):
                 assert layer.active is not None
-                gradient = layer.buffer()
-                jobs.append((found.numel(), partial(masked, found, layer.active, gradient)))
+                gradient = layer.buffer(found)
+                work = partial(masked, found, layer.active, gradient, check=check, check_all=check and selects)
             else:
-                jobs.append((found.numel(), partial(is_finite, found) if self._checks(layer) else lambda: True))
+                work = partial(is_finite, found) if check else partial(bool, True)
+            jobs.append((found.numel() if found.device.type == "cpu" else 0, work))
             gradients.append(gradient)
         for layer, finite in zip(layers, each(jobs), strict=True):
             if self._checks(layer):
@@ -688,7 +702,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def steps_with(self, optimizer: Optimizer) -> bool:
         """Whether a step of an optimizer is a step of this wiring's own, or a part of one."""
-        return optimizer in self._chain or (self._open is not None and self._open.is_mine)
+        return optimizer in self._chain or (self._in_a_step() and self._open is not None and self._open.is_mine)
 
     def _pools_of(self, layers: Sequence[WiredLayer]) -> list[Pool]:
         """The pools that hold one of the layers."""
@@ -783,7 +797,7 @@ class Wiring(Mapping[str, WiredParameter]):
 
     def _close(self, step: OpenStep, stepped: Sequence[WiredLayer]) -> None:
         """Does to the momentum of dormant edges what is to be done, also in layers that traded edges without stepping."""
-        if self.dormant.momentum == "update" or (self._dormant_stay_zero() and not step.exchanged):
+        if self.dormant.momentum == "update" or (self._zeros_stay and not step.exchanged):
             return
         traded = [x for pool in self._pools_of(stepped) for x in pool.layers] if self.dormant.momentum == "zero" else stepped
         for layer in traded:
@@ -822,12 +836,16 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in {id(layer): layer for layer in [*layers, *changed]}.values():
             if layer.exchanged:
                 layer.take_back()
-            if step is None or not layer.in_place or id(layer) in due_layers:
-                layer.write(self._effective(layer))
-            elif self._dormant_stay_zero() or self._is_full(layer):
+            unchanged = not self.rule.has_latent_weights and step is not None and id(layer) not in due_layers
+            if unchanged and layer.in_place and (self._zeros_stay or self._is_full(layer)):
                 layer.accept()
-            else:
+                continue
+            if unchanged:
                 layer.clear_dormant()
+            if not (unchanged and layer.in_place):
+                layer.write(self._effective(layer))
+            if step is None:
+                self._clear_momentum(layer)
 
     def _is_due(self, pool: Pool, step: int | None) -> bool:
         """Whether a selection can change the edges of a pool: after a step, or after a write to its weights."""
@@ -835,15 +853,22 @@ class Wiring(Mapping[str, WiredParameter]):
             return False
         return step is None or pool.k != pool.num_active or self.rule.is_due(step)
 
+    @property
+    def _zeros_stay(self) -> bool:
+        """Whether dormant edges are 0 after a step because they were before, so that nothing need be written to them.
+
+        They have no weights, no gradient and no momentum then, and the base optimizer leaves such entries alone.
+        """
+        rule = self.rule
+        without = not (rule.has_latent_weights or rule.needs_dormant_gradient)
+        no_momentum = rule.fixed or self.dormant.momentum == "zero"
+        return without and no_momentum and len(self._chain) == 1 and keeps_zeros(self._optimizer)
+
     def _clear_momentum(self, layer: WiredLayer) -> None:
-        """Lets dormant edges without weights of their own, which get no gradient, begin without momentum too."""
-        if layer.in_place and not self.rule.needs_dormant_gradient:
+        """Takes the momentum from dormant edges whose zeros are to stay; whatever chose them, or brought it."""
+        if layer.in_place and self._zeros_stay:
             layer.see_state(self._state.get(layer.parameter, {}))
             Dormant(momentum="zero").apply(layer)
-
-    def _dormant_stay_zero(self) -> bool:
-        """Whether the base optimizer leaves at 0 what is 0 and has no gradient and no momentum."""
-        return not self.rule.needs_dormant_gradient and len(self._chain) == 1 and keeps_zeros(self._optimizer)
 
     def _choose(self, pools: Sequence[Pool], stepped: bool = False) -> list[WiredLayer]:
         """Gives the layers of some pools the edges that the rule chooses; returns those whose edges changed."""
@@ -1117,12 +1142,14 @@ class Wiring(Mapping[str, WiredParameter]):
             self._take(layer, entry)
         self._prepare(self._layers)
         for layer in self._layers:
-            layer.write(self._effective(layer))
-            self._clear_momentum(layer)
-            self._enter_state(layer)
+            if layer.name in incoming:
+                layer.write(self._effective(layer))
+                self._clear_momentum(layer)
         for pool in self._pools_of(self._layers):
             self._count(pool)
         self._select([layer for layer in self._layers if layer.name not in incoming])
+        for layer in self._layers:
+            self._enter_state(layer)
 
 
 def _copied(

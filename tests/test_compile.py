@@ -85,6 +85,7 @@ def assert_equal_to_the_trained(model: nn.Module, size: tuple[int, int, int], ba
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("edges", [1, 8, 30, 60, 100, 400, None])
+@pytest.mark.filterwarnings("ignore:no path of active edges")
 def test_the_digits_net(edges):
     model = lively(tiny_digits())
     assert_equal_to_the_trained(model if edges is None else thinned(model, 3, num_edges=edges), (1, 8, 8))
@@ -525,6 +526,7 @@ def network(name: str) -> tuple[nn.Module, Program]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:no path of active edges")
 def test_onnx_of_the_compacted_network(name, tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model, program = network(name)
@@ -553,6 +555,7 @@ compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"
 
 @compiler
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:no path of active edges")
 def test_c_of_the_compacted_network(name, tmp_path):
     """Without a warning as C99, nothing beyond its arrays (the sanitizers watch), and the same outputs call after call."""
     model, program = network(name)

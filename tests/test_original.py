@@ -136,6 +136,7 @@ def test_every_recipe_builds_and_counts(recipe, request):
     assert found.active <= found.parameters
 
 
+@pytest.mark.filterwarnings("ignore:no path of active edges")
 def test_edges_that_reach_no_output_are_refused_where_they_never_change(tmp_path, capsys):
     assert main(["train", "digits", "rule=random", "baseline=null", "num_edges=2", "--out", str(tmp_path / "run")]) == 1
     assert "with its 2 edges nothing can reach an output of the graph" in capsys.readouterr().err

@@ -395,6 +395,7 @@ def test_rules_that_go_by_gradients_refuse_parameters_that_get_none():
         dnw.wire(layer, sgd(layer), density=0.2, rule=dnw.RigL())
 
 
+@pytest.mark.filterwarnings("ignore:no path of active edges")
 def test_patterns_are_for_parameters_all_of_whose_entries_are_candidates():
     graph = dnw.graphs.DiscreteTimeGraph(8, 2, 2, maps=False)
     assert dnw.wire(graph, sgd(graph), density=0.25, pattern=dnw.Blocks(2, 2)).num_active == 16

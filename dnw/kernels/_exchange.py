@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ def is_native(*tensors: Tensor | None) -> bool:
 def each(jobs: Sequence[tuple[int, Callable[[], Any]]]) -> list[Any]:
     """The results of some jobs, each with its size in entries, run at once by as many threads as PyTorch uses.
 
+    Jobs on an accelerator have size 0: they are launched from this thread, into its stream.
+
     Returns only when none of them runs any more, also where it is interrupted.
     """
     threads = min(torch.get_num_threads(), len(jobs))
@@ -64,23 +66,30 @@ def each(jobs: Sequence[tuple[int, Callable[[], Any]]]) -> list[Any]:
         wait(futures.values())
 
 
-@cache
+@lru_cache(maxsize=1)
 def _crew(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads of this process: one that is forked from it has none."""
     return ThreadPoolExecutor(threads, thread_name_prefix="dnw")
 
 
-def masked(values: Tensor, mask: Tensor, out: Tensor) -> bool:
-    """Writes values where a mask holds, else 0, to ``out``; returns whether all of it is finite.
+def masked(values: Tensor, mask: Tensor, out: Tensor, *, check: bool = True, check_all: bool = False) -> bool:
+    """Writes values where a mask holds, else 0, to ``out``.
 
     Args:
         values, mask, out: of one shape; the mask is boolean.
+        check: whether to look at what is written.
+        check_all: whether to look at all values.
+
+    Returns:
+        Whether what was looked at is finite; true where nothing was.
     """
-    lib = library()
+    lib, values = library(), values.detach()
     if lib is not None and is_native(values, mask, out):
-        return bool(lib.dnw_masked(_at(values), _at(mask), _at(out), ctypes.c_int64(values.numel())))
-    torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device), out=out)
-    return is_finite(out)
+        finite = bool(lib.dnw_masked(_at(values), _at(mask), _at(out), ctypes.c_int64(values.numel())))
+    else:
+        torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device), out=out)
+        finite = not check or is_finite(out)
+    return (finite or not check) and (not check_all or is_finite(values))
 
 
 def is_finite(values: Tensor) -> bool:
