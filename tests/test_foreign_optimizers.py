@@ -55,6 +55,19 @@ def backward(net: nn.Module, step: int) -> float:
     return loss.item()
 
 
+def closure_of(net: nn.Module, optimizer: torch.optim.Optimizer, step: int):
+    """What evaluates a network and its gradients anew, as often as the optimizer likes."""
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        images, labels = batch(step)
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 # --- averages: eval() and train() exchange parameters and their average ---
 
 
@@ -249,15 +262,7 @@ def test_lbfgs_equals_masks_in_the_forward_pass(search):
         losses = []
         for model, base in ((net, optimizer), (textbook, theirs)):
             textbook.hold()
-
-            def closure(model=model, base=base, step=step):
-                base.zero_grad()
-                images, labels = batch(step)
-                loss = F.cross_entropy(model(images), labels)
-                loss.backward()
-                return loss
-
-            losses.append(base.step(closure).item())
+            losses.append(base.step(closure_of(model, base, step)).item())
         textbook.release()
         assert losses[0] == losses[1]
         assert is_sparse(wiring)
@@ -288,15 +293,7 @@ def test_an_optimizer_that_moves_before_it_evaluates_its_closure():
         losses = []
         for model, base in ((net, optimizer), (textbook, theirs)):
             textbook.hold()
-
-            def closure(model=model, base=base, step=step):
-                base.zero_grad()
-                images, labels = batch(step)
-                loss = F.cross_entropy(model(images), labels)
-                loss.backward()
-                return loss
-
-            losses.append(base.step(closure).item())
+            losses.append(base.step(closure_of(model, base, step)).item())
         textbook.release()
         assert losses[0] == losses[1]
         assert same(wiring, textbook)
