@@ -9,11 +9,11 @@ if ! command -v gcc >/dev/null; then
 fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-cp -r dnw tests pyproject.toml "$scratch"
+cp -r src/dnw tests pyproject.toml "$scratch"
 rm -f "$scratch"/dnw/compile/_kernels*.so "$scratch"/dnw/kernels/_exchange_native*.so
 sanitized() { gcc -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -shared -fPIC -o "$scratch/$2" "$1" -lm; }
-sanitized dnw/compile/_kernels.c dnw/compile/_kernels.so
-sanitized dnw/kernels/exchange.c dnw/kernels/_exchange_native.so
+sanitized src/dnw/compile/_kernels.c dnw/compile/_kernels.so
+sanitized src/dnw/kernels/exchange.c dnw/kernels/_exchange_native.so
 cd "$scratch"
 export PYTHONPATH=$scratch:$scratch/tests ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dnw
-from dnw._select import magnitude_bits
+from dnw._selection.top_k import magnitude_bits
 from dnw.kernels import _exchange
 
 pytestmark = [
@@ -130,7 +130,7 @@ def test_steps_are_the_same_without_native_code_and_by_ranking(name, lr, monkeyp
     native = train()
     without_native(monkeypatch)
     plain = train()
-    monkeypatch.setattr("dnw._one_pass.fits", lambda layer: False)
+    monkeypatch.setattr("dnw._wiring.one_pass.fits", lambda layer: False)
     ranked = train()
     for other in (plain, ranked):
         assert all(torch.equal(a, b) for a, b in zip(native[0].values(), other[0].values(), strict=True))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dnw
-from dnw._select import Ranking, top_k_each
+from dnw._selection.top_k import Ranking, top_k_each
 
 
 def slow_with_floors(

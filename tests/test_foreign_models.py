@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import dnw
-from dnw._parameters import find_parameters
+from dnw._wiring.parameters import find_parameters
 
 
 def names(model: nn.Module, include=None, exclude=()) -> list[str]:

@@ -9,9 +9,9 @@ from processes import on_processes
 from torch import Tensor, nn
 
 import dnw
-from dnw._layout import Layout
-from dnw._rule import Layer
-from dnw._shards import shard_of
+from dnw._rules.layer import Layer
+from dnw._selection.layout import Layout
+from dnw._selection.shards import shard_of
 
 
 class Conv1D(nn.Module):

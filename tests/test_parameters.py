@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dnw
-from dnw._parameters import find_parameters
+from dnw._wiring.parameters import find_parameters
 from dnw.graphs import StaticGraph
 
 

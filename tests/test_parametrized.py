@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import dnw
-from dnw._parameters import find_parameters
+from dnw._wiring.parameters import find_parameters
 
 
 def old_weight_norm(module: nn.Module, dim: int | None = 0) -> nn.Module:

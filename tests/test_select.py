@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dnw
-from dnw import _select
-from dnw._budgets import ByName, Shape
+from dnw._selection import top_k as _select
+from dnw._selection.budgets import ByName, Shape
 
 
 @pytest.mark.parametrize(

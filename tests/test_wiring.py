@@ -15,7 +15,7 @@ from helpers import MaskInForward, RuleCase, batch, rule_cases, small_net, train
 from torch import nn
 
 import dnw
-from dnw._state import FORMAT
+from dnw._wiring.state import FORMAT
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),

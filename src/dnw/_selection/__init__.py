@@ -1,0 +1,1 @@
+"""Which edges, and how many: pure functions of tensors, shapes and numbers."""

@@ -1,0 +1,1 @@
+"""The wiring: what ties a rule to the parameters of a model and to the optimizer that trains them."""

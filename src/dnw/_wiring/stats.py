@@ -1,0 +1,80 @@
+"""What a wiring did since it was last asked: plain numbers, for a log.
+
+Contract: one pass over the masks of active edges; keeps the edges of the last few times that it was asked, an entry to a bit.
+Until it is first asked nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw._checks import listing
+from dnw._wiring.layer import WiredLayer
+from dnw.kernels._exchange import dead, each, packed, tally
+
+_KEPT = 8
+"""Times asked that are remembered."""
+
+
+class Statistics:
+    """The edges of some layers over time, as far as they were asked for."""
+
+    def __init__(self) -> None:
+        self._ever: dict[str, Tensor] = {}
+        self._before: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def see(self, layers: Iterable[WiredLayer]) -> None:
+        """Notes the edges of layers that may have changed, where anybody has asked before."""
+        masks = {x.name: x.active for x in layers if x.name in self._ever and x.has_changed and x.active is not None}
+        for name, words in zip(masks, each([(m.numel(), partial(packed, m)) for m in masks.values()]), strict=True):
+            self._ever[name] |= words
+
+    def ask(self, layers: Sequence[WiredLayer], step: int, since: int | None) -> dict[str, Any]:
+        """Numbers per layer and in all; see :meth:`Wiring.stats`."""
+        if since is not None and since not in self._before:
+            known = listing(map(str, self._before)) if self._before else "none yet"
+            raise ValueError(f"since={since}: edges are known of the steps at which they were asked for, {known}")
+        last = next(reversed(self._before), None) if since is None else since
+        before = {} if last is None else self._before[last]
+        found = each([(x.latent.numel(), partial(self._of_layer, x, before)) for x in layers])
+        rows = {}
+        for layer, (counts, of_nodes, _) in zip(layers, found, strict=True):
+            if layer.shard is not None:
+                counts = layer.shard.sum(torch.tensor(counts, device=layer.latent.device)).tolist()
+            active, ever, entered, left = counts
+            number = layer.num_candidates
+            rows[layer.name] = {"candidates": number, "active": active, "density": active / number}
+            rows[layer.name] |= {"entered": entered, "left": left, "ever_active": ever / number, **of_nodes}
+        self._before[step] = {layer.name: words for layer, (_, _, words) in zip(layers, found, strict=True)}
+        self._before.move_to_end(step)
+        while len(self._before) > _KEPT:
+            self._before.popitem(last=False)
+        return {"step": step, "layers": rows, "total": _totals(list(rows.values()))}
+
+    def _of_layer(self, layer: WiredLayer, before: dict[str, Tensor]) -> tuple[list[int], dict[str, int], Tensor]:
+        """What the part of a layer here counts, what of its targets and sources, and its edges."""
+        assert layer.active is not None
+        words = packed(layer.active)
+        ever = self._ever.setdefault(layer.name, words.clone())
+        counts = tally(words, before.get(layer.name, words), ever)
+        if layer.shard is not None:
+            return counts, {}, words
+        by_target = layer.layout.by_target(layer.active)
+        if by_target.ndim < 2:  # a vector has targets alone
+            return counts, {"dead_targets": by_target.numel() - counts[0], "dead_sources": 0}, words
+        targets, sources = dead(by_target.contiguous(), layer.layout.groups)
+        return counts, {"dead_targets": targets, "dead_sources": sources}, words
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = ("candidates", "active", "entered", "left", "dead_targets", "dead_sources")
+    total = {key: sum(row.get(key, 0) for row in rows) for key in sums}
+    number = max(1, total["candidates"])
+    ever = sum(row["ever_active"] * row["candidates"] for row in rows)
+    return {**total, "density": total["active"] / number, "ever_active": ever / number}

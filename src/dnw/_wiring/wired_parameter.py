@@ -1,0 +1,110 @@
+"""One wired parameter as its user sees it.
+
+Contract: whatever is asked is answered as of the end of the last step; whatever is written takes effect at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dnw._wiring.edges import Edges
+from dnw._wiring.layer import WiredLayer
+
+if TYPE_CHECKING:
+    from dnw._wiring.wiring import Wiring
+
+
+class WiredParameter:
+    """One wired parameter by name: its edges and its latent weights."""
+
+    def __init__(self, wiring: Wiring, layer: WiredLayer) -> None:
+        self._wiring, self._layer = wiring, layer
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.num_active:,} of {self.num_candidates:,} candidate edges active>"
+
+    @property
+    def name(self) -> str:
+        return self._layer.name
+
+    @property
+    def candidates(self) -> Tensor:
+        """Boolean mask of the edges that may exist, of the parameter's shape."""
+        mask, latent = self._layer.candidates, self._layer.latent
+        return self._layer.whole(torch.ones_like(latent, dtype=torch.bool) if mask is None else mask.clone())
+
+    @property
+    def active(self) -> Tensor:
+        """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
+        with self._wiring._question():
+            assert self._layer.active is not None
+            return self._layer.whole(self._layer.active.clone())
+
+    @property
+    def entered(self) -> Tensor:
+        """Boolean mask of the edges that became active at the last step."""
+        with self._wiring._question():
+            assert self._layer.active is not None
+            return self._layer.whole(self._layer.active & ~self._layer.previous)
+
+    @property
+    def latent(self) -> Tensor:
+        """The dense weights that selection ranks. Assign to write; what was written is projected at once.
+
+        Raises:
+            ValueError: an assigned tensor has another shape or is not finite.
+        """
+        with self._wiring._question():
+            return self._layer.whole(self._layer.latent.clone())
+
+    @latent.setter
+    def latent(self, value: Tensor) -> None:
+        layer = self._layer
+        if layer not in self._wiring._layers:
+            raise ValueError(f"{self.name!r} is not wired any more; write to the model's parameter instead")
+        if tuple(value.shape) != layer.shape:
+            raise ValueError(f"latent weights of {self.name!r}: expected shape {layer.shape}, got {tuple(value.shape)}")
+        self._wiring._write_latent(layer, value.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight: what the model holds."""
+        layer = self._layer
+        with self._wiring._question():
+            if not layer.exchanged:
+                return layer.parameter.detach().clone()
+            return layer.whole(self._wiring.rule.project(layer).to(layer.parameter_dtype))
+
+    @property
+    def num_candidates(self) -> int:
+        """How many edges may exist."""
+        return self._layer.num_candidates
+
+    @property
+    def num_active(self) -> int:
+        """How many edges are active."""
+        if self._layer.shard is not None:
+            return self._layer.count()
+        with self._wiring._question():
+            return self._layer.count()
+
+    @property
+    def density(self) -> float:
+        """Share of the candidate edges that is active."""
+        return self.num_active / self.num_candidates
+
+    def edges(self) -> Edges:
+        """The active edges as data: an edge list that also gives SciPy CSR, networkx and JSON.
+
+        The edges of a sharded parameter are gathered: ask on every process.
+        """
+        weight, active = self.weight, self.active
+        if self._layer.shard is not None:
+            weight, active = weight.full_tensor(), active.full_tensor()  # type: ignore[attr-defined]
+        to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.is_graph else None
+        if to_nodes is None:
+            return Edges.from_weight(self.name, weight, active, self._layer.layout)
+        return Edges.from_matrix(self.name, to_nodes(weight), to_nodes(active), is_graph=True)

@@ -1,0 +1,239 @@
+"""The plan: what of a trained network stays, and what that saves. It is printed, stored, and then applied.
+
+Contract: making a plan and applying it leave the model as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnw._wiring.guard import EvaluationGuard
+from dnw._wiring.parameters import unwrap_model
+from dnw.compile._analysis import Analysis
+from dnw.compile._file import raw_bytes
+from dnw.compile._program import Edges, Graph, Instruction, Program, tensors
+from dnw.compile._steps import GraphStep
+from dnw.count import count, graphs_of, parameter_of
+from dnw.graphs import StaticGraph
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One static graph.
+
+    Attributes:
+        name: of the graph in its model.
+        nodes: of each level and of the outputs, how many there are.
+        kept: of these, how many vary with the image and are wanted.
+        constants: nodes that send something that is the same for every image; it is folded into what reads them.
+        edges, kept_edges: edges whose weight is not 0, and those between kept nodes.
+    """
+
+    name: str
+    nodes: tuple[int, ...]
+    kept: tuple[int, ...]
+    constants: int
+    edges: int
+    kept_edges: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compiling a network does. ``print`` it, store it with ``to_json``, apply it with ``apply``.
+
+    Attributes:
+        input_size: channels, height and width of the inputs that it is for.
+        rows: one per static graph.
+        channels: for each interface between two steps, which channels stay.
+        parameters, kept_parameters: numbers that are not 0 of the network, and of the compiled one.
+        multiply_adds, kept_multiply_adds: for one input, with weights that are not 0: of the network, and of the compiled one.
+        size, kept_size: bytes of the network's parameters and buffers, and of the compiled one with its indices.
+        digest: of the weights that the plan was made for.
+        zeros: multiply-adds with weights that are 0, which the compiled network computes besides: convolutions of more than one
+            place, convolutions that are not sparse enough, and linear layers run dense.
+    """
+
+    input_size: tuple[int, int, int]
+    rows: tuple[PlanRow, ...]
+    channels: tuple[tuple[int, ...], ...]
+    parameters: int
+    kept_parameters: int
+    multiply_adds: int
+    kept_multiply_adds: int
+    size: int
+    kept_size: int
+    digest: str
+    zeros: int = 0
+
+    def apply(self, model: nn.Module) -> Program:
+        """The compacted network.
+
+        Raises:
+            ValueError: the model is not the one that the plan was made for, or has been trained on since.
+            RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
+        """
+        _require_model(model)
+        if _digest(model) != self.digest:
+            raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
+        with torch.device("cpu"):
+            return Analysis(model, self.input_size).program()
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: it is no plan, or one of another version.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            version = values.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"a plan of format {version}; this version of dnw reads {FORMAT}")
+            rows = tuple(PlanRow(**{**row, "nodes": tuple(row["nodes"]), "kept": tuple(row["kept"])}) for row in values["rows"])
+            channels, (c, h, w) = tuple(tuple(x) for x in values["channels"]), values["input_size"]
+            return cls(**{**values, "rows": rows, "channels": channels, "input_size": (c, h, w)})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan ({error})") from None
+
+    def __str__(self) -> str:
+        lines = [f"inputs of {'x'.join(map(str, self.input_size))}"]
+        for row in self.rows:
+            levels = "  ".join(f"{kept}/{all_}" for kept, all_ in zip(row.kept, row.nodes, strict=True))
+            lines.append(
+                f"{row.name or 'graph'}: nodes kept by level {levels} (outputs last); {row.constants:,} constants folded"
+            )
+            lines.append(f"{'':>{len(row.name or 'graph')}}  edges {row.edges:,} -> {row.kept_edges:,}")
+        twice = "a weight that serves several sums counts for each"
+        for what, before, after, why_more in (
+            ("parameters", self.parameters, self.kept_parameters, f"{twice}, and constants and norms are numbers of their own"),
+            ("multiply-adds", self.multiply_adds, self.kept_multiply_adds, twice),
+            ("bytes", self.size, self.kept_size, "all numbers in float32, and where edges come from"),
+        ):
+            share = f" ({after / before:.1%})" if before else ""
+            lines.append(f"{what}: {before:,} -> {after:,}{share}{f': {why_more}' if after > before else ''}")
+        if self.zeros:
+            lines.append(f"besides {self.zeros:,} multiply-adds with weights that are 0, in layers that run dense")
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
+    """Plans the compiled form of a trained network: exactly what it computes in eval mode, without what has no effect.
+
+    Left out are channels that do not depend on the image (their constant effect is folded into what reads them, as maps,
+    because it differs at the border) and channels that nothing wanted reads. Weights that are 0 count as no edges.
+
+    Args:
+        model: a network of static graphs, graphs in discrete time, convolutions, norms and linear layers in
+            ``nn.Sequential``, or one of ``dnw.models``; it is not changed. Where its rule evaluates with other weights than it
+            trains with, plan inside ``wiring.settled()``.
+        input_size: channels, height and width of the inputs to compile for.
+
+    Raises:
+        ValueError: something in it is not compiled, or it does not take such inputs.
+        RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
+    """
+    _require_model(model)
+    sizes = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
+    if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
+    with torch.device("cpu"):
+        return _plan(model, (sizes[0], sizes[1], sizes[2]))
+
+
+def _require_model(model: nn.Module) -> None:
+    """Raises ``ValueError`` unless it has weights, ``RuntimeError`` where they are those that its rule only trains with."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a {type(model).__name__} is no model to compile; give the nn.Module that was trained")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("a model on the meta device has no weights to compile; load them first")
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, EvaluationGuard):
+                hook.check()
+
+
+def _plan(model: nn.Module, input_size: tuple[int, int, int]) -> Plan:
+    analysis = Analysis(model, input_size)
+    program = analysis.program()
+    steps = analysis.graphs()
+    inside = unwrap_model(model)
+    weights = _weights(inside)
+    rows = tuple(_row(step) for step in steps)
+    return Plan(
+        input_size=input_size,
+        rows=rows,
+        channels=tuple(tuple(kept.nonzero().flatten().tolist()) for kept in analysis.kept),
+        parameters=sum(int(mask.count_nonzero()) for mask in weights.values()),
+        kept_parameters=program.num_parameters,
+        multiply_adds=count(inside, input_size, _counted(inside, weights)).nominal,
+        kept_multiply_adds=program.multiply_adds,
+        size=sum(t.numel() * t.element_size() for t in [*inside.parameters(), *inside.buffers()]),
+        kept_size=_size(program),
+        digest=_digest(model),
+        zeros=sum(i.multiply_adds(size, zeros=True) for i, size in program.walk()) - program.multiply_adds,
+    )
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Which entries of each parameter the network computes with: those that are not 0, and of a static graph only edges."""
+    weights = {name: p.detach() != 0 for name, p in model.named_parameters()}
+    for name, graph in graphs_of(model).items():
+        if isinstance(graph, StaticGraph):
+            weights[parameter_of(name)] &= graph.levels.candidates().to(graph.weight.device)
+    return weights
+
+
+def _counted(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that ``count`` takes one by one; it counts the convolutions of a graph's nodes by the nodes that send something."""
+    graphs = graphs_of(model)
+    edges = {parameter_of(name) for name in graphs}
+    inside = tuple(f"{name}." if name else "" for name in graphs)
+    return {name: mask for name, mask in weights.items() if name in edges or (mask.ndim > 1 and not name.startswith(inside))}
+
+
+def _row(step: GraphStep) -> PlanRow:
+    kept = [*(int(x.count_nonzero()) for x in step.kept), int(step.kept_outputs.count_nonzero())]
+    read = torch.cat([torch.zeros(step.sizes[0], dtype=torch.bool), *step.kept[1:], step.kept_outputs])
+    sources = torch.cat(step.kept)
+    edges = step.matrix != 0
+    return PlanRow(
+        name=step.name,
+        nodes=(*step.sizes, step.num_outputs),
+        kept=tuple(kept),
+        constants=step.constants,
+        edges=int(edges.count_nonzero()),
+        kept_edges=int(edges[read][:, : len(sources)][:, sources].count_nonzero()),
+    )
+
+
+def _size(program: Program) -> int:
+    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 a target's place. Its file has a header besides."""
+    total = 4 * sum(t.numel() for t in tensors(program) if t.is_floating_point())
+    for instruction, _ in program.walk():
+        inner: list[Instruction] = [instruction]
+        if isinstance(instruction, Graph):
+            inner = [*(edges for edges, _ in instruction.levels), instruction.outputs]
+        total += sum(2 * len(e.sources) + 4 * len(e.starts) for e in inner if isinstance(e, Edges))
+    return total
+
+
+def _digest(model: nn.Module) -> str:
+    inside = unwrap_model(model)
+    found = hashlib.sha256(repr(inside).encode())  # strides, eps, steps
+    for name, value in inside.state_dict().items():
+        found.update(name.encode())
+        found.update(raw_bytes(value) if isinstance(value, Tensor) else b"")
+    return found.hexdigest()

@@ -1,0 +1,71 @@
+"""What a run shows while it trains: a bar within the epoch, one line per epoch, a table at the end."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dnw._wiring.edges import Summary
+from dnw.train._config import Config
+from dnw.train._run import EpochMetrics
+
+
+class Log:
+    """Progress on standard output; silent in all processes but the first."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        if self.enabled:
+            self._console.print(text, markup=False)
+
+    def start(self, config: Config, path: Path, summary: Summary, done: int) -> None:
+        share = summary.active / summary.candidates
+        self.line(
+            f"{config.recipe}: rule {config.rule}, seed {config.seeds[0]}, {summary.active:,} of {summary.candidates:,} "
+            f"candidate edges ({share:.1%}), {config.epochs} epochs in {path}"
+        )
+        if done:
+            self.line(f"continuing after epoch {done}")
+
+    def epoch(self, m: EpochMetrics, epochs: int) -> None:
+        self.line(
+            f"epoch {m.epoch:>{len(str(epochs))}}/{epochs}  loss {m.train_loss:.3f}  test loss {m.test_loss:.3f}  "
+            f"accuracy {m.top1:6.2%}  edges {m.active:,}  entered {m.entered:,}  "
+            + (f"live nodes {m.live}/{m.nodes}  " if m.nodes else "")
+            + (f"evaluations {m.evaluations:.1f}  " if m.evaluations else "")
+            + f"{m.seconds:.1f} s"
+        )
+
+    def results(self, runs: Sequence[tuple[str, int, list[EpochMetrics]]]) -> None:
+        """A line per rule: accuracy at the best and at the last epoch, over seeds."""
+        for rule in dict.fromkeys(rule for rule, _, _ in runs):
+            metrics = [m for r, _, m in runs if r == rule and m]  # a run that was imported finished has none
+            if not metrics:
+                continue
+            best = [max(x.top1 for x in m if x.active == m[-1].active) for m in metrics]
+            last = [m[-1].top1 for m in metrics]
+            seeds = f"  ({len(metrics)} seeds)" if len(metrics) > 1 else ""
+            self.line(f"{rule:>10}: test accuracy {_mean(last)} at the last epoch, {_mean(best)} at the best{seeds}")
+
+    @contextmanager
+    def progress(self, batches: int, epoch: int, epochs: int) -> Iterator[Callable[[], None]]:
+        """A bar over the batches of an epoch; yields the function that moves it on by one batch."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = not (self.enabled and self._console.is_terminal)
+        with Progress(*columns, console=self._console, transient=True, disable=hidden) as bar:
+            task = bar.add_task(f"epoch {epoch + 1}/{epochs}", total=batches)
+            yield lambda: bar.advance(task)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2%}"
+    return f"{statistics.mean(values):.2%} +- {statistics.stdev(values):.2%}"
