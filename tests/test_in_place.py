@@ -24,7 +24,7 @@ RULES = {
 
 def exactly_its_edges(wiring: dnw.Wiring) -> bool:
     """Whether the model holds nothing beside the active edges, without asking it to catch up first."""
-    return all(not layer.parameter.detach()[~layer.active].any() for layer in wiring._layers)
+    return all(not layer.parameter.detach()[~layer.active].any() for layer in wiring._weights.layers)
 
 
 def write_model(net: nn.Sequential, optimizer: torch.optim.Optimizer, wiring: dnw.Wiring) -> None:

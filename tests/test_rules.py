@@ -498,7 +498,7 @@ def test_a_copied_optimizer_adopts_the_step_of_layers_that_stepped():
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("where", ["write", "activate"])
 def test_a_step_that_is_interrupted_while_selecting_is_finished_to_the_same(name, where, monkeypatch):
-    from dnw._wiring.layer import WiredLayer
+    from dnw._wiring.wired_layer import WiredLayer
 
     def make():
         model = small_net()

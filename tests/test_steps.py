@@ -14,6 +14,7 @@ from helpers import batch, small_net, train_steps
 from torch import nn
 
 import dnw
+from dnw._wiring.step import OpenStep
 
 # --- other threads ---
 
@@ -266,21 +267,27 @@ class Interrupting:
     def trace(self, frame: FrameType, event: str, _: object) -> object:
         code = frame.f_code
         if event == "call":
-            inside = Path(code.co_filename).name in ("_wiring.py", "_layer.py", "_one_pass.py", "_select.py", "_rules.py")
-            return self.trace if inside and steps_taken_over(frame) else None
-        if event == "line":
+            inside = Path(code.co_filename).parent.name in ("_wiring", "_selection", "_rules")
+            return self.trace if inside and (code.co_name == "after_step" or is_taken_over(frame)) else None
+        if event == "line" and (code.co_name != "after_step" or is_finished(frame)):
             self.lines += 1
             if self.lines == self.at:
                 raise KeyboardInterrupt
         return self.trace
 
 
-def steps_taken_over(frame: FrameType | None) -> bool:
+def is_taken_over(frame: FrameType | None) -> bool:
+    """Whether a frame is in the taking over of a step."""
     while frame is not None:
-        if frame.f_code.co_name == "_finish":
+        if frame.f_code is OpenStep.finish.__code__:
             return True
         frame = frame.f_back
     return False
+
+
+def is_finished(frame: FrameType) -> bool:
+    """Whether a frame of the hook after a step knows what the optimizer has made."""
+    return bool(getattr(frame.f_locals.get("step"), "results", ()))
 
 
 BROKEN = {

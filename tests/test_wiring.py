@@ -765,7 +765,7 @@ def test_questions_from_step_hooks_do_not_disturb_the_step():
     base.register_step_pre_hook(ask)
     base._optimizer_step_post_hooks.clear()
     base.register_step_post_hook(ask)  # before the wiring's own, as if registered before wiring
-    base.register_step_post_hook(wiring._after_step)
+    base.register_step_post_hook(wiring._exchange.after_step)
     assert train_steps(model, base, range(3)) == train_steps(twin, twin_base, range(3))
     assert same(wiring, twin_wiring)
     assert wiring.step == 3
@@ -867,7 +867,7 @@ def test_the_seed_travels():
     other_base = OPTIMIZERS["momentum"](other.parameters())
     other_wiring = dnw.wire(other, other_base, density=0.2, rule=case("dropping").rule, seed=9)
     other_base.load_state_dict(base.state_dict())
-    assert {layer.seed for layer in other_wiring._layers} == {0}
+    assert {layer.seed for layer in other_wiring._weights.layers} == {0}
 
 
 def test_rules_see_the_state_and_the_gradient_of_their_step():

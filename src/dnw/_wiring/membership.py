@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dnw._checks import listing
-from dnw._wiring.layer import WiredLayer
+from dnw._wiring.wired_layer import WiredLayer
 
 
 class Owner(Protocol):

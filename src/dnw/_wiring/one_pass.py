@@ -12,7 +12,7 @@ import torch
 
 from dnw._selection.patterns import NOfM
 from dnw._selection.top_k import largest, magnitude_bits
-from dnw._wiring.layer import MARGIN, WiredLayer
+from dnw._wiring.wired_layer import MARGIN, WiredLayer
 from dnw.kernels import _exchange
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dnw._checks import listing
-from dnw._wiring.layer import WiredLayer
+from dnw._wiring.wired_layer import WiredLayer
 
 
 def check_ranks(layers: Iterable[WiredLayer], budgets: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from dnw._rules.pool import Pool
 from dnw._rules.rule import Rule
 from dnw._selection.schedules import DensitySchedule
 from dnw._selection.shards import Shard
-from dnw._wiring.layer import WiredLayer
+from dnw._wiring.wired_layer import WiredLayer
 
 FORMAT = 1
 """Version of what travels in ``optimizer.state_dict()``; see ``STATE_KEYS``."""
@@ -28,6 +28,19 @@ wiring: five numbers, int64: format version, completed steps of the wiring, the 
 projected, seed, number of active edges of its pool. Random draws are a function of seed, step and name, so nothing else is
 needed to continue bit for bit.
 """
+
+
+def entry_of(layer: WiredLayer, step: int, k: int) -> dict[str, Tensor]:
+    """What travels of a layer.
+
+    Args:
+        layer: whose entry it is.
+        step: completed steps of the wiring.
+        k: number of active edges of the layer's pool.
+    """
+    assert layer.active is not None
+    numbers = torch.tensor((FORMAT, step, layer.step, layer.seed, k), dtype=torch.int64)
+    return {"latent": layer.whole(layer.latent), "active": layer.whole(layer.active), "wiring": numbers}
 
 
 def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool, rule: Rule, schedule: DensitySchedule | None) -> None:

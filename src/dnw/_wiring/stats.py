@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dnw._checks import listing
-from dnw._wiring.layer import WiredLayer
+from dnw._wiring.wired_layer import WiredLayer
 from dnw.kernels._exchange import dead, each, packed, tally
 
 _KEPT = 8

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnw._checks import check_seed, did_you_mean, listing
@@ -24,11 +25,12 @@ from dnw._selection.patterns import NOfM, Pattern
 from dnw._selection.schedules import DensitySchedule
 from dnw._selection.shards import local, shard_of
 from dnw._wiring.foreign import inside_launchers, refuse
-from dnw._wiring.layer import WiredLayer, is_in_place
 from dnw._wiring.membership import owner_of
 from dnw._wiring.parameters import Defaults, Selector, Wirable, find_parameters, unwrap_model
 from dnw._wiring.state import check_finite as require_finite
+from dnw._wiring.wired_layer import WiredLayer, is_in_place
 from dnw._wiring.wiring import Wiring
+from dnw.graphs._paths import has_path
 
 
 def wire(
@@ -122,7 +124,26 @@ def wire(
         _check_units(rule, layers)
         if schedule is not None:
             _begin_together(schedule, pools)
-    return Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, dormant, schedule, check_ranks, check_finite)
+    wiring = Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, dormant, schedule, check_ranks, check_finite)
+    _warn_of_cut(layers)
+    return wiring
+
+
+def _warn_of_cut(layers: Sequence[WiredLayer]) -> None:
+    """Warns of graphs whose outputs no input reaches: they compute the same of every input."""
+    cut = []
+    for layer in layers:
+        sizes = [getattr(layer.module, name, None) for name in ("num_inputs", "num_outputs")]
+        if layer.is_graph and layer.shard is None and hasattr(layer.module, "node_matrix") and None not in sizes:
+            adjacency: Tensor = layer.module.node_matrix(layer.active)  # type: ignore[operator]
+            if not has_path(adjacency, *sizes):  # type: ignore[arg-type]
+                cut.append(layer.name)
+    if cut:
+        warnings.warn(
+            f"no path of active edges leads from an input to an output of {listing(cut)}; with more edges, or another "
+            "seed, there is one",
+            stacklevel=3,
+        )
 
 
 def _check_rule(

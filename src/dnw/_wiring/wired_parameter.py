@@ -5,23 +5,19 @@ Contract: whatever is asked is answered as of the end of the last step; whatever
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dnw._wiring.edges import Edges
-from dnw._wiring.layer import WiredLayer
-
-if TYPE_CHECKING:
-    from dnw._wiring.wiring import Wiring
+from dnw._wiring.exchange import Exchange
+from dnw._wiring.wired_layer import WiredLayer
 
 
 class WiredParameter:
     """One wired parameter by name: its edges and its latent weights."""
 
-    def __init__(self, wiring: Wiring, layer: WiredLayer) -> None:
-        self._wiring, self._layer = wiring, layer
+    def __init__(self, exchange: Exchange, layer: WiredLayer) -> None:
+        self._exchange, self._layer = exchange, layer
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.num_active:,} of {self.num_candidates:,} candidate edges active>"
@@ -39,14 +35,14 @@ class WiredParameter:
     @property
     def active(self) -> Tensor:
         """Boolean mask of the active edges. An active edge may have weight 0; a dormant one always has."""
-        with self._wiring._question():
+        with self._exchange.question():
             assert self._layer.active is not None
             return self._layer.whole(self._layer.active.clone())
 
     @property
     def entered(self) -> Tensor:
         """Boolean mask of the edges that became active at the last step."""
-        with self._wiring._question():
+        with self._exchange.question():
             assert self._layer.active is not None
             return self._layer.whole(self._layer.active & ~self._layer.previous)
 
@@ -57,26 +53,26 @@ class WiredParameter:
         Raises:
             ValueError: an assigned tensor has another shape or is not finite.
         """
-        with self._wiring._question():
+        with self._exchange.question():
             return self._layer.whole(self._layer.latent.clone())
 
     @latent.setter
     def latent(self, value: Tensor) -> None:
         layer = self._layer
-        if layer not in self._wiring._layers:
+        if layer not in self._exchange.weights.layers:
             raise ValueError(f"{self.name!r} is not wired any more; write to the model's parameter instead")
         if tuple(value.shape) != layer.shape:
             raise ValueError(f"latent weights of {self.name!r}: expected shape {layer.shape}, got {tuple(value.shape)}")
-        self._wiring._write_latent(layer, value.detach())
+        self._exchange.write_latent(layer, value.detach())
 
     @property
     def weight(self) -> Tensor:
         """The effective weight: what the model holds."""
         layer = self._layer
-        with self._wiring._question():
+        with self._exchange.question():
             if not layer.exchanged:
                 return layer.parameter.detach().clone()
-            return layer.whole(self._wiring.rule.project(layer).to(layer.parameter_dtype))
+            return layer.whole(self._exchange.weights.rule.project(layer).to(layer.parameter_dtype))
 
     @property
     def num_candidates(self) -> int:
@@ -88,7 +84,7 @@ class WiredParameter:
         """How many edges are active."""
         if self._layer.shard is not None:
             return self._layer.count()
-        with self._wiring._question():
+        with self._exchange.question():
             return self._layer.count()
 
     @property

@@ -95,6 +95,33 @@ class WiredLayer(Layer):
         self._lent_grad: Tensor | None = None
         self._storage: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of it is made of: nothing of a step, nothing that is made anew."""
+        own = {key: vars(self)[key].clone() for key in ("_latent", "active") if vars(self).get(key) is not None}
+        return {**vars(self), **own, "state": {}, "notes": {}, "grad": None, "aside": None, "threshold": None, "_buffer": None}
+
+    def begin(self, rule: Rule) -> None:
+        """Puts the effective weight of the edges that it has into the parameter, for the first time."""
+        assert self.active is not None
+        self.previous = self.active.clone()
+        self.write(rule.project(self))
+
+    def with_latent(self, latent: Tensor) -> Layer:
+        """What a rule would see of it with other latent weights, outside a step."""
+        return Layer(
+            self.name,
+            latent,
+            self.candidates,
+            self.seed,
+            self.active,
+            step=self.step,
+            shard=self.shard,
+            pattern=self.pattern,
+            least=self.least,
+            least_per_target=self.least_per_target,
+            layout=self.layout,
+        )
+
     @property
     def latent(self) -> Tensor:
         return self.held.detach() if self.in_place else self._latent
