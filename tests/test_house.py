@@ -14,7 +14,8 @@ ROOT = Path(dnw.__file__).parent
 FLOORS = [
     ["_checks", "_files"],
     ["_selection/layout", "_selection/shards"],
-    ["_selection/budgets", "_selection/schedules", "_selection/patterns", "_selection/top_k"],
+    ["_selection/budgets", "_selection/patterns", "_selection/top_k"],
+    ["_selection/schedules"],
     ["_rules/layer"],
     ["_rules/pool", "_rules/dormant"],
     ["_rules/rule"],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dnw
 from dnw._selection import top_k as _select
-from dnw._selection.budgets import ByName, Shape
+from dnw._selection.budgets import ByName, LayerShape
 
 
 @pytest.mark.parametrize(
@@ -146,27 +146,27 @@ def test_on_an_accelerator_nothing_waits_for_the_device_and_shapes_are_fixed():
     assert all(mask.device.type == "meta" and mask.dtype == torch.bool for (mask,) in masks)
 
 
-def layers(*sizes: tuple[tuple[int, ...], int]) -> list[Shape]:
-    return [Shape(f"l{i}.weight", f"l{i}", shape, candidates) for i, (shape, candidates) in enumerate(sizes)]
+def layers(*sizes: tuple[tuple[int, ...], int]) -> list[LayerShape]:
+    return [LayerShape(f"l{i}.weight", f"l{i}", shape, candidates) for i, (shape, candidates) in enumerate(sizes)]
 
 
 def test_uniform_rounds_each_layer():
-    assert dnw.Uniform(0.25).shares(layers(((10, 1), 10), ((3, 2), 6))) == [([0], 3), ([1], 2)]
+    assert dnw.Uniform(0.25).allot(layers(((10, 1), 10), ((3, 2), 6))) == [([0], 3), ([1], 2)]
 
 
 def test_global_is_one_pool():
-    assert dnw.Global(0.5).shares(layers(((10, 1), 10), ((3, 2), 5))) == [([0, 1], 8)]
+    assert dnw.Global(0.5).allot(layers(((10, 1), 10), ((3, 2), 5))) == [([0, 1], 8)]
 
 
 def test_erdos_renyi_kernel_literal():
     # scales (64+64+3+3)/(64*64*9) and (10+64)/(10*64): the small layer is denser
-    shares = dnw.ErdosRenyiKernel(0.1).shares(layers(((64, 64, 3, 3), 36864), ((10, 64), 640)))
+    shares = dnw.ErdosRenyiKernel(0.1).allot(layers(((64, 64, 3, 3), 36864), ((10, 64), 640)))
     assert sum(k for _, k in shares) == dnw.num_edges(0.1, 37504) == 3750
     assert shares == [([0], 3110), ([1], 640)]  # the small layer is capped at its size
 
 
 def test_erdos_renyi_kernel_is_proportional_where_nothing_is_capped():
-    shares = dnw.ErdosRenyiKernel(0.05).shares(layers(((100, 100), 10_000), ((200, 50), 10_000)))
+    shares = dnw.ErdosRenyiKernel(0.05).allot(layers(((100, 100), 10_000), ((200, 50), 10_000)))
     first, second = (k for _, k in shares)
     assert first + second == 1000
     assert first / second == pytest.approx(200 / 250, rel=2e-3)
@@ -179,9 +179,9 @@ def test_erdos_renyi_kernel_keeps_the_total_and_fits_every_layer(density, shapes
     total = dnw.num_edges(density, sum(x.candidates for x in found))
     if total < len(found):
         with pytest.raises(ValueError, match="cannot give each"):
-            dnw.ErdosRenyiKernel(density).shares(found)
+            dnw.ErdosRenyiKernel(density).allot(found)
         return
-    shares = [k for _, k in dnw.ErdosRenyiKernel(density).shares(found)]
+    shares = [k for _, k in dnw.ErdosRenyiKernel(density).allot(found)]
     assert sum(shares) == total
     assert all(1 <= k <= x.candidates for k, x in zip(shares, found, strict=True))
 
@@ -189,16 +189,16 @@ def test_erdos_renyi_kernel_keeps_the_total_and_fits_every_layer(density, shapes
 def test_budget_by_name_takes_the_first_pattern_that_fits():
     budget = ByName({"l0": 0.5, "*": 0.1}, {"l2.*": 3})
     found = layers(((10, 1), 10), ((20, 1), 20), ((30, 1), 30))
-    assert budget.shares(found) == [([0], 5), ([1], 2), ([2], 3)]
+    assert budget.allot(found) == [([0], 5), ([1], 2), ([2], 3)]
 
 
 def test_budget_pattern_errors():
     found = layers(((10, 1), 10), ((20, 1), 20))
     with pytest.raises(ValueError, match=r"'conv\*' fits no wired parameter; there are 'l0.weight', 'l1.weight'"):
-        ByName({"conv*": 0.5, "*": 0.1}, {}).shares(found)
+        ByName({"conv*": 0.5, "*": 0.1}, {}).allot(found)
     with pytest.raises(ValueError, match=r"no budget pattern fits the wired parameter 'l1.weight'"):
-        ByName({"l0": 0.5}, {}).shares(found)
+        ByName({"l0": 0.5}, {}).allot(found)
     with pytest.raises(ValueError, match=r"'l1' never counts: patterns before it \('\*'\) take every parameter"):
-        ByName({"*": 0.5, "l1": 0.1}, {}).shares(found)
+        ByName({"*": 0.5, "l1": 0.1}, {}).allot(found)
     with pytest.raises(ValueError, match=r"num_edges=11 for 'l0.weight'.*from 1 to 10"):
-        ByName({"*": 0.5}, {"l0": 11}).shares(found)
+        ByName({"*": 0.5}, {"l0": 11}).allot(found)

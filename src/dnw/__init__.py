@@ -8,49 +8,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
-    "Budget": "dnw._selection.budgets",
-    "Ranking": "dnw._selection.top_k",
-    "wire": "dnw._wiring.wire",
-    "DEFAULTS": "dnw._wiring.parameters",
-    "Wiring": "dnw._wiring.wiring",
-    "WiredParameter": "dnw._wiring.wired_parameter",
-    "Edges": "dnw._wiring.edges",
-    "Summary": "dnw._wiring.edges",
-    "Rule": "dnw._rules.rule",
-    "Layer": "dnw._rules.layer",
-    "Pool": "dnw._rules.pool",
-    "DNW": "dnw._rules.estimators",
-    "RandomGraph": "dnw._rules.fixed",
-    "Frozen": "dnw._rules.fixed",
-    "Complete": "dnw._rules.fixed",
-    "NoUpdate": "dnw._rules.estimators",
-    "TargetedDropout": "dnw._rules.estimators",
-    "MagnitudePruning": "dnw._rules.pruning",
-    "L1Anneal": "dnw._rules.pruning",
-    "PruneAndGrow": "dnw._rules.prune_and_grow",
-    "SET": "dnw._rules.growing",
-    "RigL": "dnw._rules.growing",
-    "SparseMomentum": "dnw._rules.growing",
-    "SRSTE": "dnw._rules.estimators",
-    "ST3": "dnw._rules.thresholds",
-    "Feather": "dnw._rules.thresholds",
-    "TopKAST": "dnw._rules.estimators",
-    "Dormant": "dnw._rules.dormant",
-    "DensitySchedule": "dnw._selection.schedules",
-    "Pattern": "dnw._selection.patterns",
-    "NOfM": "dnw._selection.patterns",
-    "Blocks": "dnw._selection.patterns",
-    "Channels": "dnw._selection.patterns",
-    "RULES": "dnw._rules",
-    "Uniform": "dnw._selection.budgets",
-    "Floor": "dnw._selection.budgets",
-    "Global": "dnw._selection.budgets",
-    "ErdosRenyiKernel": "dnw._selection.budgets",
-    "num_edges": "dnw._selection.budgets",
-    "top_k": "dnw._selection.top_k",
-    "top_k_each": "dnw._selection.top_k",
+_FILES = {
+    "_wiring.wire": ("wire",),
+    "_wiring.wiring": ("Wiring",),
+    "_wiring.wired_parameter": ("WiredParameter",),
+    "_wiring.edges": ("Edges", "Summary", "SummaryRow"),
+    "_wiring.parameters": ("DEFAULTS", "LeftOut"),
+    "_rules": ("RULES",),
+    "_rules.rule": ("Rule",),
+    "_rules.layer": ("Layer",),
+    "_rules.pool": ("Pool",),
+    "_rules.dormant": ("Dormant",),
+    "_rules.estimators": ("DNW", "NoUpdate", "TargetedDropout", "SRSTE", "TopKAST"),
+    "_rules.thresholds": ("ST3", "Feather"),
+    "_rules.pruning": ("MagnitudePruning", "L1Anneal"),
+    "_rules.prune_and_grow": ("PruneAndGrow",),
+    "_rules.growing": ("SET", "RigL", "SparseMomentum"),
+    "_rules.fixed": ("RandomGraph", "Frozen", "Complete"),
+    "_selection.budgets": ("Budget", "Uniform", "Global", "ErdosRenyiKernel", "Floor", "LayerShape", "num_edges"),
+    "_selection.schedules": ("DensitySchedule",),
+    "_selection.patterns": ("Pattern", "NOfM", "Blocks", "Channels"),
+    "_selection.top_k": ("Ranking", "top_k", "top_k_each"),
+    "_selection.layout": ("Layout",),
+    "_selection.shards": ("Shard",),
 }
+_PUBLIC = {name: f"dnw.{file}" for file, names in _FILES.items() for name in names}
 _ROOMS = ("graphs", "models", "count", "compile", "view", "data", "train", "recipes")
 
 __all__ = [*_PUBLIC, *_ROOMS]
@@ -90,19 +72,24 @@ if TYPE_CHECKING:
     from dnw._selection.budgets import ErdosRenyiKernel as ErdosRenyiKernel
     from dnw._selection.budgets import Floor as Floor
     from dnw._selection.budgets import Global as Global
+    from dnw._selection.budgets import LayerShape as LayerShape
     from dnw._selection.budgets import Uniform as Uniform
     from dnw._selection.budgets import num_edges as num_edges
+    from dnw._selection.layout import Layout as Layout
     from dnw._selection.patterns import Blocks as Blocks
     from dnw._selection.patterns import Channels as Channels
     from dnw._selection.patterns import NOfM as NOfM
     from dnw._selection.patterns import Pattern as Pattern
     from dnw._selection.schedules import DensitySchedule as DensitySchedule
+    from dnw._selection.shards import Shard as Shard
     from dnw._selection.top_k import Ranking as Ranking
     from dnw._selection.top_k import top_k as top_k
     from dnw._selection.top_k import top_k_each as top_k_each
     from dnw._wiring.edges import Edges as Edges
     from dnw._wiring.edges import Summary as Summary
+    from dnw._wiring.edges import SummaryRow as SummaryRow
     from dnw._wiring.parameters import DEFAULTS as DEFAULTS
+    from dnw._wiring.parameters import LeftOut as LeftOut
     from dnw._wiring.wire import wire as wire
     from dnw._wiring.wired_parameter import WiredParameter as WiredParameter
     from dnw._wiring.wiring import Wiring as Wiring

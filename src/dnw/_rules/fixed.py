@@ -12,7 +12,7 @@ from dnw._checks import did_you_mean
 from dnw._rules.estimators import NoUpdate
 from dnw._rules.layer import Layer
 from dnw._rules.pool import Pool
-from dnw._selection.budgets import Shape
+from dnw._selection.budgets import LayerShape
 from dnw._selection.patterns import Pattern
 
 
@@ -42,7 +42,7 @@ class Complete(Fixed):
     def fits(self, pattern: Pattern) -> bool:
         return False
 
-    def num_edges(self, shape: Shape) -> int | None:
+    def num_edges(self, shape: LayerShape) -> int | None:
         return shape.candidates
 
 
@@ -57,7 +57,7 @@ class Frozen(Fixed):
     def fits(self, pattern: Pattern) -> bool:
         return False
 
-    def num_edges(self, shape: Shape) -> int | None:
+    def num_edges(self, shape: LayerShape) -> int | None:
         mask = self.edges.get(shape.name)
         if mask is None:
             raise ValueError(

@@ -13,7 +13,7 @@ from dnw._rules.dormant import Dormant
 from dnw._rules.layer import Layer, momentum_of, only
 from dnw._rules.pool import Pool
 from dnw._rules.prune_and_grow import PruneAndGrow
-from dnw._selection.budgets import share_out
+from dnw._selection.budgets import apportion
 from dnw._selection.patterns import Pattern
 
 
@@ -50,7 +50,7 @@ class SET(PruneAndGrow):
         counts = torch.stack([torch.stack([mask.count_nonzero() for mask in masks]).sum() for masks in (negative, other)])
         shard = layers[0].shard
         sizes = [int(n) for n in (counts if shard is None else shard.sum(counts)).tolist()]
-        return list(zip(share_out(stay, sizes, sizes), (negative, other), strict=True))
+        return list(zip(apportion(stay, sizes, sizes), (negative, other), strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SparseMomentum(PruneAndGrow):
             return torch.zeros_like(layer.latent)
         return momentum / (second.sqrt() + 1e-8) if isinstance(second, Tensor) else momentum
 
-    def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
+    def groups(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
         unit = pool.unit
         sums = []
         for x in pool.layers:
@@ -106,8 +106,8 @@ class SparseMomentum(PruneAndGrow):
         least = [-(-max(x.least, x.num_edges_of_targets()) // unit) for x in pool.layers]
         kept = max(sum(least), (pool.k - int(fraction * pool.k)) // unit)
         more = [n - at_least for n, at_least in zip(active, least, strict=True)]
-        stay = [a + b for a, b in zip(least, share_out(kept - sum(least), more, more), strict=True)]
+        stay = [a + b for a, b in zip(least, apportion(kept - sum(least), more, more), strict=True)]
         means = [m / n if n and math.isfinite(m) else 0.0 for m, n in zip(momenta, active, strict=True)]
         room = [x.num_candidates // unit - n for x, n in zip(pool.layers, stay, strict=True)]
-        grown = share_out(pool.k // unit - sum(stay), means, room)
+        grown = apportion(pool.k // unit - sum(stay), means, room)
         return [([x], n * unit, new * unit) for x, n, new in zip(pool.layers, stay, grown, strict=True)]

@@ -88,10 +88,10 @@ class Layer:
             return self.layout.join(sums)
         for dim in self.layout.target_dims:
             size = [self.shard.shape[dim] if i == dim else n for i, n in enumerate(sums.shape)]
-            sums = sums.new_zeros(size).index_copy_(dim, self.shard.places[dim], sums)
+            sums = sums.new_zeros(size).index_copy_(dim, self.shard.indices[dim], sums)
         sums = self.layout.join(self.shard.sum(sums))
         for dim in self.layout.target_dims:
-            sums = sums.index_select(dim, self.shard.places[dim])
+            sums = sums.index_select(dim, self.shard.indices[dim])
         return sums
 
     @property

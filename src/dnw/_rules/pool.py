@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from dnw._rules.layer import Layer
+from dnw._selection.schedules import DensitySchedule
 from dnw._selection.top_k import Ranking, top_k_each
 
 
@@ -46,6 +47,11 @@ class Pool:
         first = self.layers[0]
         return 1 if first.pattern is None else first.pattern.unit(first.layout.shape(tuple(first.latent.shape)))
 
+    def num_edges_at(self, step: int, schedule: DensitySchedule) -> int:
+        """The number of active edges after some steps, in whole units."""
+        unit = self.unit
+        return schedule.num_edges(step, self.budget // unit, self.num_candidates // unit) * unit
+
     def ranking(self, scores: Sequence[Tensor], k: int | None = None, among: Sequence[Tensor | None] = ()) -> Ranking:
         """Scores of the layers, one tensor each, that compete for the budget; what :func:`dnw.top_k_each` takes.
 
@@ -81,7 +87,7 @@ def ranking(
     unit = pattern.unit(shapes[0])
 
     def edges(units: Tensor, layer: Layer, shape: tuple[int, ...]) -> Tensor:
-        return layer.layout.from_targets(pattern.edges(units, shape))
+        return layer.layout.from_targets(pattern.expand(units, shape))
 
     return Ranking(
         [pattern.scores(x.layout.by_target(score)) for x, score in zip(layers, scores, strict=True)],

@@ -64,7 +64,7 @@ class PruneAndGrow(NoUpdate):
             return 0.0
         return self.fraction if self.until is None else self.fraction / 2 * (1 + math.cos(math.pi * step / self.until))
 
-    def shares(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
+    def groups(self, pool: Pool, fraction: float) -> list[tuple[list[Layer], int, int]]:
         """Groups of layers within which edges compete, and of each how many edges stay and how many are grown."""
         grown = min(int(fraction * pool.k), pool.k - max(1, pool.least)) // pool.unit * pool.unit
         return [(pool.layers, pool.k - grown, grown)]
@@ -90,7 +90,7 @@ class PruneAndGrow(NoUpdate):
         return chosen(pools, [[1 + x.uniform(torch.float64) for x in pool.layers] for pool in pools])
 
     def _exchange(self, pools: Sequence[Pool], fraction: Mapping[int, float]) -> list[list[Tensor]]:
-        groups = [group for pool in pools for group in self.shares(pool, fraction[id(pool)])]
+        groups = [group for pool in pools for group in self.groups(pool, fraction[id(pool)])]
         parts = [(x, *part) for x, stay, _ in groups for part in self.pruned_apart(x, stay)]
         staying = [(x, k, [active_first(y) for y in x], among) for x, k, among in parts]
         left = iter(_top_k_each(staying, floors=len(parts) == len(groups)))

@@ -19,7 +19,7 @@ from dnw._checks import nearest
 from dnw._rules.dormant import Dormant
 from dnw._rules.layer import Layer
 from dnw._rules.pool import Pool, chosen
-from dnw._selection.budgets import Shape
+from dnw._selection.budgets import LayerShape
 from dnw._selection.patterns import Pattern
 
 _HOOKS = (FunctionType, property, bool, Dormant)
@@ -91,7 +91,7 @@ class Rule:
         hooks = ("score", "updated", "select", "prepare", "project")
         return not self.fixed and all(getattr(type(self), hook) is getattr(Rule, hook) for hook in hooks)
 
-    def num_edges(self, shape: Shape) -> int | None:
+    def num_edges(self, shape: LayerShape) -> int | None:
         """The number of edges of a layer where the rule itself fixes it; None where the budget decides."""
         return None
 

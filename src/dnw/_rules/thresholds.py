@@ -141,9 +141,9 @@ class Feather(Thresholded):
 
     def project(self, layer: Layer) -> Tensor:
         # |w| (1 - (T / |w|)^p)^(1/p), in which no power of a small weight vanishes
-        share = (layer.notes["threshold"] / layer.latent.abs()).nan_to_num(1.0).clamp(max=1)
-        return only(layer.active, layer.latent * (1 - share**self.power) ** (1 / self.power))
+        ratio = (layer.notes["threshold"] / layer.latent.abs()).nan_to_num(1.0).clamp(max=1)
+        return only(layer.active, layer.latent * (1 - ratio**self.power) ** (1 / self.power))
 
     def latent_of(self, layer: Layer, effective: Tensor) -> Tensor:
-        share = (layer.notes["threshold"] / effective.abs()).nan_to_num(0.0, posinf=0.0)
-        return effective * (1 + share**self.power) ** (1 / self.power)
+        ratio = (layer.notes["threshold"] / effective.abs()).nan_to_num(0.0, posinf=0.0)
+        return effective * (1 + ratio**self.power) ** (1 / self.power)

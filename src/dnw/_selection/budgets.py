@@ -32,7 +32,7 @@ def num_edges(density: float, candidates: int) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """What a budget needs to know of a layer: its names, its shape and how many candidate edges it has."""
 
     name: str
@@ -41,7 +41,7 @@ class Shape:
     candidates: int
 
 
-Shares = list[tuple[list[int], int]]
+Allotment = list[tuple[list[int], int]]
 """Pools of layers that compete for one budget: (indices of the layers, number of active edges)."""
 
 
@@ -49,7 +49,7 @@ class Budget(ABC):
     """How many edges each layer may keep."""
 
     @abstractmethod
-    def shares(self, layers: Sequence[Shape]) -> Shares:
+    def allot(self, layers: Sequence[LayerShape]) -> Allotment:
         """Returns the pools of layers and the number of active edges of each; every layer is in exactly one pool."""
 
 
@@ -62,7 +62,7 @@ class Uniform(Budget):
     def __post_init__(self) -> None:
         check_density(self.density)
 
-    def shares(self, layers: Sequence[Shape]) -> Shares:
+    def allot(self, layers: Sequence[LayerShape]) -> Allotment:
         return [([i], num_edges(self.density, layer.candidates)) for i, layer in enumerate(layers)]
 
 
@@ -81,7 +81,7 @@ class ByName(Budget):
         for pattern, density in self.densities.items():
             check_density(density, f"density[{pattern!r}]")
 
-    def shares(self, layers: Sequence[Shape]) -> Shares:
+    def allot(self, layers: Sequence[LayerShape]) -> Allotment:
         taken: list[str] = []
         for pattern in [*self.num_edges, *self.densities]:
             if not any(matches(layer.name, layer.module, pattern) for layer in layers):
@@ -95,7 +95,7 @@ class ByName(Budget):
                     f"the budget pattern {pattern!r} never counts: patterns before it ({listing(earlier)}) take every "
                     "parameter that it fits; put it before them"
                 )
-        result: Shares = []
+        result: Allotment = []
         for i, layer in enumerate(layers):
             edges = next((k for p, k in self.num_edges.items() if matches(layer.name, layer.module, p)), None)
             density = next((d for p, d in self.densities.items() if matches(layer.name, layer.module, p)), None)
@@ -135,8 +135,8 @@ class Floor:
 
     def of(self, candidates: int) -> int:
         """How many edges a layer keeps of its candidates."""
-        share = num_edges(self.density, candidates) if self.density else 0
-        return min(candidates, max(self.edges, share))
+        of_density = num_edges(self.density, candidates) if self.density else 0
+        return min(candidates, max(self.edges, of_density))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Global(Budget):
     def __post_init__(self) -> None:
         check_density(self.density)
 
-    def shares(self, layers: Sequence[Shape]) -> Shares:
+    def allot(self, layers: Sequence[LayerShape]) -> Allotment:
         return [(list(range(len(layers))), num_edges(self.density, sum(layer.candidates for layer in layers)))]
 
 
@@ -168,7 +168,7 @@ class ErdosRenyiKernel(Budget):
     def __post_init__(self) -> None:
         check_density(self.density)
 
-    def shares(self, layers: Sequence[Shape]) -> Shares:
+    def allot(self, layers: Sequence[LayerShape]) -> Allotment:
         total = num_edges(self.density, sum(layer.candidates for layer in layers))
         if total < len(layers):
             raise ValueError(
@@ -194,22 +194,22 @@ class ErdosRenyiKernel(Budget):
         return [([i], k) for i, k in enumerate(edges)]
 
 
-def share_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
+def apportion(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
     """Whole numbers in proportion to weights, none larger than its room, that add up to a total."""
-    shares = [0] * len(weights)
-    while (left := total - sum(shares)) > 0:
-        open_ = [i for i in range(len(weights)) if shares[i] < room[i]]
+    numbers = [0] * len(weights)
+    while (left := total - sum(numbers)) > 0:
+        open_ = [i for i in range(len(weights)) if numbers[i] < room[i]]
         if not open_:
             break
         of_open = sum(weights[i] for i in open_)
         wanted = {i: left * weights[i] / of_open if of_open else left / len(open_) for i in open_}
         for i in open_:
-            shares[i] = min(room[i], shares[i] + math.floor(wanted[i]))
+            numbers[i] = min(room[i], numbers[i] + math.floor(wanted[i]))
         by_remainder = sorted(open_, key=lambda i: (math.floor(wanted[i]) - wanted[i], i))
-        for i in by_remainder[: max(0, total - sum(shares))]:
-            if shares[i] < room[i] and sum(shares) < total:
-                shares[i] += 1
-    return shares
+        for i in by_remainder[: max(0, total - sum(numbers))]:
+            if numbers[i] < room[i] and sum(numbers) < total:
+                numbers[i] += 1
+    return numbers
 
 
 def matches(name: str, module: str, pattern: str) -> bool:

@@ -48,7 +48,7 @@ class Pattern(ABC):
         """A mask of the units all of whose edges are in a mask of edges."""
         return mask
 
-    def edges(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def expand(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A mask of edges from a mask of units."""
         return units
 
@@ -59,7 +59,7 @@ class NOfM(Pattern):
 
     Source: Mishra et al., "Accelerating sparse deep neural networks", 2021, section 2; for other n and m Zhou et al.,
     "Learning N:M fine-grained structured sparse neural networks from scratch", 2021. In a convolution the sources are the
-    input channels, at each place of the kernel by itself.
+    input channels, at each position of the kernel by itself.
     """
 
     n: int = 2
@@ -81,35 +81,35 @@ class NOfM(Pattern):
 
     def scores(self, score: Tensor) -> Tensor:
         """m for the largest of its group, 1 for the smallest: the n largest of all groups are then the overall largest."""
-        return self.m - self._places(score).float()
+        return self.m - self._ranks(score).float()
 
     def choose(self, score: Tensor) -> Tensor | None:
-        return self._places(score) < self.n
+        return self._ranks(score) < self.n
 
-    def _places(self, score: Tensor) -> Tensor:
-        """The place of each entry in its group: 0 for the largest magnitude, the lowest index first among equals."""
+    def _ranks(self, score: Tensor) -> Tensor:
+        """The rank of each entry in its group: 0 for the largest magnitude, the lowest index first among equals."""
         groups = score.detach().unflatten(1, (-1, self.m))
         if self.m > _PAIRWISE:
             order = _ordered(groups.abs()).argsort(dim=2, descending=True, stable=True)
-            place = torch.arange(self.m, device=score.device).view(-1, *[1] * (score.ndim - 2)).expand_as(order)
-            return torch.empty_like(order).scatter_(2, order, place).flatten(1, 2)
+            rank = torch.arange(self.m, device=score.device).view(-1, *[1] * (score.ndim - 2)).expand_as(order)
+            return torch.empty_like(order).scatter_(2, order, rank).flatten(1, 2)
         # Member by member, so that each comparison runs along memory.
         size = torch.empty((self.m, *groups.select(2, 0).shape), dtype=score.dtype, device=score.device)
         for i in range(self.m):
             torch.abs(groups.select(2, i), out=size[i])
         size = _ordered(size)
-        places = torch.zeros(size.shape, dtype=torch.uint8, device=score.device)
+        ranks = torch.zeros(size.shape, dtype=torch.uint8, device=score.device)
         for i in range(self.m):
             for j in range(i + 1, self.m):
                 first_wins = size[i] >= size[j]
-                places[j] += first_wins
-                places[i] += ~first_wins
-        return places.movedim(0, 2).flatten(1, 2)
+                ranks[j] += first_wins
+                ranks[i] += ~first_wins
+        return ranks.movedim(0, 2).flatten(1, 2)
 
 
 @dataclass(frozen=True)
 class Blocks(Pattern):
-    """Blocks of ``targets`` times ``sources`` edges, at each place of a kernel by itself; ranked by their mean magnitude."""
+    """Blocks of ``targets`` times ``sources`` edges, at each position of a kernel by itself; ranked by their mean magnitude."""
 
     targets: int = 4
     sources: int = 4
@@ -138,7 +138,7 @@ class Blocks(Pattern):
     def units(self, mask: Tensor) -> Tensor:
         return self._cut(mask).all(3).all(1)
 
-    def edges(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def expand(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
         return units.repeat_interleave(self.targets, 0).repeat_interleave(self.sources, 1)
 
 
@@ -159,12 +159,12 @@ class Channels(Pattern):
     def units(self, mask: Tensor) -> Tensor:
         return mask.flatten(1).all(1)
 
-    def edges(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def expand(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
         return units.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
 def _ordered(magnitudes: Tensor) -> Tensor:
-    """Magnitudes as integers of the same order, in which NaN has a place too: above infinity."""
+    """Magnitudes as integers of the same order, in which NaN has a rank too: above infinity."""
     if not magnitudes.is_floating_point():
         return magnitudes
     return magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[magnitudes.element_size()])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 
 from dnw._checks import check_density
+from dnw._selection.budgets import num_edges
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,6 @@ class DensitySchedule:
         """The number of active edges after ``step`` steps, of a budget of ``k`` out of ``candidates``."""
         if step >= self.end:
             return k
-        first = max(k, int((Decimal(repr(float(self.initial))) * candidates).to_integral_value(ROUND_HALF_UP)))
+        first = max(k, num_edges(self.initial, candidates))
         done = max(0, step - self.begin) // self.every * self.every
         return k + math.floor((first - k) * (1 - done / (self.end - self.begin)) ** self.power + 0.5)

@@ -20,14 +20,14 @@ class Shard:
 
     Attributes:
         shape: of the whole parameter.
-        places: for each dimension, where the local entries stand in the whole one, int64.
+        indices: for each dimension, where the local entries stand in the whole one, int64.
         groups: the process groups over which the parameter is spread; a sum over the whole parameter is a sum over each
             of them in turn. Replicas are not counted.
         key: equal on two processes exactly if they hold the same entries.
     """
 
     shape: tuple[int, ...]
-    places: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...]
     groups: tuple[Any, ...]
     key: str
     _mesh: Any
@@ -35,13 +35,13 @@ class Shard:
 
     def splits(self, dims: Collection[int]) -> bool:
         """Whether entries that differ in none of these dimensions may lie on several processes."""
-        sizes = zip(self.shape, self.places, strict=True)
-        return any(len(places) != size for dim, (size, places) in enumerate(sizes) if dim not in dims)
+        sizes = zip(self.shape, self.indices, strict=True)
+        return any(len(indices) != size for dim, (size, indices) in enumerate(sizes) if dim not in dims)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor of the parameter's shape."""
-        for dim, places in enumerate(self.places):
-            whole = whole.index_select(dim, places.to(whole.device))
+        for dim, indices in enumerate(self.indices):
+            whole = whole.index_select(dim, indices.to(whole.device))
         return whole
 
     def wrap(self, local: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ class Shard:
         """The flat indices in the whole parameter of local flat indices, int64."""
         index = torch.zeros_like(local)
         stride, inner = 1, 1
-        for size, places in zip(reversed(self.shape), reversed(self.places), strict=True):
-            index += places[(local // inner) % max(1, len(places))] * stride
-            stride, inner = stride * size, inner * len(places)
+        for size, indices in zip(reversed(self.shape), reversed(self.indices), strict=True):
+            index += indices[(local // inner) % max(1, len(indices))] * stride
+            stride, inner = stride * size, inner * len(indices)
         return index
 
 

@@ -67,7 +67,7 @@ class Ranking:
         parts = mask.split([s.numel() for s in self.scores])
         return [part.view(score.shape) for part, score in zip(parts, self.scores, strict=True)]
 
-    def edges(self, masks: list[Tensor]) -> list[Tensor]:
+    def spread_out(self, masks: list[Tensor]) -> list[Tensor]:
         """The edge sets of masks of the shapes of the scores."""
         return [spread(mask) for spread, mask in zip(self.spread, masks, strict=True)] if self.spread else masks
 
@@ -110,7 +110,7 @@ def top_k_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
     all others fill the budget.
     """
     masks = _largest_each(rankings)
-    return [ranking.edges(_with_floors(ranking, chosen)) for ranking, chosen in zip(rankings, masks, strict=True)]
+    return [ranking.spread_out(_with_floors(ranking, chosen)) for ranking, chosen in zip(rankings, masks, strict=True)]
 
 
 def _largest_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
@@ -242,8 +242,8 @@ def _kth_largest(bits: Tensor, k: int) -> Tensor:
     if n > 4 * _SAMPLE:
         stride = (n // _SAMPLE) | 1
         sample = bits[::stride].sort(descending=True).values
-        m, share = sample.numel(), k / n
-        middle, margin = round(share * m), math.ceil(5 * math.sqrt(m * share * (1 - share))) + 5
+        m, fraction = sample.numel(), k / n
+        middle, margin = round(fraction * m), math.ceil(5 * math.sqrt(m * fraction * (1 - fraction))) + 5
         high = sample[middle - margin] if middle > margin else None
         low = sample[middle + margin] if middle + margin < m else None
         above = int((bits > high).count_nonzero()) if high is not None else 0
@@ -283,8 +283,8 @@ def _rank_by_histograms(rankings: Sequence[Ranking]) -> list[Tensor]:
     size = max(sum(math.prod(s.shape) for s in r.shards if s is not None) for r in rankings)
     order = [size - r.flat_index(tie) for r, tie in zip(rankings, ties, strict=True)]
     last, _, _ = _kth_by_histograms(order, tuple(take.tolist()), size.bit_length(), shard)
-    for mask, tie, place, bound in zip(masks, ties, order, last, strict=True):
-        mask[tie[place >= bound]] = True
+    for mask, tie, index, bound in zip(masks, ties, order, last, strict=True):
+        mask[tie[index >= bound]] = True
     return masks
 
 
@@ -345,15 +345,15 @@ class _Piece:
         """Adds how often each value of the digit occurs among the entries that begin as the k-th largest does."""
         bins = 1 << width
         start = self.spread(torch.arange(len(found), device=counts.device) * bins)
-        place = ((self.bits >> shift) & (bins - 1)).to(torch.int64) + start
+        bin_ = ((self.bits >> shift) & (bins - 1)).to(torch.int64) + start
         # Of -1 every bit is set, so its beginning is never that of a magnitude. What does not count is spread over many
         # bins, because writing to one of them over and over is slow.
         elsewhere = (self.bits & (_SPARE - 1)).to(torch.int64) + (len(counts) - _SPARE)
-        place = torch.where((self.bits >> (shift + width)) == self.spread(found), place, elsewhere)
+        bin_ = torch.where((self.bits >> (shift + width)) == self.spread(found), bin_, elsewhere)
         if counts.device.type == "cpu":
-            counts += torch.bincount(place, minlength=len(counts))
+            counts += torch.bincount(bin_, minlength=len(counts))
         else:
-            counts.index_add_(0, place, _ones(place.numel(), counts.device))
+            counts.index_add_(0, bin_, _ones(bin_.numel(), counts.device))
 
 
 def _take_ties_in_order(bits: Sequence[Tensor], threshold: Tensor, take: Tensor) -> list[Tensor]:

@@ -22,9 +22,9 @@ class Edges:
     """The active edges of one wired parameter, in row order.
 
     A weight is read as a matrix ``[targets, sources]``, whichever way round the parameter holds them. In a convolution each
-    place of the kernel is a source of its own: a 3x3 convolution from 16 channels has 144 sources, and source s is place s % 9
-    of channel s // 9. With groups its targets have the sources of their group alone; experts in one tensor count as groups.
-    The matrix of a graph is that of its nodes, outputs included.
+    position of a kernel is a source of its own: a 3x3 convolution from 16 channels has 144 sources, and source s is position
+    s % 9 of channel s // 9. With groups its targets have the sources of their group alone; experts in one tensor count as
+    groups. The matrix of a graph is that of its nodes, outputs included.
 
     Attributes:
         name: the parameter's name.

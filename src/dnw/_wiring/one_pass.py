@@ -50,14 +50,14 @@ def take_over(layer: WiredLayer, k: int) -> bool:
     if low <= 0:
         layer.take(held)
         return False
-    above, places = _exchange.take(held, latent, active, layer.candidates, low, high, layer.progress)
-    bits = magnitude_bits(latent.view(-1)[places])
+    above, between = _exchange.take(held, latent, active, layer.candidates, low, high, layer.progress)
+    bits = magnitude_bits(latent.view(-1)[between])
     if not 0 < k - above <= len(bits):
         layer.margin = min(4 * layer.margin, 16 * MARGIN)
         return False
     kept = largest(bits, k - above)
     layer.threshold = int(bits[kept].min())
-    out = places[~kept]
+    out = between[~kept]
     active.view(-1)[out] = False
     held.view(-1)[out] = 0
     return True

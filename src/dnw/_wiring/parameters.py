@@ -104,7 +104,7 @@ _INNER_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint
 
 @dataclass(eq=False)
 class _Holder:
-    """A place where a model holds a parameter, with the module that uses it there, and as what."""
+    """A module of a model that holds a parameter: by which name, with the module that uses it there, and as what."""
 
     name: str
     module_name: str
@@ -114,8 +114,8 @@ class _Holder:
 
 
 @dataclass(eq=False)
-class _Place:
-    """One parameter with every place where a model holds it. It has the name of the first."""
+class _Held:
+    """One parameter with every module of a model that holds it. It has the name of the first."""
 
     parameter: nn.Parameter
     holders: list[_Holder]
@@ -126,7 +126,7 @@ class _Place:
 
     @property
     def user(self) -> _Holder:
-        """The place that says what it is: an embedding where there is one, else that which is the most easily wired."""
+        """The holder that says what it is: an embedding where there is one, else that which is the most easily wired."""
         return min(self.holders, key=lambda h: (h.kind is not EMBEDDING, h.kind.naming))
 
     @property
@@ -140,8 +140,8 @@ class _Place:
         return replace(EMBEDDING, reason=f"tied to an embedding ({user.name})")
 
 
-def _places(model: nn.Module) -> list[_Place]:
-    found: dict[int, _Place] = {}
+def _held_by(model: nn.Module) -> list[_Held]:
+    found: dict[int, _Held] = {}
     parametrized: dict[int, tuple[str, nn.Module, str]] = {}
     for raw_name, module in model.named_modules(remove_duplicate=False):
         module_name = _INNER_WRAPPERS.sub("", raw_name).strip(".")
@@ -161,7 +161,7 @@ def _places(model: nn.Module) -> list[_Place]:
                 user_name, user, user_attribute = module_name, module, attribute
                 kind = kind_of(name, module, attribute, parameter)
             holder = _Holder(name, user_name, user, user_attribute, kind)
-            found.setdefault(id(parameter), _Place(parameter, [])).holders.append(holder)
+            found.setdefault(id(parameter), _Held(parameter, [])).holders.append(holder)
     return list(found.values())
 
 
@@ -169,23 +169,23 @@ def _is_pattern(selector: str) -> bool:
     return any(c in selector for c in "*?[")
 
 
-def _fits(place: _Place, selector: Selector) -> bool:
+def _fits(held: _Held, selector: Selector) -> bool:
     if isinstance(selector, str):
-        return any(matches(h.name, h.module_name, selector) for h in place.holders)
-    return isinstance(selector, Defaults) or any(isinstance(h.module, selector) for h in place.holders)
+        return any(matches(h.name, h.module_name, selector) for h in held.holders)
+    return isinstance(selector, Defaults) or any(isinstance(h.module, selector) for h in held.holders)
 
 
-def _picks(selector: Selector, place: _Place) -> bool:
-    """Whether an ``include`` entry that fits a place names it plainly enough."""
+def _picks(selector: Selector, held: _Held) -> bool:
+    """Whether an ``include`` entry that fits a parameter names it plainly enough."""
     if isinstance(selector, Defaults):
         naming = Naming.NOT
     elif not isinstance(selector, str):
         naming = Naming.BY_MODULE
-    elif any(h.name == selector for h in place.holders):
+    elif any(h.name == selector for h in held.holders):
         naming = Naming.IN_FULL
     else:
         naming = Naming.BY_PATTERN if _is_pattern(selector) else Naming.BY_MODULE
-    return naming >= place.kind.naming
+    return naming >= held.kind.naming
 
 
 def _shown(selector: Selector) -> str:
@@ -194,15 +194,15 @@ def _shown(selector: Selector) -> str:
     return repr(selector) if selector != "" else "'' (the model's own parameters)"
 
 
-def _check(selectors: Sequence[Selector], places: Sequence[_Place], argument: str) -> None:
+def _check(selectors: Sequence[Selector], found: Sequence[_Held], argument: str) -> None:
     for selector in selectors:
         if isinstance(selector, Defaults) and argument == "include":
             continue
         if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
             raise ValueError(f"{argument}: {selector!r} is neither a name pattern nor a module type")
-        fitting = [p for p in places if _fits(p, selector)]
+        fitting = [p for p in found if _fits(p, selector)]
         if not fitting:
-            names = [h.name for p in places for h in p.holders] + [h.module_name for p in places for h in p.holders]
+            names = [h.name for p in found for h in p.holders] + [h.module_name for p in found for h in p.holders]
             hint = did_you_mean(selector, names) if isinstance(selector, str) else ""
             raise ValueError(f"{argument}={_shown(selector)} matches no parameter of the model{hint}")
         if argument == "exclude":
@@ -223,9 +223,9 @@ def _check(selectors: Sequence[Selector], places: Sequence[_Place], argument: st
             )
 
 
-def _is_wanted(selector: Selector, place: _Place) -> bool:
-    """Whether a place that an ``include`` entry picks is to be wired: one that is not trained only where it is named."""
-    return place.parameter.requires_grad or (isinstance(selector, str) and not _is_pattern(selector))
+def _is_wanted(selector: Selector, held: _Held) -> bool:
+    """Whether a parameter that an ``include`` entry picks is to be wired: what is not trained only where it is named."""
+    return held.parameter.requires_grad or (isinstance(selector, str) and not _is_pattern(selector))
 
 
 def find_parameters(
@@ -242,26 +242,26 @@ def find_parameters(
     Raises:
         ValueError: a pattern or type that matches nothing; a parameter that cannot be wired; a model with nothing to wire.
     """
-    places = _places(unwrap_model(model))
-    _check(include or [], places, "include")
-    _check(exclude, places, "exclude")
-    has_graphs = any(p.kind is GRAPH_EDGES for p in places)
+    found = _held_by(unwrap_model(model))
+    _check(include or [], found, "include")
+    _check(exclude, found, "exclude")
+    has_graphs = any(p.kind is GRAPH_EDGES for p in found)
     wirable, left = [], []
-    for place in places:
-        reason = _reason(place, [DEFAULTS] if include is None else include, exclude, has_graphs)
+    for held in found:
+        reason = _reason(held, [DEFAULTS] if include is None else include, exclude, has_graphs)
         if reason is not None:
-            left.append(LeftOut(place.name, tuple(place.parameter.shape), reason))
+            left.append(LeftOut(held.name, tuple(held.parameter.shape), reason))
             continue
-        if refusal := place.kind.refusal or refusal_of(place.parameter):
-            raise ValueError(f"{place.name!r} {refusal}")
-        kind, user = place.kind, place.user
+        if refusal := held.kind.refusal or refusal_of(held.parameter):
+            raise ValueError(f"{held.name!r} {refusal}")
+        kind, user = held.kind, held.user
         wirable.append(
             Wirable(
-                place.name,
-                place.holders[0].module_name,
+                held.name,
+                held.holders[0].module_name,
                 user.module,
-                place.parameter,
-                _candidates(place),
+                held.parameter,
+                _candidates(held),
                 kind is GRAPH_EDGES,
                 kind.layout,
                 kind.least_per_target,
@@ -273,16 +273,16 @@ def find_parameters(
     return wirable, left
 
 
-def _reason(place: _Place, include: Sequence[Selector], exclude: Sequence[Selector], has_graphs: bool) -> str | None:
+def _reason(held: _Held, include: Sequence[Selector], exclude: Sequence[Selector], has_graphs: bool) -> str | None:
     """Why a parameter stays dense; None where it is wired."""
     for selector in exclude:
-        if _fits(place, selector):
+        if _fits(held, selector):
             return f"excluded by {_shown(selector)}"
-    kind = place.kind
-    picking = [s for s in include if _fits(place, s) and _picks(s, place)]
+    kind = held.kind
+    picking = [s for s in include if _fits(held, s) and _picks(s, held)]
     if has_graphs and kind is not GRAPH_EDGES:
         picking = [s for s in picking if not isinstance(s, Defaults)]
-    if any(_is_wanted(s, place) for s in picking):
+    if any(_is_wanted(s, held) for s in picking):
         return None
     if picking:
         return "requires_grad=False"
@@ -291,18 +291,18 @@ def _reason(place: _Place, include: Sequence[Selector], exclude: Sequence[Select
     return "outside the graphs" if DEFAULTS in include else "not included"
 
 
-def _candidates(place: _Place) -> Tensor | None:
-    module = place.user.module
+def _candidates(held: _Held) -> Tensor | None:
+    module = held.user.module
     if not isinstance(module, GraphModule):
         return None
-    mask = module.edge_candidates().get(place.user.attribute)
+    mask = module.edge_candidates().get(held.user.attribute)
     if mask is None:
         return None
-    if mask.dtype != torch.bool or mask.shape != place.parameter.shape:
+    if mask.dtype != torch.bool or mask.shape != held.parameter.shape:
         raise ValueError(
-            f"{place.name!r}: edge_candidates() gave {mask.dtype} of shape {tuple(mask.shape)}; expected a boolean mask "
-            f"of shape {tuple(place.parameter.shape)}"
+            f"{held.name!r}: edge_candidates() gave {mask.dtype} of shape {tuple(mask.shape)}; expected a boolean mask "
+            f"of shape {tuple(held.parameter.shape)}"
         )
     if not bool(mask.any()):
-        raise ValueError(f"{place.name!r} has no candidate edges")
-    return None if bool(mask.all()) else mask.to(place.parameter.device)
+        raise ValueError(f"{held.name!r} has no candidate edges")
+    return None if bool(mask.all()) else mask.to(held.parameter.device)

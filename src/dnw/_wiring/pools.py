@@ -58,8 +58,7 @@ class Pools:
     def follow_schedule(self, pool: Pool, step: int) -> None:
         """Gives a pool the number of active edges that it has after some steps."""
         if self.schedule is not None:
-            unit = pool.unit
-            pool.k = self.schedule.num_edges(step, pool.budget // unit, pool.num_candidates // unit) * unit
+            pool.k = pool.num_edges_at(step, self.schedule)
 
     def choose(self, pools: Sequence[Pool], stepped: bool = False) -> list[WiredLayer]:
         """Gives the layers of some pools the edges that the rule chooses.

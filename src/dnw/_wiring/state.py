@@ -67,7 +67,7 @@ def check_entry(layer: WiredLayer, entry: dict[str, Any], pool: Pool, rule: Rule
     saved = int(numbers[4]) if len(pool.layers) > 1 else layer.total(active)
     least = most = pool.budget
     if schedule is not None:
-        most = schedule.num_edges(0, least // pool.unit, pool.num_candidates // pool.unit) * pool.unit
+        most = pool.num_edges_at(0, schedule)
     if saved != int(numbers[4]) or not least <= saved <= most:
         raise ValueError(
             f"{what}: it has {saved:,} active edges, this wiring keeps {least:,}; wire with the budget of the saved "
