@@ -1,0 +1,251 @@
+"""Static graphs on kernels that skip absent edges, as an operator of PyTorch with a gradient of its own.
+
+Contract: the numbers of the PyTorch path within float32 rounding. Inside, maps have their images innermost
+(``[nodes, height, width, images]``), so that every kernel runs over contiguous numbers, small maps included; what comes out is a
+view of such a map, which the next graph takes without a copy. Every node's state is kept for the backward pass, and what reached
+it; norm and ReLU are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnw.graphs._levels import Levels
+from dnw.kernels._graph import Nodes, Norm, Rows, out_size, pooled
+from dnw.kernels._wired import DormantGradient, active_edges
+
+_Optional = Tensor | None
+
+
+@lru_cache(maxsize=256)
+def _rows_of(levels: Levels) -> tuple[Tensor, Tensor]:
+    """Of every inner node and output, in order: its row of the weight, and how many columns it reads."""
+    starts = [0, *accumulate(levels.sizes)]
+    inner = torch.arange(levels.num_inner) + levels.first_row
+    outputs = torch.arange(levels.num_outputs) + (levels.shape[0] - levels.num_outputs)
+    limits = [start for start, size in zip(starts[1:], levels.sizes[1:], strict=False) for _ in range(size)]
+    return torch.cat([inner, outputs]), torch.tensor(limits + [levels.num_sources] * levels.num_outputs)
+
+
+def _bounds(levels: Levels) -> list[tuple[int, int]]:
+    """Of each level its first node and the one after its last."""
+    return list(pairwise([0, *accumulate(levels.sizes)]))
+
+
+def _compressed(weight: Tensor, levels: Levels) -> tuple[Rows, DormantGradient]:
+    active, needs = active_edges(weight)
+    order, limits = _rows_of(levels)
+    room = int(active.count_nonzero()) * (2 if levels.shared_outputs else 1)
+    return Rows.of(active.contiguous(), weight.detach().contiguous(), order, limits, room), needs
+
+
+def _part(values: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if values is None else values[first:last]
+
+
+class _Graph:
+    """The node functions of a graph by level."""
+
+    def __init__(
+        self,
+        levels: Levels,
+        filters: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        mean: Tensor,
+        deviation: Tensor,
+        stride: int,
+        norm: Norm,
+        eps: float,
+    ) -> None:
+        filters = filters.detach().contiguous()
+        self.nodes = [
+            Nodes(
+                norm,
+                filters[a:b],
+                1 if a else stride,
+                eps,
+                _part(scale, a, b),
+                _part(shift, a, b),
+                mean[a:b],
+                deviation[a:b],
+            )
+            for a, b in _bounds(levels)
+        ]
+
+
+@torch.library.custom_op("dnw::static_graph", mutates_args=())
+def static_graph(
+    x: Tensor,
+    weight: Tensor,
+    filters: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    sizes: Sequence[int],
+    outputs: int,
+    shared: bool,
+    stride: int,
+    norm: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A static graph on ``[batch, inputs, height, width]``.
+
+    Args:
+        x: what the inputs get.
+        weight: ``[targets, sources]``.
+        filters: of the nodes' convolutions, ``[sources, 9]``.
+        scale, shift: of the nodes' norms, ``[sources]``.
+        mean, variance: of the nodes' norms, ``[sources]``, where they are given.
+        sizes, outputs, shared: see :class:`Levels`.
+        stride: of the inputs' convolution.
+        norm: a :class:`Norm`.
+        eps: of the norms.
+
+    Returns:
+        ``[batch, outputs, ...]``; what reached the inner nodes, and the states of all, ``[nodes, height, width, batch]``; mean
+        and reciprocal deviation of the norms.
+    """
+    levels, kind = Levels(tuple(sizes), outputs, shared), Norm(norm)
+    images, height, width = x.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride)
+    found, deviation = _statistics(levels, kind, images, mean, variance, eps)
+    graph = _Graph(levels, filters, scale, shift, found, deviation, stride, kind, eps)
+    rows, _ = _compressed(weight, levels)
+    states = torch.empty(levels.num_sources, height, width, images)
+    incoming = torch.empty(levels.num_inner, height, width, images)
+    bounds = _bounds(levels)
+    graph.nodes[0].forward(x.permute(1, 2, 3, 0).contiguous(), states[: levels.num_inputs])
+    for (a, b), nodes in zip(bounds[1:], graph.nodes[1:], strict=True):
+        first, last = a - levels.num_inputs, b - levels.num_inputs
+        rows[first:last].times(states.flatten(1), incoming[first:last].flatten(1))
+        nodes.forward(incoming[first:last], states[a:b])
+    out = torch.empty(outputs, height, width, images)
+    rows[levels.num_inner : levels.num_inner + outputs].times(states.flatten(1), out.flatten(1))
+    return out.permute(3, 0, 1, 2), incoming, states, found, deviation
+
+
+def _statistics(
+    levels: Levels, norm: Norm, images: int, mean: Tensor | None, variance: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation: given, or room for them."""
+    if norm is Norm.GIVEN:
+        assert mean is not None
+        assert variance is not None
+        return mean.clone(), (variance + eps).rsqrt()
+    shape = (levels.num_sources, images) if norm is Norm.INSTANCE else (levels.num_sources,)
+    return torch.empty(shape), torch.empty(shape)
+
+
+@static_graph.register_fake
+def _(x, weight, filters, scale, shift, mean, variance, sizes, outputs, shared, stride, norm, eps):  # type: ignore[no-untyped-def]
+    images, height, width = x.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride)
+    out = x.new_empty(outputs, height, width, images).permute(3, 0, 1, 2)
+    shape = (sum(sizes), images) if norm == Norm.INSTANCE else (sum(sizes),)
+    incoming, states = (x.new_empty(n, height, width, images) for n in (sum(sizes[1:]), sum(sizes)))
+    return out, incoming, states, x.new_empty(shape), x.new_empty(shape)
+
+
+@torch.library.custom_op("dnw::static_graph_backward", mutates_args=())
+def static_graph_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    filters: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    incoming: Tensor,
+    states: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    sizes: Sequence[int],
+    outputs: int,
+    shared: bool,
+    stride: int,
+    norm: int,
+    eps: float,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of inputs, weight, filters, scales and shifts of :func:`static_graph`."""
+    levels = Levels(tuple(sizes), outputs, shared)
+    graph = _Graph(levels, filters, scale, shift, mean, deviation, stride, Norm(norm), eps)
+    rows, needs = _compressed(weight, levels)
+    back = rows.transposed()
+    grads = torch.empty(len(rows), *states.shape[1:])  # of what reaches inner nodes and outputs
+    grads[levels.num_inner :] = grad.permute(1, 2, 3, 0)
+    into_x = torch.empty(levels.num_inputs, *x.shape[2:], x.shape[0])
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for (a, b), nodes in reversed(list(zip(_bounds(levels), graph.nodes, strict=True))):
+        sent = torch.empty(b - a, *states.shape[1:])
+        back[a:b].times(grads.flatten(1), sent.flatten(1))
+        first, last = a - levels.num_inputs, b - levels.num_inputs
+        before = x.permute(1, 2, 3, 0).contiguous() if a == 0 else incoming[first:last]
+        parts.append(nodes.backward(before, sent, into_x if a == 0 else grads[first:last]))
+    of_filters, of_scale, of_shift = (torch.cat(part[::-1]) for part in zip(*parts, strict=True))
+    of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if needs_weight:
+        _edge_gradients(of_weight, levels, rows, grads, states, needs)
+    return into_x.permute(3, 0, 1, 2), of_weight, of_filters, of_scale, of_shift
+
+
+@static_graph_backward.register_fake
+def _(grad, x, weight, filters, scale, shift, *rest):  # type: ignore[no-untyped-def]
+    into_x = x.new_empty(x.shape[1], *x.shape[2:], x.shape[0]).permute(3, 0, 1, 2)
+    return into_x, weight.new_empty(weight.shape), filters.new_empty(filters.shape), *(
+        filters.new_empty(len(filters)) for _ in range(2)
+    )
+
+
+def _edge_gradients(
+    into: Tensor, levels: Levels, rows: Rows, grads: Tensor, states: Tensor, needs: DormantGradient
+) -> None:
+    """The gradient of every edge that a rule needs: of all candidates, or of the active ones alone."""
+    order, _ = _rows_of(levels)
+    if needs is not DormantGradient.NONE:
+        left, right = grads, states
+        if needs in (DormantGradient.POOLED, DormantGradient.POOLED_BFLOAT16):
+            left, right = pooled(left, mean=False), pooled(right, mean=True)
+        if needs in (DormantGradient.BFLOAT16, DormantGradient.POOLED_BFLOAT16):
+            left, right = left.bfloat16(), right.bfloat16()
+        left, right = left.flatten(1), right.flatten(1)
+        inner = levels.num_inner
+        for a, b in _bounds(levels):
+            later = max(0, b - levels.num_inputs)
+            product = left[later:] @ right[a:b].T
+            if inner > later:
+                into[levels.first_row + later : levels.first_row + inner, a:b] = product[: inner - later]
+            if levels.shared_outputs:
+                into[-levels.num_outputs :, a:b] += product[inner - later :]
+            else:
+                into[-levels.num_outputs :, a:b] = product[inner - later :]
+    if needs is not DormantGradient.EXACT:
+        values = rows.products(grads.flatten(1), states.flatten(1))
+        if needs is not DormantGradient.NONE and levels.shared_outputs:
+            rows.scatter(torch.zeros_like(values), order, into)
+        rows.scatter(values, order, into, adds=levels.shared_outputs)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, filters, scale, shift, _, _, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight, filters, scale, shift, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    x, weight, filters, scale, shift, *saved = ctx.saved_tensors
+    into = torch.ops.dnw.static_graph_backward(
+        grad, x, weight, filters, scale, shift, *saved, *ctx.rest, ctx.needs_input_grad[1]
+    )
+    needed = zip(into, ctx.needs_input_grad[:5], strict=True)
+    return *(value if needs else None for value, needs in needed), *(None,) * 8
+
+
+torch.library.register_autograd("dnw::static_graph", _backward, setup_context=_setup)

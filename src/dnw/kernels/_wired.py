@@ -1,0 +1,72 @@
+"""What is known of the edges of a parameter, wherever its values are met: which are active, and what dormant ones need.
+
+Contract: whoever wires a parameter says so here. Kernels are handed values that autograd or a compiler may have put into another
+tensor, so a parameter is known by its memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class DormantGradient(Enum):
+    """How the gradient of dormant edges is made. That of active ones is exact always."""
+
+    NONE = "none"
+    EXACT = "exact"
+    BFLOAT16 = "bfloat16"
+    POOLED = "pooled"
+    POOLED_BFLOAT16 = "pooled bfloat16"
+
+
+class Known(Protocol):
+    """The edges of one parameter."""
+
+    active: Tensor | None
+    """Mask of the active edges, of the parameter's shape."""
+
+    def dormant_gradient(self) -> DormantGradient:
+        """What dormant edges need in the step that is being prepared."""
+        ...
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def make_known(parameter: nn.Parameter, edges: Known) -> None:
+    """From now on kernels ask ``edges`` about a parameter, as long as both are there."""
+    _known[parameter] = weakref.ref(edges)
+
+
+def forget(parameter: nn.Parameter) -> None:
+    """The parameter is dense from now on."""
+    _known.pop(parameter, None)
+
+
+def known_edges(weight: Tensor) -> Known | None:
+    """What is known of the parameter whose values these are."""
+    for parameter, reference in list(_known.items()):
+        if parameter.data_ptr() == weight.data_ptr() and parameter.shape == weight.shape:
+            found: Known | None = reference()
+            return found
+    return None
+
+
+def active_edges(weight: Tensor) -> tuple[Tensor, DormantGradient]:
+    """The active edges of a weight, and what its dormant ones need: of one that nobody knows, all that are not 0."""
+    edges = known_edges(weight)
+    if edges is None or edges.active is None or edges.active.shape != weight.shape:
+        return weight != 0, DormantGradient.EXACT
+    return edges.active, edges.dormant_gradient()
+
+
+def num_active(weight: Tensor) -> int:
+    """How many edges of a weight are active."""
+    with torch.no_grad():
+        return int(active_edges(weight.detach())[0].count_nonzero())
