@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dnw.graphs._levels import Levels
+from dnw.graphs._way import joined, norm_kind, update_statistics
 from dnw.kernels._graph import Nodes, Norm, Rows, out_size, pooled
 from dnw.kernels._wired import DormantGradient, active_edges
 
@@ -249,3 +250,30 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Te
 
 
 torch.library.register_autograd("dnw::static_graph", _backward, setup_context=_setup)
+
+
+def run_static_graph(levels: Levels, nodes: Sequence[Any], weight: Tensor, x: Tensor) -> Tensor:
+    """A static graph on kernels, which know its norms; running statistics move as in PyTorch.
+
+    Args:
+        levels: of the graph.
+        nodes: the :class:`Node` of each level.
+        weight: ``[targets, sources]``.
+        x: ``[batch, inputs, height, width]``.
+    """
+    norms, stride = [node.norm for node in nodes], nodes[0].conv.stride[0]
+    height, width = (out_size(size, stride) for size in x.shape[2:])
+    found = norm_kind(norms, height * width, x.shape[0])
+    assert found is not None
+    norm, eps = found
+    filters = torch.cat([node.conv.weight.flatten(1) for node in nodes])
+    scale, shift = (None, None) if norm is Norm.NONE else (joined(norms, "weight"), joined(norms, "bias"))
+    given = (joined(norms, "running_mean"), joined(norms, "running_var")) if norm is Norm.GIVEN else (None, None)
+    topology = list(levels.sizes), levels.num_outputs, levels.shared_outputs
+    out, _, _, mean, deviation = torch.ops.dnw.static_graph(
+        x, weight, filters, scale, shift, *given, *topology, stride, int(norm), eps
+    )
+    if norm is Norm.BATCH:
+        places = [x.shape[2] * x.shape[3], *[height * width] * (len(norms) - 1)]
+        update_statistics(norms, mean, deviation, [x.shape[0] * number for number in places])
+    return out

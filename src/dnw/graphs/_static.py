@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnw.graphs._kernels import run_static_graph
 from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
+from dnw.graphs._way import is_node, norm_kind, why_not
+from dnw.kernels._graph import out_size
 
 
 class StaticGraph(nn.Module):
@@ -52,6 +56,7 @@ class StaticGraph(nn.Module):
         self.nodes = nn.ModuleList(
             Node(size, norm, stride if level == 0 else 1) for level, size in enumerate(self.levels.sizes)
         )
+        self._num_candidates = int(self.edge_candidates()["weight"].sum())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,11 +93,29 @@ class StaticGraph(nn.Module):
         sizes = ", ".join(map(str, self.levels.sizes))
         return f"levels=({sizes}), num_outputs={self.levels.num_outputs}, candidates={int(self.levels.candidates().sum()):,}"
 
+    def why_layers(self, x: Tensor) -> str:
+        """Why the graph would run as layers of PyTorch; empty where it would run on kernels that skip absent edges.
+
+        Args:
+            x: what it would be given.
+        """
+        nodes: list[Any] = list(self.nodes)
+        parts = [*nodes, *(part for node in nodes for part in node.children())]
+        if not all(map(is_node, nodes)):
+            return "a node function has been replaced"
+        stride = nodes[0].conv.stride[0]
+        places = out_size(x.shape[2], stride) * out_size(x.shape[3], stride)
+        if norm_kind([node.norm for node in nodes], places, x.shape[0]) is None:
+            return f"kernels do not know the norm {type(nodes[0].norm).__name__} as it is here"
+        return why_not(x, self.weight, self._num_candidates, parts)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.levels.num_inputs:
             raise ValueError(
                 f"expected maps [batch, {self.levels.num_inputs}, height, width], got a tensor of shape {tuple(x.shape)}"
             )
+        if not self.why_layers(x):
+            return run_static_graph(self.levels, self.nodes, self.weight, x)
         # `incoming` holds what has reached the rows from `row` on so far; each level adds its share to all later rows.
         sizes, outputs = self.levels.sizes, self.levels.num_outputs
         columns = self.weight.split(sizes, dim=1)

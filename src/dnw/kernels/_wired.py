@@ -10,7 +10,6 @@ import weakref
 from enum import Enum
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -30,6 +29,8 @@ class Known(Protocol):
 
     active: Tensor | None
     """Mask of the active edges, of the parameter's shape."""
+    num_active: int
+    """How many there are."""
 
     def dormant_gradient(self) -> DormantGradient:
         """What dormant edges need in the step that is being prepared."""
@@ -66,7 +67,16 @@ def active_edges(weight: Tensor) -> tuple[Tensor, DormantGradient]:
     return edges.active, edges.dormant_gradient()
 
 
-def num_active(weight: Tensor) -> int:
-    """How many edges of a weight are active."""
-    with torch.no_grad():
-        return int(active_edges(weight.detach())[0].count_nonzero())
+def density_of(weight: Tensor, candidates: int) -> float:
+    """The density of a weight: as the wiring says, or by what is not 0, which is counted once for each time it is written."""
+    edges = known_edges(weight)
+    if edges is not None:
+        return edges.num_active / candidates
+    version, number = _counted.get(weight, (-1, 0))
+    if version != weight._version:
+        number = int(weight.detach().count_nonzero())
+        _counted[weight] = weight._version, number
+    return number / candidates
+
+
+_counted: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -1,0 +1,148 @@
+"""Which way a graph runs: on kernels that skip absent edges, or as layers of PyTorch.
+
+Contract: looks, and decides. Both ways give the same numbers within float32 rounding. What the kernels do not know (another norm,
+a hook on a part of the graph, another device or dtype, tensors that are traced) runs as layers of PyTorch, which know everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from dnw.graphs._node import Node
+from dnw.kernels._graph import Norm, library
+from dnw.kernels._wired import density_of
+
+SPARSE_ENOUGH = 0.3
+"""Up to this density of the candidate edges kernels are faster."""
+
+_MODES = ("auto", "always", "never")
+_mode = os.environ.get("DNW_GRAPH_KERNELS", "auto")
+
+
+def set_graph_kernels(mode: Literal["auto", "always", "never"]) -> None:
+    """Says when graphs run on kernels of their own, of those that can.
+
+    The environment variable ``DNW_GRAPH_KERNELS`` says it for a process from its start.
+
+    Args:
+        mode: "auto" where the weight is sparse enough for it to pay, "always", or "never".
+    """
+    global _mode
+    if mode not in _MODES:
+        raise ValueError(f"mode={mode!r}: allowed are 'auto', 'always' and 'never'")
+    _mode = mode
+
+
+def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Module]) -> str:
+    """Why a graph runs as layers of PyTorch; empty where it runs on kernels.
+
+    Args:
+        x: what the graph is given.
+        weight: its edges.
+        candidates: how many of them there may be.
+        parts: the modules that compute what nodes send.
+    """
+    if _mode not in _MODES:
+        raise ValueError(f"DNW_GRAPH_KERNELS={_mode!r}: allowed are 'auto', 'always' and 'never'")
+    if _mode == "never":
+        return "kernels are turned off"
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return f"kernels are for a CPU, and this is on {x.device}"
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "kernels compute in float32"
+    if x.numel() == 0:
+        return "the batch is empty"
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
+        return "a part of the graph has hooks"
+    if torch.compiler.is_compiling():
+        return "" if _is_built() and not torch.compiler.is_exporting() else "the graph is exported"
+    if library() is None:
+        return "the package was installed without a C compiler"
+    if type(x) not in (Tensor, nn.Parameter) or _is_watched():
+        return "operations are traced or transformed"
+    density = density_of(weight, candidates)
+    if _mode == "auto" and density > SPARSE_ENOUGH:
+        return f"{density:.0%} of the candidate edges are active, and kernels pay up to {SPARSE_ENOUGH:.0%}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _is_built() -> bool:
+    return library() is not None
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform or a tracer wants to see single operations."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+    )
+
+
+def norm_kind(norms: Sequence[nn.Module], places: int, images: int) -> tuple[Norm, float] | None:
+    """Where the statistics of norms that are alike come from, and their eps; None where kernels do not know them.
+
+    Args:
+        norms: of the levels of a graph.
+        places, images: number of places of the smallest map, and of images.
+    """
+    first: Any = norms[0]
+    if any(type(norm) is not type(first) for norm in norms):
+        return None
+    if type(first) is nn.Identity:
+        return Norm.NONE, 0.0
+    if type(first) not in (nn.BatchNorm2d, nn.InstanceNorm2d):
+        return None
+    alike = ("eps", "affine", "track_running_stats", "training", "momentum")
+    if any(getattr(norm, name) != getattr(first, name) for norm in norms for name in alike):
+        return None
+    if type(first) is nn.InstanceNorm2d:
+        return (Norm.INSTANCE, first.eps) if not first.track_running_stats and places > 1 else None
+    if first.training or not first.track_running_stats:
+        return (Norm.BATCH, first.eps) if places * images > 1 else None
+    return Norm.GIVEN, first.eps
+
+
+def is_node(node: nn.Module) -> bool:
+    """Whether a node function is one that kernels know."""
+    if type(node) is not Node or type(node.conv) is not nn.Conv2d or type(node.relu) is not nn.ReLU:
+        return False
+    conv = node.conv
+    return conv.kernel_size == (3, 3) and conv.bias is None and conv.weight.dtype == torch.float32 and conv.stride in ((1, 1), (2, 2))
+
+
+def joined(norms: Sequence[Any], name: str) -> Tensor | None:
+    """A parameter or statistic of all norms, end to end; None where they have none."""
+    values = [getattr(norm, name, None) for norm in norms]
+    return torch.cat(values) if all(value is not None for value in values) else None
+
+
+@torch.no_grad()
+def update_statistics(norms: Sequence[Any], mean: Tensor, deviation: Tensor, counts: Sequence[int]) -> None:
+    """Moves the running statistics of batch norms, as these do themselves.
+
+    Args:
+        norms: of the levels.
+        mean, deviation: mean and reciprocal deviation of the batch, of all levels.
+        counts: of each level how many numbers these are of.
+    """
+    first = 0
+    for norm, count in zip(norms, counts, strict=True):
+        last = first + norm.num_features
+        if norm.track_running_stats and norm.training:
+            norm.num_batches_tracked.add_(1)
+            factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            variance = (deviation[first:last].double().pow(-2) - norm.eps).clamp(min=0).float()
+            norm.running_mean.lerp_(mean[first:last], factor)
+            norm.running_var.lerp_(variance * (count / max(1, count - 1)), factor)
+        first = last
