@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dnw._checks import listing
 from dnw._rules.layer import Layer, clear_others, momentum_of
 
 
@@ -25,14 +26,20 @@ class Dormant:
         momentum: "update" keeps it going; "hold" leaves it as it was while an edge is dormant; "zero" clears it, so that an
             edge begins without one when it becomes active. Momentum is ``momentum_buffer`` (SGD, RMSprop, Muon) or
             ``exp_avg`` (Adam and its kin); second moments always go on.
+        gradient: how graphs on kernels make the gradient of dormant edges, where the rule needs it; that of active ones is exact
+            always. "bfloat16" rounds states and gradients, "pooled" sums over squares of 2x2 places first, "pooled bfloat16"
+            does both. Without kernels it is exact.
     """
 
     weight_decay: bool = True
     momentum: Literal["update", "hold", "zero"] = "update"
+    gradient: Literal["exact", "bfloat16", "pooled", "pooled bfloat16"] = "exact"
 
     def __post_init__(self) -> None:
         if self.momentum not in ("update", "hold", "zero"):
             raise ValueError(f"Dormant: momentum={self.momentum!r}; allowed are 'update', 'hold' and 'zero'")
+        if self.gradient not in (ways := ("exact", "bfloat16", "pooled", "pooled bfloat16")):
+            raise ValueError(f"Dormant: gradient={self.gradient!r}; allowed are {listing(ways)}")
 
     def shown(self, layer: Layer) -> Tensor:
         """What the base optimizer gets to see of the latent weights."""

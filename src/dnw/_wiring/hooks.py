@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 from dnw._wiring.exchange import Exchange
 from dnw._wiring.foreign import averaging_methods, has_state_hooks, loads_in_its_own_way, parts, step_with_hooks
 from dnw._wiring.guard import EvaluationGuard
+from dnw._wiring.known import KnownLayer
 from dnw._wiring.membership import WIRED, watch_other_optimizers
 from dnw._wiring.step import run_exchanged
 from dnw._wiring.travel import Travel
+from dnw.kernels._wired import forget, make_known
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +72,15 @@ class Hooks:
         watch_other_optimizers()
         for layer in weights.layers:
             WIRED[layer.parameter] = weakref.ref(exchange)
+        weights.known = [KnownLayer(weights, layer) for layer in weights.layers if layer.shard is None]
+        for known in weights.known:
+            make_known(known.layer.parameter, known)
 
     def remove(self) -> None:
         """Takes everything off again."""
         for layer in self._exchange.weights.layers:
             del WIRED[layer.parameter]
+            forget(layer.parameter)
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -46,6 +46,7 @@ class Weights:
         self.step = 0
         self.is_settled = False
         self.statistics = Statistics()
+        self.known: list[Any] = []  # what kernels ask, which know it weakly
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:

@@ -27,10 +27,13 @@ class DormantGradient(Enum):
 class Known(Protocol):
     """The edges of one parameter."""
 
-    active: Tensor | None
-    """Mask of the active edges, of the parameter's shape."""
-    num_active: int
-    """How many there are."""
+    def edges(self) -> Tensor:
+        """Mask of the active edges, of the parameter's shape, and of whatever else is not 0 in it."""
+        ...
+
+    def num_active(self) -> int:
+        """How many edges are active."""
+        ...
 
     def dormant_gradient(self) -> DormantGradient:
         """What dormant edges need in the step that is being prepared."""
@@ -61,17 +64,17 @@ def known_edges(weight: Tensor) -> Known | None:
 
 def active_edges(weight: Tensor) -> tuple[Tensor, DormantGradient]:
     """The active edges of a weight, and what its dormant ones need: of one that nobody knows, all that are not 0."""
-    edges = known_edges(weight)
-    if edges is None or edges.active is None or edges.active.shape != weight.shape:
+    known = known_edges(weight)
+    if known is None:
         return weight != 0, DormantGradient.EXACT
-    return edges.active, edges.dormant_gradient()
+    return known.edges(), known.dormant_gradient()
 
 
 def density_of(weight: Tensor, candidates: int) -> float:
     """The density of a weight: as the wiring says, or by what is not 0, which is counted once for each time it is written."""
-    edges = known_edges(weight)
-    if edges is not None:
-        return edges.num_active / candidates
+    known = known_edges(weight)
+    if known is not None:
+        return known.num_active() / candidates
     version, number = _counted.get(weight, (-1, 0))
     if version != weight._version:
         number = int(weight.detach().count_nonzero())
