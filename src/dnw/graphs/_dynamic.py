@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnw.graphs._dynamic_kernels import run_nodes
 from dnw.graphs._ode import Solver, solver_named
+from dnw.graphs._way import is_convolution, why_not
 
 INSTANCE_NORM = partial(nn.InstanceNorm2d, affine=True)
 
@@ -97,8 +99,22 @@ class DynamicGraph(nn.Module, ABC):
         """The outputs of a state: ``[batch, outputs, ...]``."""
         return state[:, -self.num_outputs :]
 
+    def why_layers(self, x: Tensor) -> str:
+        """Why the graph would run as layers of PyTorch; empty where it would run on kernels that skip absent edges.
+
+        Args:
+            x: what it would be given, or a state.
+        """
+        if self.maps and not is_convolution(self.conv):
+            return "the nodes' convolution has been replaced"
+        return why_not(x, self.weight, self.weight.numel(), [self.conv])
+
     def rate(self, state: Tensor) -> Tensor:
         """The right-hand side: what reaches every node from the present states, normalised. ``[batch, nodes, ...]``."""
+        if not self.why_layers(state):
+            sent = run_nodes(self.conv, self.activation, state) if self.maps else self.activation(state)
+            reached = torch.ops.dnw.edges(sent, self.weight)
+            return self.norm(reached if self.bias is None else reached + self.bias)
         sent = self.conv(self.activation(state))
         if self.maps:
             return self.norm(F.conv2d(sent, self.weight[:, :, None, None]))

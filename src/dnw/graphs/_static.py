@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnw.graphs._kernels import run_static_graph
+from dnw.graphs._static_kernels import run_static_graph
 from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
 from dnw.graphs._way import is_node, norm_kind, why_not

@@ -115,10 +115,15 @@ def norm_kind(norms: Sequence[nn.Module], places: int, images: int) -> tuple[Nor
 
 def is_node(node: nn.Module) -> bool:
     """Whether a node function is one that kernels know."""
-    if type(node) is not Node or type(node.conv) is not nn.Conv2d or type(node.relu) is not nn.ReLU:
+    return type(node) is Node and type(node.relu) is nn.ReLU and is_convolution(node.conv)
+
+
+def is_convolution(conv: nn.Module) -> bool:
+    """Whether a convolution is that of nodes: 3x3, one for each channel, without bias, of stride 1 or 2."""
+    if type(conv) is not nn.Conv2d or conv.bias is not None or conv.weight.dtype != torch.float32:
         return False
-    conv = node.conv
-    return conv.kernel_size == (3, 3) and conv.bias is None and conv.weight.dtype == torch.float32 and conv.stride in ((1, 1), (2, 2))
+    is_nodewise = conv.groups == conv.in_channels == conv.out_channels and conv.padding == (1, 1) and conv.dilation == (1, 1)
+    return is_nodewise and conv.kernel_size == (3, 3) and conv.stride in ((1, 1), (2, 2)) and conv.padding_mode == "zeros"
 
 
 def joined(norms: Sequence[Any], name: str) -> Tensor | None:

@@ -1,0 +1,182 @@
+"""Dynamic graphs on kernels that skip absent edges: node functions and edges as two operators of PyTorch, with gradients.
+
+Contract: as :mod:`dnw.graphs._static_kernels`; what comes out of either is a view of a tensor with its images innermost, which the
+other takes without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnw.kernels._graph import Nodes, Norm, Rows, pooled
+from dnw.kernels._wired import DormantGradient, active_edges
+
+
+def _inside(x: Tensor) -> Tensor:
+    """``[batch, nodes, ...]`` with its images innermost: ``[nodes, ..., batch]``."""
+    return x.movedim(0, -1).contiguous()
+
+
+def _outside(x: Tensor) -> Tensor:
+    """The inverse, as a view."""
+    return x.movedim(-1, 0)
+
+
+# --- node functions ---
+
+
+@torch.library.custom_op("dnw::nodes", mutates_args=())
+def nodes(
+    x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor | None, variance: Tensor | None,
+    norm: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``conv(relu(norm(x)))`` of nodes ``[batch, nodes, height, width]``; and mean and reciprocal deviation of the norm."""
+    kind, inside = Norm(norm), _inside(x)
+    if kind is Norm.GIVEN:
+        assert mean is not None
+        assert variance is not None
+        found, deviation = mean.clone(), (variance + eps).rsqrt()
+    else:
+        shape = (len(inside), x.shape[0]) if kind is Norm.INSTANCE else (len(inside),)
+        found, deviation = torch.empty(shape), torch.empty(shape)
+    out = torch.empty_like(inside)
+    Nodes(kind, filters.contiguous(), 1, eps, scale, shift, found, deviation).forward(inside, out)
+    return _outside(out), found, deviation
+
+
+@nodes.register_fake
+def _(x, filters, scale, shift, mean, variance, norm, eps):  # type: ignore[no-untyped-def]
+    shape = (x.shape[1], x.shape[0]) if norm == Norm.INSTANCE else (x.shape[1],)
+    return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0), x.new_empty(shape), x.new_empty(shape)
+
+
+@torch.library.custom_op("dnw::nodes_backward", mutates_args=())
+def nodes_backward(
+    grad: Tensor, x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, deviation: Tensor,
+    norm: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of inputs, filters, scales and shifts of :func:`nodes`."""
+    inside = _inside(x)
+    into = torch.empty_like(inside)
+    functions = Nodes(Norm(norm), filters.contiguous(), 1, eps, scale, shift, mean, deviation)
+    return _outside(into), *functions.backward(inside, _inside(grad), into)
+
+
+@nodes_backward.register_fake
+def _(grad, x, filters, *rest):  # type: ignore[no-untyped-def]
+    into = x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0)
+    return into, filters.new_empty(filters.shape), *(filters.new_empty(len(filters)) for _ in range(2))
+
+
+def _keep_nodes(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, filters, scale, shift, _, _, *ctx.rest = inputs
+    ctx.save_for_backward(x, filters, scale, shift, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _nodes_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    into = torch.ops.dnw.nodes_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *(value if needs else None for value, needs in zip(into, ctx.needs_input_grad[:4], strict=True)), *(None,) * 4
+
+
+torch.library.register_autograd("dnw::nodes", _nodes_backward, setup_context=_keep_nodes)
+
+
+def run_nodes(conv: nn.Conv2d, activation: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    """``conv(activation(state))``, of which the kernel does the ReLU itself; another activation leaves none for it to do."""
+    filters = conv.weight.flatten(1)
+    if not _is_relu(activation):
+        return conv(activation(state))
+    return torch.ops.dnw.nodes(state, filters, None, None, None, None, int(Norm.NONE), 0.0)[0]
+
+
+def _is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
+    return activation is F.relu or activation is torch.relu or type(activation) is nn.ReLU
+
+
+# --- edges ---
+
+
+def _compressed(weight: Tensor, columns: int) -> tuple[Rows, DormantGradient]:
+    """The entries of the first columns."""
+    active, needs = active_edges(weight)
+    order, limits = torch.arange(len(weight)), torch.full((len(weight),), columns)
+    return Rows.of(active.contiguous(), weight.contiguous(), order, limits, int(active.count_nonzero())), needs
+
+
+@torch.library.custom_op("dnw::edges", mutates_args=())
+def edges(x: Tensor, weight: Tensor) -> Tensor:
+    """What reaches the targets: ``[batch, sources, ...]`` to ``[batch, targets, ...]``.
+
+    Args:
+        x: what the first sources send; all others send nothing.
+        weight: ``[targets, sources]``.
+    """
+    inside = _inside(x)
+    rows, _ = _compressed(weight, len(inside))
+    out = torch.empty(len(weight), *inside.shape[1:])
+    rows.times(inside.flatten(1), out.flatten(1))
+    return _outside(out)
+
+
+@edges.register_fake
+def _(x, weight):  # type: ignore[no-untyped-def]
+    return x.new_empty(len(weight), *x.shape[2:], x.shape[0]).movedim(-1, 0)
+
+
+@torch.library.custom_op("dnw::edges_backward", mutates_args=())
+def edges_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_weight: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`edges`."""
+    inside, above = _inside(x), _inside(grad)
+    rows, needs = _compressed(weight, len(inside))
+    back = rows.transposed()
+    into = torch.empty_like(inside)
+    back[0 : len(inside)].times(above.flatten(1), into.flatten(1))
+    of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if needs_weight:
+        edge_gradients(of_weight[:, : len(inside)], above, inside, needs)
+        if needs is not DormantGradient.EXACT:
+            values = rows.products(above.flatten(1), inside.flatten(1))
+            rows.scatter(values, torch.arange(len(weight)), of_weight)
+    return _outside(into), of_weight
+
+
+@edges_backward.register_fake
+def _(grad, x, weight, needs_weight):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0), weight.new_empty(weight.shape)
+
+
+def edge_gradients(into: Tensor, grads: Tensor, states: Tensor, needs: DormantGradient) -> None:
+    """The gradient of all edges between some targets and sources, as a rule needs it of dormant ones.
+
+    Args:
+        into: ``[targets, sources]``, written.
+        grads, states: ``[targets, ..., images]`` and ``[sources, ..., images]``.
+        needs: how it is made; nothing is where dormant edges need none.
+    """
+    if needs is DormantGradient.NONE:
+        return
+    if needs in (DormantGradient.POOLED, DormantGradient.POOLED_BFLOAT16) and grads.ndim == 4:
+        grads, states = pooled(grads, mean=False), pooled(states, mean=True)
+    if needs in (DormantGradient.BFLOAT16, DormantGradient.POOLED_BFLOAT16):
+        grads, states = grads.bfloat16(), states.bfloat16()
+    into.copy_(grads.flatten(1) @ states.flatten(1).T)
+
+
+def _keep_edges(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _edges_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    of_x, of_weight = torch.ops.dnw.edges_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+    return of_x if ctx.needs_input_grad[0] else None, of_weight if ctx.needs_input_grad[1] else None
+
+
+torch.library.register_autograd("dnw::edges", _edges_backward, setup_context=_keep_edges)
