@@ -26,9 +26,9 @@ class Dormant:
         momentum: "update" keeps it going; "hold" leaves it as it was while an edge is dormant; "zero" clears it, so that an
             edge begins without one when it becomes active. Momentum is ``momentum_buffer`` (SGD, RMSprop, Muon) or
             ``exp_avg`` (Adam and its kin); second moments always go on.
-        gradient: how graphs on kernels make the gradient of dormant edges, where the rule needs it; that of active ones is exact
-            always. "bfloat16" rounds states and gradients, "pooled" sums over squares of 2x2 places first, "pooled bfloat16"
-            does both. Without kernels it is exact.
+        gradient: how graphs on kernels make the gradient of dormant edges, where the rule needs it; that of active ones is
+            exact always. "bfloat16" rounds states and gradients, "pooled" sums over squares of 2x2 places first, "pooled
+            bfloat16" does both. Without kernels it is exact.
     """
 
     weight_decay: bool = True

@@ -5,6 +5,7 @@ from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
 from dnw.graphs._sequence import SequenceGraph
 from dnw.graphs._static import StaticGraph
+from dnw.graphs._way import set_graph_kernels
 
 __all__ = [
     "INSTANCE_NORM",
@@ -15,4 +16,5 @@ __all__ = [
     "Node",
     "SequenceGraph",
     "StaticGraph",
+    "set_graph_kernels",
 ]

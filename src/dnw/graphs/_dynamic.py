@@ -112,7 +112,8 @@ class DynamicGraph(nn.Module, ABC):
     def rate(self, state: Tensor) -> Tensor:
         """The right-hand side: what reaches every node from the present states, normalised. ``[batch, nodes, ...]``."""
         if not self.why_layers(state):
-            sent = run_nodes(self.conv, self.activation, state) if self.maps else self.activation(state)
+            conv = self.conv if isinstance(self.conv, nn.Conv2d) else None
+            sent = self.activation(state) if conv is None else run_nodes(conv, self.activation, state)
             reached = torch.ops.dnw.edges(sent, self.weight)
             return self.norm(reached if self.bias is None else reached + self.bias)
         sent = self.conv(self.activation(state))

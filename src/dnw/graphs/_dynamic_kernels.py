@@ -1,7 +1,7 @@
 """Dynamic graphs on kernels that skip absent edges: node functions and edges as two operators of PyTorch, with gradients.
 
-Contract: as :mod:`dnw.graphs._static_kernels`; what comes out of either is a view of a tensor with its images innermost, which the
-other takes without a copy.
+Contract: as :mod:`dnw.graphs._static_kernels`; what comes out of either is a view of a tensor with its images innermost, which
+the other takes without a copy.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnw.graphs._again import gradients_of, is_differentiated_again, normed
 from dnw.kernels._graph import Nodes, Norm, Rows, pooled
 from dnw.kernels._wired import DormantGradient, active_edges
 
@@ -32,8 +33,14 @@ def _outside(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("dnw::nodes", mutates_args=())
 def nodes(
-    x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor | None, variance: Tensor | None,
-    norm: int, eps: float,
+    x: Tensor,
+    filters: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    norm: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``conv(relu(norm(x)))`` of nodes ``[batch, nodes, height, width]``; and mean and reciprocal deviation of the norm."""
     kind, inside = Norm(norm), _inside(x)
@@ -43,7 +50,7 @@ def nodes(
         found, deviation = mean.clone(), (variance + eps).rsqrt()
     else:
         shape = (len(inside), x.shape[0]) if kind is Norm.INSTANCE else (len(inside),)
-        found, deviation = torch.empty(shape), torch.empty(shape)
+        found, deviation = torch.zeros(shape), torch.zeros(shape)
     out = torch.empty_like(inside)
     Nodes(kind, filters.contiguous(), 1, eps, scale, shift, found, deviation).forward(inside, out)
     return _outside(out), found, deviation
@@ -57,8 +64,15 @@ def _(x, filters, scale, shift, mean, variance, norm, eps):  # type: ignore[no-u
 
 @torch.library.custom_op("dnw::nodes_backward", mutates_args=())
 def nodes_backward(
-    grad: Tensor, x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, deviation: Tensor,
-    norm: int, eps: float,
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    deviation: Tensor,
+    norm: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of inputs, filters, scales and shifts of :func:`nodes`."""
     inside = _inside(x)
@@ -82,6 +96,13 @@ def _keep_nodes(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _nodes_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
+    if is_differentiated_again(grad):
+        *inputs, mean, deviation = ctx.saved_tensors
+        x, filters, scale, shift = inputs
+        norm, eps = Norm(ctx.rest[0]), ctx.rest[1]
+        value = F.relu(normed(x, scale, shift, mean, deviation, norm, eps))
+        out = F.conv2d(value, filters.view(-1, 1, 3, 3), padding=1, groups=len(filters))
+        return *gradients_of(out, inputs, ctx.needs_input_grad, grad), *(None,) * 4
     into = torch.ops.dnw.nodes_backward(grad, *ctx.saved_tensors, *ctx.rest)
     return *(value if needs else None for value, needs in zip(into, ctx.needs_input_grad[:4], strict=True)), *(None,) * 4
 
@@ -175,6 +196,11 @@ def _keep_edges(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _edges_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if is_differentiated_again(grad):
+        x, weight = ctx.saved_tensors
+        out = torch.einsum("ts,bs...->bt...", weight[:, : x.shape[1]], x)
+        of_x, of_weight = gradients_of(out, (x, weight), ctx.needs_input_grad, grad)
+        return of_x, of_weight
     of_x, of_weight = torch.ops.dnw.edges_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
     return of_x if ctx.needs_input_grad[0] else None, of_weight if ctx.needs_input_grad[1] else None
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnw.graphs._static_kernels import run_static_graph
 from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
+from dnw.graphs._static_kernels import run_static_graph
 from dnw.graphs._way import is_node, norm_kind, why_not
 from dnw.kernels._graph import out_size
 
@@ -115,7 +115,7 @@ class StaticGraph(nn.Module):
                 f"expected maps [batch, {self.levels.num_inputs}, height, width], got a tensor of shape {tuple(x.shape)}"
             )
         if not self.why_layers(x):
-            return run_static_graph(self.levels, self.nodes, self.weight, x)
+            return run_static_graph(self.levels, list(self.nodes), self.weight, x)
         # `incoming` holds what has reached the rows from `row` on so far; each level adds its share to all later rows.
         sizes, outputs = self.levels.sizes, self.levels.num_outputs
         columns = self.weight.split(sizes, dim=1)

@@ -1,9 +1,9 @@
 """Static graphs on kernels that skip absent edges, as an operator of PyTorch with a gradient of its own.
 
 Contract: the numbers of the PyTorch path within float32 rounding. Inside, maps have their images innermost
-(``[nodes, height, width, images]``), so that every kernel runs over contiguous numbers, small maps included; what comes out is a
-view of such a map, which the next graph takes without a copy. Every node's state is kept for the backward pass, and what reached
-it; norm and ReLU are computed again.
+(``[nodes, height, width, images]``), so that every kernel runs over contiguous numbers, small maps included; what comes out is
+a view of such a map, which the next graph takes without a copy. Every node's state is kept for the backward pass, and what
+reached it; norm and ReLU are computed again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dnw.graphs._again import gradients_of, is_differentiated_again, normed
 from dnw.graphs._levels import Levels
 from dnw.graphs._way import joined, norm_kind, update_statistics
 from dnw.kernels._graph import Nodes, Norm, Rows, out_size, pooled
@@ -141,7 +143,7 @@ def _statistics(
         assert variance is not None
         return mean.clone(), (variance + eps).rsqrt()
     shape = (levels.num_sources, images) if norm is Norm.INSTANCE else (levels.num_sources,)
-    return torch.empty(shape), torch.empty(shape)
+    return torch.zeros(shape), torch.zeros(shape)
 
 
 @static_graph.register_fake
@@ -198,14 +200,15 @@ def static_graph_backward(
 @static_graph_backward.register_fake
 def _(grad, x, weight, filters, scale, shift, *rest):  # type: ignore[no-untyped-def]
     into_x = x.new_empty(x.shape[1], *x.shape[2:], x.shape[0]).permute(3, 0, 1, 2)
-    return into_x, weight.new_empty(weight.shape), filters.new_empty(filters.shape), *(
-        filters.new_empty(len(filters)) for _ in range(2)
+    return (
+        into_x,
+        weight.new_empty(weight.shape),
+        filters.new_empty(filters.shape),
+        *(filters.new_empty(len(filters)) for _ in range(2)),
     )
 
 
-def _edge_gradients(
-    into: Tensor, levels: Levels, rows: Rows, grads: Tensor, states: Tensor, needs: DormantGradient
-) -> None:
+def _edge_gradients(into: Tensor, levels: Levels, rows: Rows, grads: Tensor, states: Tensor, needs: DormantGradient) -> None:
     """The gradient of every edge that a rule needs: of all candidates, or of the active ones alone."""
     order, _ = _rows_of(levels)
     if needs is not DormantGradient.NONE:
@@ -242,11 +245,45 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Te
     if grad is None:
         return (None,) * 13
     x, weight, filters, scale, shift, *saved = ctx.saved_tensors
+    if is_differentiated_again(grad):
+        inputs = [x, weight, filters, scale, shift]
+        out = _as_layers(*inputs, *saved[2:], *ctx.rest)
+        return *gradients_of(out, inputs, ctx.needs_input_grad, grad), *(None,) * 8
     into = torch.ops.dnw.static_graph_backward(
         grad, x, weight, filters, scale, shift, *saved, *ctx.rest, ctx.needs_input_grad[1]
     )
     needed = zip(into, ctx.needs_input_grad[:5], strict=True)
     return *(value if needs else None for value, needs in needed), *(None,) * 8
+
+
+def _as_layers(
+    x: Tensor,
+    weight: Tensor,
+    filters: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    deviation: Tensor,
+    sizes: Sequence[int],
+    outputs: int,
+    shared: bool,
+    stride: int,
+    norm: int,
+    eps: float,
+) -> Tensor:
+    """What the operator computes, of operations that can be differentiated any number of times."""
+    levels, incoming = Levels(tuple(sizes), outputs, shared), x
+    states: list[Tensor] = []
+    order, _ = _rows_of(levels)
+    for a, b in _bounds(levels):
+        if a:
+            rows = order[a - levels.num_inputs : b - levels.num_inputs]
+            incoming = F.conv2d(torch.cat(states, dim=1), weight[rows, :a, None, None])
+        of_norm = _part(scale, a, b), _part(shift, a, b), mean[a:b], deviation[a:b]
+        value = F.relu(normed(incoming, *of_norm, Norm(norm), eps))
+        filter_ = filters[a:b].view(-1, 1, 3, 3)
+        states.append(F.conv2d(value, filter_, stride=1 if a else stride, padding=1, groups=b - a))
+    return F.conv2d(torch.cat(states, dim=1), weight[-outputs:, :, None, None])
 
 
 torch.library.register_autograd("dnw::static_graph", _backward, setup_context=_setup)

@@ -1,7 +1,7 @@
 """Which way a graph runs: on kernels that skip absent edges, or as layers of PyTorch.
 
-Contract: looks, and decides. Both ways give the same numbers within float32 rounding. What the kernels do not know (another norm,
-a hook on a part of the graph, another device or dtype, tensors that are traced) runs as layers of PyTorch, which know everything.
+Contract: looks, and decides. Both ways give the same numbers within float32 rounding. What the kernels do not know (another
+norm, a hook on a part of the graph, another device or dtype, tensors that are traced) runs as layers of PyTorch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Modul
         return "kernels are turned off"
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"kernels are for a CPU, and this is on {x.device}"
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    tensors = (x, weight, *(p for part in parts for p in part.parameters(recurse=False)))
+    if any(t.dtype != torch.float32 for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "kernels compute in float32"
     if x.numel() == 0:
         return "the batch is empty"
@@ -72,7 +73,7 @@ def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Modul
     return ""
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_built() -> bool:
     return library() is not None
 
@@ -84,7 +85,7 @@ def _is_watched() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
     )
 
@@ -120,16 +121,16 @@ def is_node(node: nn.Module) -> bool:
 
 def is_convolution(conv: nn.Module) -> bool:
     """Whether a convolution is that of nodes: 3x3, one for each channel, without bias, of stride 1 or 2."""
-    if type(conv) is not nn.Conv2d or conv.bias is not None or conv.weight.dtype != torch.float32:
+    if type(conv) is not nn.Conv2d or conv.bias is not None:
         return False
     is_nodewise = conv.groups == conv.in_channels == conv.out_channels and conv.padding == (1, 1) and conv.dilation == (1, 1)
     return is_nodewise and conv.kernel_size == (3, 3) and conv.stride in ((1, 1), (2, 2)) and conv.padding_mode == "zeros"
 
 
-def joined(norms: Sequence[Any], name: str) -> Tensor | None:
+def joined(norms: Sequence[nn.Module], name: str) -> Tensor | None:
     """A parameter or statistic of all norms, end to end; None where they have none."""
-    values = [getattr(norm, name, None) for norm in norms]
-    return torch.cat(values) if all(value is not None for value in values) else None
+    values: list[Any] = [getattr(norm, name, None) for norm in norms]
+    return None if any(value is None for value in values) else torch.cat(values)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Kernels that train a neural graph on a CPU: node functions, and sparse edges in both directions.
 
-Contract: float32 tensors on a CPU, each in one piece, maps with images innermost: ``[nodes, height, width, images]``. The native
-code must be there (:func:`library`). Work is shared out over as many threads as PyTorch uses; no sum depends on their number.
+Contract: float32 tensors on a CPU, each in one piece, maps with images innermost: ``[nodes, height, width, images]``. The
+native code must be there (:func:`library`). Work is shared out over as many threads as PyTorch uses; no sum depends on their
+number.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -67,7 +69,7 @@ def _lanes() -> int:
 def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
+    assert tensor.is_contiguous(), "a kernel was given a tensor that is not in one piece"
     assert tensor.device.type == "cpu"
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -83,7 +85,7 @@ def _in_parts(size: int, step: int, cost: int, work: Callable[[int, int], None])
     pieces = -(-size // step)
     parts = max(1, min(torch.get_num_threads(), pieces))
     bounds = [min(size, pieces * i // parts * step) for i in range(parts + 1)]
-    each([(cost // parts, partial(work, a, b)) for a, b in zip(bounds, bounds[1:], strict=False)])
+    each([(cost // parts, partial(work, a, b)) for a, b in pairwise(bounds)])
 
 
 @dataclass(frozen=True, eq=False)

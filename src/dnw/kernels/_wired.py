@@ -1,7 +1,7 @@
 """What is known of the edges of a parameter, wherever its values are met: which are active, and what dormant ones need.
 
-Contract: whoever wires a parameter says so here. Kernels are handed values that autograd or a compiler may have put into another
-tensor, so a parameter is known by its memory.
+Contract: whoever wires a parameter says so here. Kernels are handed values that autograd or a compiler may have put into
+another tensor, so a parameter is known by its memory.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def active_edges(weight: Tensor) -> tuple[Tensor, DormantGradient]:
 
 
 def density_of(weight: Tensor, candidates: int) -> float:
-    """The density of a weight: as the wiring says, or by what is not 0, which is counted once for each time it is written."""
+    """The density of a weight: as its wiring says, or the part of it that is not 0, counted once each time it is written."""
     known = known_edges(weight)
     if known is not None:
         return known.num_active() / candidates
@@ -79,7 +79,7 @@ def density_of(weight: Tensor, candidates: int) -> float:
     if version != weight._version:
         number = int(weight.detach().count_nonzero())
         _counted[weight] = weight._version, number
-    return number / candidates
+    return number / weight.numel()
 
 
 _counted: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -97,7 +97,7 @@ int32_t dnw_nodes_backward(const nodes *op, const float *x, const float *grad, f
 /* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. */
 int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, const float *in, float *out,
                   int64_t n, int64_t first, int64_t last, int32_t lanes) {
-  if (!starts || (!columns && rows) || !in || !out || n < 0 || first < 0 || last > n || last < first) return BAD_ARGUMENT;
+  if (!starts || (!columns && starts[rows] > starts[0]) || !in || !out || n < 0 || first < 0 || last > n || last < first) return BAD_ARGUMENT;
   BY_WIDTH(lanes, edges, starts, columns, values, rows, in, out, n, first, last);
   return OK;
 }

@@ -1,0 +1,366 @@
+"""Graphs on kernels that skip absent edges give the numbers of their layers in PyTorch: outputs, gradients, statistics."""
+
+import copy
+import io
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import rule_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dnw
+from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph, set_graph_kernels
+from dnw.kernels import _graph
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(_graph.library() is None, reason="the package was built without a C compiler"),
+]
+
+
+@pytest.fixture(autouse=True)
+def always():
+    set_graph_kernels("always")
+    yield
+    set_graph_kernels("auto")
+
+
+def sparse(graph: nn.Module, density: float) -> nn.Module:
+    with torch.no_grad():
+        graph.weight *= torch.rand(graph.weight.shape, generator=torch.Generator().manual_seed(2)) < density
+    return graph
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    """The largest difference as a part of the largest magnitude."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if b.numel() else 0.0
+
+
+def results_of(graph: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, running statistics, and the gradients of everything, of one batch."""
+    x = x.detach().clone().requires_grad_()
+    out = graph(x)
+    sent = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
+    out.backward(sent)
+    gradients = {name: p.grad for name, p in graph.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, **gradients, **dict(graph.named_buffers())}
+
+
+def both_ways(graph: nn.Module, x: Tensor) -> None:
+    """Holds outputs, gradients and statistics to PyTorch's in float64, as near as those of its layers in float32 are."""
+    whole, layers = copy.deepcopy(graph).double(), copy.deepcopy(graph)
+    assert not graph.why_layers(x)
+    assert whole.why_layers(x.double()) == "kernels compute in float32"
+    found, exact = results_of(graph, x), results_of(whole, x.double())
+    set_graph_kernels("never")
+    rounded = results_of(layers, x)
+    set_graph_kernels("always")
+    for name, expected in exact.items():
+        if expected.is_floating_point():
+            error = off(found[name].double(), expected)
+            assert error < max(1e-5, 4 * off(rounded[name].double(), expected)), name
+        else:
+            assert torch.equal(found[name], expected), name
+
+
+NORMS = {
+    "none": None,
+    "batch": nn.BatchNorm2d,
+    "instance": INSTANCE_NORM,
+    "cumulative": lambda n: nn.BatchNorm2d(n, momentum=None),
+}
+NORMS |= {
+    "plain": lambda n: nn.BatchNorm2d(n, affine=False),
+    "batch alone": lambda n: nn.BatchNorm2d(n, track_running_stats=False),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    outputs=st.integers(1, 5),
+    shared=st.booleans(),
+    stride=st.sampled_from([1, 2]),
+    norm=st.sampled_from(sorted(NORMS)),
+    training=st.booleans(),
+    height=st.integers(3, 9),
+    width=st.integers(3, 9),
+    batch=st.sampled_from([1, 2, 5, 16, 19, 33]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_a_static_graph_is_that_of_its_layers(
+    sizes, outputs, shared, stride, norm, training, height, width, batch, density, seed
+):
+    shared = shared and len(sizes) > 1 and outputs <= sizes[-1]
+    torch.manual_seed(seed)
+    graph = StaticGraph(sizes, outputs, shared_outputs=shared, stride=stride, norm=NORMS[norm])
+    sparse(graph, density).train(training)
+    x = torch.randn(batch, sizes[0], height, width) + 0.5
+    both_ways(graph, x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["discrete", "euler", "rk4"]),
+    maps=st.booleans(),
+    normed=st.booleans(),
+    activation=st.sampled_from([F.relu, torch.tanh]),
+    batch=st.sampled_from([5, 16, 19]),
+    density=st.sampled_from([0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_a_dynamic_graph_is_that_of_its_layers(kind, maps, normed, activation, batch, density, seed):
+    torch.manual_seed(seed)
+    norm = (nn.BatchNorm2d if maps else nn.BatchNorm1d) if normed else None
+    settings_ = {"maps": maps, "norm": norm, "activation": activation}
+    if kind == "discrete":
+        graph = DiscreteTimeGraph(11, 3, 4, steps=3, **settings_)
+    else:
+        graph = ContinuousTimeGraph(11, 3, 4, solver=kind, solver_steps=2, **settings_)
+    x = torch.randn(batch, 3, 6, 5) if maps else torch.randn(batch, 3)
+    both_ways(sparse(graph, density), x)
+
+
+def test_what_a_graph_gives_does_not_depend_on_the_number_of_threads():
+    graph, x = sparse(StaticGraph((8, 30, 30), 20, stride=2), 0.3), torch.randn(37, 8, 11, 9)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            module = copy.deepcopy(graph)
+            module(x).square().sum().backward()
+            results.append([p.grad for p in module.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for (name, _), a, b in zip(graph.named_parameters(), results[0], other, strict=True):
+            assert torch.equal(a, b) if name != "weight" else off(a, b) < 1e-5, name  # a dense product of PyTorch's
+
+
+def trained(mode: str, rule: dnw.Rule, steps: int = 5, **budget: object) -> tuple[list[float], dnw.Wiring]:
+    set_graph_kernels(mode)
+    torch.manual_seed(0)
+    model = dnw.models.tiny_digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    wiring = dnw.wire(model, optimizer, rule=rule, **budget)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x, y = torch.randn(24, 1, 8, 8, generator=generator), torch.randint(10, (24,), generator=generator)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, wiring
+
+
+RULES = ("dnw", "no_update", "targeted_dropout", "magnitude_pruning", "random", "set", "rigl", "sparse_momentum", "sr_ste")
+RULES += ("st3", "feather", "top_kast")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_trains_the_same_wiring(name):
+    case = rule_cases(dnw.models.tiny_digits())[name]
+    layers, kernels = (trained(mode, case.rule, **{"density": 0.1} | case.budget) for mode in ("never", "always"))
+    assert kernels[0] == pytest.approx(layers[0], rel=1e-4)
+    for one, other in zip(layers[1].values(), kernels[1].values(), strict=True):
+        assert float((one.active == other.active).float().mean()) > 0.999
+
+
+def test_dormant_edges_get_a_gradient_only_where_their_rule_needs_it():
+    x = torch.randn(16, 1, 8, 8)
+
+    def grads(rule: dnw.Rule, **settings_: object) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        model = dnw.models.tiny_digits()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wiring = dnw.wire(model, optimizer, density=0.05, rule=rule, **settings_)
+        model(x).square().sum().backward()
+        (parameter,) = wiring.values()
+        return model.graph.weight.grad, parameter.active
+
+    exact, active = grads(dnw.DNW())
+    assert exact[~active].count_nonzero() > 100
+    for way in ("bfloat16", "pooled", "pooled bfloat16"):
+        other, _ = grads(dnw.DNW(), dormant=dnw.Dormant(gradient=way))
+        assert off(other[active], exact[active]) < 1e-5, way
+        both = torch.stack([other[~active], exact[~active]])
+        assert float(torch.corrcoef(both)[0, 1]) > (0.9 if way == "bfloat16" else 0.3), way
+        assert not torch.equal(other[~active], exact[~active]), way
+    for rule in (dnw.RandomGraph(), dnw.NoUpdate(), dnw.SET(), dnw.RigL(every=100)):
+        other, active = grads(rule)
+        assert not other[~active].any()
+        assert other[active].count_nonzero() > 0.3 * int(active.sum())
+    due, active = grads(dnw.RigL(every=1))
+    assert due[~active].any()
+
+
+def test_dormant_gradients_have_known_ways():
+    with pytest.raises(ValueError, match=r"gradient='half'; allowed are 'exact', 'bfloat16', 'pooled'"):
+        dnw.Dormant(gradient="half")
+
+
+def test_what_is_written_to_a_wired_graph_is_computed():
+    _, wiring = trained("always", dnw.DNW(), density=0.05)
+    (parameter,) = wiring.values()
+    weight = parameter._layer.parameter
+    graph = next(m for m in [parameter._layer.module])
+    x = torch.randn(4, graph.num_inputs, 8, 8)
+    with torch.no_grad():
+        weight.copy_(torch.randn_like(weight))
+        given = graph.eval()(x)
+        set_graph_kernels("never")
+        assert off(given, graph(x)) < 1e-5
+
+
+# --- which way it runs ---
+
+
+def test_auto_takes_layers_where_the_graph_is_dense():
+    set_graph_kernels("auto")
+    graph, x = StaticGraph((4, 8), 5), torch.randn(3, 4, 6, 6)
+    assert graph.why_layers(x).startswith("100% of the candidate edges are active")
+    assert sparse(graph, 0.1).why_layers(x) == ""
+    with torch.no_grad():
+        graph.weight.fill_(1.0)
+    assert graph.why_layers(x) != ""
+
+
+def test_what_kernels_do_not_know_runs_as_layers():
+    def why(graph: nn.Module, x: Tensor | None = None) -> str:
+        x = torch.randn(3, 4, 6, 6) if x is None else x
+        reason = graph.why_layers(x)
+        assert torch.isfinite(graph(x).float()).all()
+        return reason
+
+    assert "GroupNorm" in why(StaticGraph((4, 8), 5, norm=lambda n: nn.GroupNorm(2, n)))
+    hooked = StaticGraph((4, 8), 5)
+    hooked.nodes[1].register_forward_hook(lambda *_: None)
+    assert "hooks" in why(hooked)
+    assert "float32" in why(StaticGraph((4, 8), 5).double(), torch.randn(3, 4, 6, 6).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "float32" in why(StaticGraph((4, 8), 5))
+    with FlopCounterMode(display=False):
+        assert "traced" in why(StaticGraph((4, 8), 5))
+    replaced = StaticGraph((4, 8), 5)
+    replaced.nodes[1].conv = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
+    assert "replaced" in why(replaced)
+    set_graph_kernels("never")
+    assert "turned off" in why(StaticGraph((4, 8), 5))
+    with pytest.raises(ValueError, match="mode='on'; allowed|mode='on': allowed"):
+        set_graph_kernels("on")
+
+
+def test_batch_norms_of_one_number_are_refused_as_in_pytorch():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        StaticGraph((4, 8), 5)(torch.randn(1, 4, 1, 1))
+
+
+def test_an_empty_batch():
+    assert StaticGraph((4, 8), 5).eval()(torch.randn(0, 4, 6, 6)).shape == (0, 5, 6, 6)
+
+
+# --- what PyTorch does around it ---
+
+
+def test_gradients_that_are_switched_off():
+    graph, x = sparse(StaticGraph((4, 8), 5), 0.5), torch.randn(6, 4, 7, 7)
+    graph.weight.requires_grad_(False)
+    graph.nodes[0].requires_grad_(False)
+    graph(x).sum().backward()
+    assert graph.weight.grad is None
+    assert graph.nodes[0].conv.weight.grad is None
+    assert graph.nodes[1].conv.weight.grad is not None
+    with torch.no_grad():
+        assert not graph(x).requires_grad
+
+
+def test_checkpointing_and_copies():
+    graph, x = sparse(StaticGraph((4, 8), 5), 0.5), torch.randn(6, 4, 7, 7, requires_grad=True)
+    graph(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    torch.utils.checkpoint.checkpoint(copy.deepcopy(graph), x, use_reentrant=False).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+    file = io.BytesIO()
+    torch.save(graph.state_dict(), file)
+    file.seek(0)
+    other = StaticGraph((4, 8), 5)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other.eval()(x), graph.eval()(x))
+
+
+def test_second_derivatives():
+    graph, x = sparse(StaticGraph((3, 4), 2), 0.5), torch.randn(3, 3, 4, 4, requires_grad=True)
+
+    def penalty() -> list[Tensor]:
+        graph.zero_grad()
+        (slope,) = torch.autograd.grad(graph(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        return [p.grad.clone() for p in graph.parameters() if p.grad is not None]
+
+    kernels = penalty()
+    set_graph_kernels("never")
+    layers = penalty()
+    assert len(kernels) == len(layers) > 2
+    assert all(off(a, b) < 1e-4 for a, b in zip(kernels, layers, strict=True))
+
+
+def test_the_whole_model_compiles():
+    graph, x = sparse(StaticGraph((4, 8), 5), 0.3), torch.randn(6, 4, 7, 7)
+    compiled = torch.compile(copy.deepcopy(graph), fullgraph=True, backend="aot_eager")
+    for module in (graph, compiled):
+        module(x).square().sum().backward()
+    for one, other in zip(graph.parameters(), compiled.parameters(), strict=True):
+        assert off(other.grad, one.grad) < 1e-5
+
+
+def test_the_operators_are_those_that_pytorch_expects():
+    weight, filters = torch.randn(6, 7, requires_grad=True), torch.randn(7, 9, requires_grad=True)
+    x, scale, shift = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(7), torch.randn(7)
+    topology = [3, 4], 2, False, 1
+    torch.library.opcheck(
+        torch.ops.dnw.static_graph.default, (x, weight, filters, scale, shift, None, None, *topology, 2, 1e-5)
+    )
+    torch.library.opcheck(torch.ops.dnw.edges.default, (x, torch.randn(5, 3, requires_grad=True)))
+    torch.library.opcheck(torch.ops.dnw.nodes.default, (x, torch.randn(3, 9), None, None, None, None, 0, 0.0))
+
+
+def test_a_process_that_was_forked_after_the_first_use():
+    graph, x = sparse(StaticGraph((4, 30), 5), 0.3), torch.randn(40, 4, 16, 16)
+    expected = graph.eval()(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(graph(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# --- bad arguments ---
+
+
+def test_the_native_code_refuses_what_does_not_fit():
+    rows = _graph.Rows.of(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), torch.arange(2), torch.tensor([3, 2]), 6)
+    assert rows.num_entries == 5
+    assert rows.transposed().starts.tolist() == [0, 2, 4, 5]
+    with pytest.raises(ValueError, match="6 active entries where there is room for 5"):
+        _graph.Rows.of(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), torch.arange(2), torch.tensor([3, 3]), 5)
+    with pytest.raises(ValueError, match="refused its arguments"):
+        _graph._call("dnw_pooled", None, None, 1, 1, 1, 0, 0, 1)
+
+
+def test_pooling_sums_and_means_over_what_is_there():
+    x = torch.arange(2 * 3 * 5 * 4, dtype=torch.float32).view(2, 3, 5, 4)
+    for mean in (False, True):
+        settings_ = {"count_include_pad": False} if mean else {"divisor_override": 1}
+        expected = F.avg_pool2d(x.permute(3, 0, 1, 2), 2, ceil_mode=True, **settings_).permute(1, 2, 3, 0)
+        assert torch.allclose(_graph.pooled(x, mean=mean), expected)
+    assert math.isclose(float(_graph.pooled(torch.ones(1, 1, 1, 1), mean=True)), 1.0)
