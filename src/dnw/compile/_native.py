@@ -42,7 +42,7 @@ def kernels() -> ctypes.CDLL | None:
 
 
 class _Tables(NamedTuple):
-    """What the library says of its kernels and of the records that it takes, so that it is written in one place.
+    """What the library says of its kernels and of the records that it takes, so that it is written once.
 
     Attributes:
         kinds: the number of each kind of kernel.

@@ -158,8 +158,8 @@ class _Writer:
         if isinstance(constant, Constant) and len(constant.channels):
             arrays = self._integers(constant.channels), self._floats(constant.core)
             lines = self._integers(constant.rows), self._integers(constant.columns)
-            maps_added, *core = constant.core.shape
-            self._call("add_constants", to, out.height, out.width, maps_added, *arrays, *core, *lines)
+            count, *core = constant.core.shape
+            self._call("add_constants", to, out.height, out.width, count, *arrays, *core, *lines)
         if task.relu or task.kind == "rectify":
             self._call("rectify", from_ if task.kind == "rectify" else to, to, targets * pixels)
 
