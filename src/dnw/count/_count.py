@@ -219,8 +219,6 @@ def _count(
 def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
     ledger = run.ledger
     nominal, live = dict(ledger.products), dict(ledger.products)
-    sending: dict[str, Fraction] = {}
-    living: dict[str, Fraction] = {}
     parameters = dict(run.model.named_parameters())
     if masks:
         by_parameter: dict[Tensor, Tensor] = {parameters[name]: mask for name, mask in masks.items()}
@@ -228,6 +226,8 @@ def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
         if ledger.is_opaque:
             live = nominal
         sending, living = _fractions_in_graphs(run.model, masks)
+        nominal = nominal | {name: int(ledger.products.get(name, 0) * fraction) for name, fraction in sending.items()}
+        live = live | {name: int(ledger.products.get(name, 0) * fraction) for name, fraction in living.items()}
     rows = []
     for name, parameter in parameters.items():
         dense = ledger.products.pop(name, 0)
@@ -235,9 +235,7 @@ def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
         if not dense and mask is None:
             continue
         kept = parameter.numel() if mask is None else int(mask.count_nonzero())
-        of_active = int(dense * sending[name]) if name in sending else nominal.get(name, 0)
-        of_live = int(dense * living[name]) if name in living else live.get(name, 0)
-        rows.append(CountRow(name, parameter.numel(), kept, dense, of_active, of_live))
+        rows.append(CountRow(name, parameter.numel(), kept, dense, nominal.get(name, 0), live.get(name, 0)))
     rows += [CountRow(name or "model", 0, 0, n, nominal.get(name, 0), live.get(name, 0)) for name, n in ledger.products.items()]
     everything = sum(p.numel() for p in parameters.values())
     dormant = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
@@ -336,10 +334,10 @@ class _Repeat:
 
 
 def _fractions_in_graphs(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, Fraction], dict[str, Fraction]]:
-    """What stands for the run's own count of active and of live entries in parameters of graphs, by name; others go by the run.
+    """What fraction of the products is active, and what live, by the names of parameters of graphs that do not go by the run.
 
-    Nodes without an outgoing edge are active in no product, as the paper counts. A graph whose state evolves has the same
-    nodes at all times: an edge between live ones is live at each.
+    Nodes without an outgoing edge are active in no product, as the paper counts. A graph whose state evolves (which has no
+    levels) has the same nodes at all times: an edge between live ones is live at each.
     """
     sending: dict[str, Fraction] = {}
     living: dict[str, Fraction] = {}
