@@ -29,6 +29,7 @@ types: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(RUN)ruff check --fix .
 	$(RUN)ruff format .
+	if command -v clang-format >/dev/null; then clang-format -i src/dnw/*/*.[ch]; fi
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	test -x $(RUN)pip || $(PYTHON) -m venv $(VENV)

@@ -10,20 +10,20 @@ from collections.abc import Callable
 import torch
 
 
-def in_turn(steps: dict[str, Callable[[], object]], rounds: int, *, rest: float = 0.0) -> dict[str, list[float]]:
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int, *, rest: float = 0.0) -> dict[str, list[float]]:
     """Seconds of each alternative, one after the other, round by round, after one round that does not count.
 
     With a rest, in seconds, each is preceded by it and by a run that does not count: threads of the one before, which wait for
     work in a loop for a while, have gone to sleep then, and its own are awake.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name, step in steps.items():
+        for name, run in runs.items():
             if rest:
                 time.sleep(rest)
-                step()
+                run()
             started = time.perf_counter()
-            step()
+            run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if i:

@@ -30,7 +30,7 @@ def wire_at_random(model: GraphChain, width: float, multiply_adds: float | None 
     Args:
         model: the chain; its weights are changed.
         width: the multiplier.
-        multiply_adds: the nominal number to reach, at 224 px, as the authors count: in every level an equal share of nodes
+        multiply_adds: the nominal number to reach, at 224 px, as the authors count: in every level an equal fraction of nodes
             sends nothing, and so many outputs of the last graph get nothing, until that is the number. By default nodes are
             not kept from sending.
         seed: of the draw.
@@ -41,9 +41,9 @@ def wire_at_random(model: GraphChain, width: float, multiply_adds: float | None 
     low, high = 0.0, 0.9
     active = _drawn(model, width, 0.0, seed)
     while multiply_adds is not None and high - low > 1e-3:
-        share = (low + high) / 2
-        active = _drawn(model, width, share, seed)
-        low, high = (share, high) if published_count(model, active, width=width)[0] > multiply_adds else (low, share)
+        silent = (low + high) / 2
+        active = _drawn(model, width, silent, seed)
+        low, high = (silent, high) if published_count(model, active, width=width)[0] > multiply_adds else (low, silent)
     with torch.no_grad():
         for name, mask in active.items():
             model.get_parameter(name).mul_(mask)

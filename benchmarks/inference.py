@@ -4,7 +4,7 @@ In one run, in turn, for 1 thread and for all, for 1 image and for 32: the netwo
 PyTorch (eager, and with its edges as sparse matrices), in ONNX Runtime (dense, and compacted) and in OpenVINO (compacted), and
 against plain MobileNetV1 of widths 0.25 and 0.5 in ONNX Runtime, which is what one would ship instead. The wirings are random
 ones of the published number of edges: one in which nodes die until the nominal count is the published 42.1M, and one in which
-all live. What is not installed is left out. Last, the rate of the edge kernel as a share of what the machine can do.
+all live. What is not installed is left out. Last, the rate of the edge kernel as a fraction of what the machine can do.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def compare(model: GraphChain, program: Program, compacted: bytes, batch: int, t
     torch.set_num_threads(threads)
     images = torch.randn(batch, 3, 224, 224)
     runtime = Runtime(program, threads=threads)
-    steps: dict[str, Run | None] = {
+    runs: dict[str, Run | None] = {
         "compiled by us": lambda: runtime(images),
         "PyTorch, eager": torch.no_grad()(lambda: model(images)),
         "PyTorch, sparse matrices": lambda: program(images),
@@ -101,8 +101,8 @@ def compare(model: GraphChain, program: Program, compacted: bytes, batch: int, t
     }
     for width in (0.25, 0.5):
         plain = exported(mobilenet_v1(1000, width=width).eval(), images)
-        steps[f"MobileNetV1 x{width:g}, ONNX Runtime"] = in_onnx_runtime(plain, images, threads)
-    report(in_turn({name: step for name, step in steps.items() if step}, rounds, rest=0.05), "compiled by us")
+        runs[f"MobileNetV1 x{width:g}, ONNX Runtime"] = in_onnx_runtime(plain, images, threads)
+    report(in_turn({name: run for name, run in runs.items() if run}, rounds, rest=0.05), "compiled by us")
 
 
 def peak_rate() -> float | None:
@@ -130,7 +130,7 @@ def edge_rate(sources: int, read: int, targets: int, degree: int, side: int) -> 
     edges = Edges(starts, picked, torch.randn(targets * degree), sources, None)
     layout = Runtime(Program((edges,), (sources, side, side)))._layout
     profile = layout.profile(torch.randn(1, sources, side, side), rounds=100)
-    return targets * degree * side * side / min(seconds for kernel, seconds in profile if kernel.kind == "edges")
+    return targets * degree * side * side / min(seconds for record, seconds in profile if record.kind == "edges")
 
 
 def report_edges() -> None:

@@ -3,10 +3,10 @@
 First ``optimizer.step()`` alone, on the shapes of ResNet-18: SGD with momentum on the dense network, and wired by rules of
 every kind, as ratios to the dense one. Rules that exchange edges now and then are timed between two exchanges.
 
-Then compares, as shares of a training step of ResNet-50, in one run and in turn, a step of SGD with momentum on the dense
+Then compares, as fractions of a training step of ResNet-50, in one run and in turn, a step of SGD with momentum on the dense
 network, the same step wired (every convolution and the classifier at one density), the same step with a random graph (exchange
 without selection), and a full sort of all magnitudes, which is what the textbook form does in every forward pass. Forward and
-backward pass are timed once, on their own, and the shares are of forward + backward + dense step.
+backward pass are timed once, on their own, and the fractions are of forward + backward + dense step.
 """
 
 from __future__ import annotations

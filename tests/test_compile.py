@@ -300,7 +300,7 @@ def test_the_plan_is_printed_stored_and_refuses_other_weights():
 
 
 def test_the_plan_counts_weights_that_are_not_0_before_and_after():
-    """Also where they are among zeros that are computed: in convolutions of 3x3 places and in linear layers."""
+    """Also where they are among zeros that are computed: in convolutions of 3x3 pixels and in linear layers."""
     model = nn.Sequential(
         nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 4, bias=False)
     )
@@ -365,12 +365,12 @@ class Odd(nn.Module):
         (hooked_graph, (1, 8, 8), "conv has forward hooks"),
         (lambda: "net.dnw", (1, 8, 8), "a str is no model to compile"),
         (lambda: tiny_digits().to("meta"), (1, 8, 8), "a model on the meta device has no weights to compile"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) places"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) pixels"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8), "a linear layer on maps"),
         (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8), "a linear layer on maps"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)), (3, 8, 8), "ends with pooled maps"),
         (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1)), (3, 8, 8), "a convolution after the maps"),
-        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2)), (3, 8, 8), "0: pooling to 2 places"),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2)), (3, 8, 8), "0: pooling to 2 pixels"),
         (lambda: nn.Sequential(nn.Flatten(0)), (3, 1, 1), "0: flattening from 0 to -1"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), (3, 8, 8), "a norm of 4 channels is given 3"),
         (tiny_digits, (1, -8, 8), "expected channels, height and width, whole numbers from 1 on"),

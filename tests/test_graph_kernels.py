@@ -353,8 +353,8 @@ def test_the_native_code_refuses_what_does_not_fit():
     assert rows.transposed().starts.tolist() == [0, 2, 4, 5]
     with pytest.raises(ValueError, match="6 active entries where there is room for 5"):
         _graph.Rows.of(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), torch.arange(2), torch.tensor([3, 3]), 5)
-    with pytest.raises(ValueError, match="refused its arguments"):
-        _graph._call("dnw_pooled", None, None, 1, 1, 1, 0, 0, 1)
+    with pytest.raises(RuntimeError, match="dnw_pooled refuses its arguments .*a pointer is null"):
+        _graph.library().dnw_pooled(None, None, 1, 1, 1, 0, 0, 1)
 
 
 def test_pooling_sums_and_means_over_what_is_there():

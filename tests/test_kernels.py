@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dnw.compile import Program, Runtime, _measure, load_program, measured, plan, save_program
 from dnw.compile import _native as native
-from dnw.compile._lower import CACHE, Maps, Space
+from dnw.compile._lower import CACHE, Space
 from dnw.compile._measure import summary
 from dnw.compile._program import (
     Affine,
@@ -34,6 +34,7 @@ from dnw.compile._program import (
     Restore,
     tensors,
 )
+from dnw.compile._tasks import Maps
 from dnw.models import GraphChain, Stage, tiny_digits
 
 pytestmark = [
@@ -127,7 +128,7 @@ def assert_right(program: Program, cache: int = CACHE) -> set[str]:
     layout.run(images, found)
     where = f"{program.input_size}, cache {cache}"
     torch.testing.assert_close(found[::2], expected[::2], rtol=1e-3, atol=1e-4, msg=lambda text: f"{where}: {text}")
-    return {kernel.kind for kernel in layout.lowered.kernels}
+    return {record.kind for record in layout.lowered.records}
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -159,7 +160,7 @@ def test_every_kind_of_kernel_is_tried(lanes, stale):
         for program in chains(24, width):
             for cache in (4_000, 12_000, CACHE):
                 kinds |= assert_right(program, cache)
-    assert kinds == set(native._KINDS)
+    assert kinds == set(native.tables().kinds)
 
 
 # --- compiled networks ---
@@ -191,8 +192,8 @@ def test_any_cache_and_vector_width_give_the_same(lanes, stale, side, cache):
     runtime = Runtime(program)
     runtime._layout = native._Layout(program, cache)
     torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
-    calls, kernels = runtime._layout.lowered.calls, runtime._layout.lowered.kernels
-    assert (len(calls) > len(kernels)) == (cache == 20_000 or (cache == 100_000 and side != (21, 18)))
+    calls, records = runtime._layout.lowered.calls, runtime._layout.lowered.records
+    assert (len(calls) > len(records)) == (cache == 20_000 or (cache == 100_000 and side != (21, 18)))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -240,7 +241,7 @@ def test_sums_become_matrices_where_that_is_faster(faster, shared, program, monk
     stored = load_program(tmp_path / "net.dnw")
     for run in (chosen, stored, Runtime(stored, threads=shared), Runtime(stored, native=False)):
         torch.testing.assert_close(run(images), program(images), rtol=1e-4, atol=1e-5)
-    kinds = {kernel.kind for kernel in Runtime(stored)._layout.lowered.kernels}
+    kinds = {record.kind for record in Runtime(stored)._layout.lowered.records}
     assert ("matrix" in kinds) == faster
 
 

@@ -9,25 +9,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dnw._selection.layout import TARGETS_FIRST, Layout
-
-
-@runtime_checkable
-class GraphModule(Protocol):
-    """A module that says itself which entries of its parameters are candidate edges."""
-
-    def edge_candidates(self) -> dict[str, Tensor]:
-        """Boolean masks ``[targets, sources]`` of the candidate edges, by the name of this module's own parameter."""
-        ...
+from dnw.graphs._protocol import GraphModule
 
 
 class Naming(IntEnum):

@@ -17,7 +17,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from dnw._checks import did_you_mean
 from dnw._selection.budgets import matches
 from dnw._selection.layout import TARGETS_FIRST, Layout
-from dnw._wiring.kinds import EMBEDDING, GRAPH_EDGES, GraphModule, Kind, Naming, inner_kind_of, kind_of, refusal_of
+from dnw._wiring.kinds import EMBEDDING, GRAPH_EDGES, Kind, Naming, inner_kind_of, kind_of, refusal_of
+from dnw.graphs._protocol import GraphModule
 
 
 class Defaults(Enum):

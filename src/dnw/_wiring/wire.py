@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dnw._checks import check_seed, listing
@@ -27,6 +27,7 @@ from dnw._wiring.parameters import Defaults, Selector, find_parameters, unwrap_m
 from dnw._wiring.wired_layer import WiredLayer, is_in_place
 from dnw._wiring.wiring import Wiring
 from dnw.graphs._paths import has_path
+from dnw.graphs._protocol import Graph
 
 
 def wire(
@@ -120,10 +121,10 @@ def _warn_of_cut(layers: Sequence[WiredLayer]) -> None:
     """Warns of graphs whose outputs no input reaches: they compute the same of every input."""
     cut = []
     for layer in layers:
-        sizes = [getattr(layer.module, name, None) for name in ("num_inputs", "num_outputs")]
-        if layer.is_graph and layer.shard is None and hasattr(layer.module, "node_matrix") and None not in sizes:
-            adjacency: Tensor = layer.module.node_matrix(layer.active)  # type: ignore[operator]
-            if not has_path(adjacency, *sizes):  # type: ignore[arg-type]
+        graph = layer.module
+        if layer.is_graph and layer.shard is None and isinstance(graph, Graph):
+            assert layer.active is not None
+            if not has_path(graph.node_matrix(layer.active), graph.num_inputs, graph.num_outputs):
                 cut.append(layer.name)
     if cut:
         warnings.warn(

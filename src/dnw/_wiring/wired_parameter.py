@@ -11,6 +11,7 @@ from torch import Tensor
 from dnw._wiring.edges import Edges
 from dnw._wiring.exchange import Exchange
 from dnw._wiring.wired_layer import WiredLayer
+from dnw.graphs._protocol import NodeMatrix
 
 
 class WiredParameter:
@@ -100,7 +101,7 @@ class WiredParameter:
         weight, active = self.weight, self.active
         if self._layer.shard is not None:
             weight, active = weight.full_tensor(), active.full_tensor()  # type: ignore[attr-defined]
-        to_nodes = getattr(self._layer.module, "node_matrix", None) if self._layer.is_graph else None
-        if to_nodes is None:
-            return Edges.from_weight(self.name, weight, active, self._layer.layout)
-        return Edges.from_matrix(self.name, to_nodes(weight), to_nodes(active), is_graph=True)
+        graph = self._layer.module
+        if self._layer.is_graph and isinstance(graph, NodeMatrix):
+            return Edges.from_matrix(self.name, graph.node_matrix(weight), graph.node_matrix(active), is_graph=True)
+        return Edges.from_weight(self.name, weight, active, self._layer.layout)

@@ -2,8 +2,8 @@
 
 Contract: nothing in a file is run, and a file that was cut off, edited or written by a newer version is refused with one
 message. A file is: 8 bytes that say what it is, the version, the length of the header, the SHA-256 of all that follows, the
-header (JSON: the tree of instructions), and the arrays it refers to, little-endian, each at a multiple of 8 bytes from
-where they begin.
+header (JSON: the tree of instructions), and the arrays it refers to, little-endian, each at a multiple of 8 bytes from where
+they begin. What stands in the tree is read as the fields of the classes in _program.py are declared.
 """
 
 from __future__ import annotations
@@ -13,45 +13,60 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from dnw._files import write_whole
-from dnw.compile import _program
-from dnw.compile._program import Constant, Edges, Instruction, Program, in_memory, require_program
+from dnw.compile._program import (
+    Affine,
+    Constant,
+    Convolution,
+    Edges,
+    Graph,
+    Indices,
+    InstanceNorm,
+    Instruction,
+    Linear,
+    Mean,
+    Pick,
+    Program,
+    Rectify,
+    Restore,
+    in_memory,
+    require_program,
+)
 
 _MAGIC = b"dnw-prog"
 _VERSION = 1
 _FRONT = struct.Struct("<8sIQ32s")
 _TYPES = {"f4": torch.float32, "u2": torch.uint16, "i4": torch.int32, "i8": torch.int64}
 """Whole numbers are stored as narrow as they allow, and are int64 again when read."""
-_INSTRUCTIONS: dict[str, Any] = {
-    name: getattr(_program, name)
-    for name in (
-        "Edges",
-        "Affine",
-        "InstanceNorm",
-        "Rectify",
-        "Convolution",
-        "Mean",
-        "Linear",
-        "Graph",
-        "Pick",
-        "Restore",
-        "Constant",
-    )
+_STORED: dict[str, type[Instruction | Constant]] = {
+    "Edges": Edges,
+    "Affine": Affine,
+    "InstanceNorm": InstanceNorm,
+    "Rectify": Rectify,
+    "Convolution": Convolution,
+    "Mean": Mean,
+    "Linear": Linear,
+    "Graph": Graph,
+    "Pick": Pick,
+    "Restore": Restore,
+    "Constant": Constant,
 }
+"""What a program is made of, by the name that it has in files. A name stays when its class gets another one."""
+_NAMES = {kind: name for name, kind in _STORED.items()}
 
 
 def save_program(program: Program, path: str | Path) -> int:
     """Writes a compacted network; returns the number of bytes.
 
     Raises:
-        ValueError: no compacted network.
+        ValueError: no compacted network, or one with instructions that have no name in files.
     """
     require_program(program)
     arrays = bytearray()
@@ -85,10 +100,8 @@ def load_program(path: str | Path) -> Program:
     try:
         header = json.loads(rest[:length])
         arrays = memoryview(bytearray(rest[length:]))
-        instructions = tuple(_instruction(item, arrays) for item in header["instructions"])
+        instructions = _value(header["instructions"], tuple[Instruction, ...], arrays)
         channels, height, width = (int(n) for n in header["input_size"])
-        if not _are_instructions(instructions):
-            raise ValueError("constants among the instructions")
         program = Program(instructions, (channels, height, width))
         program.output_size  # noqa: B018  (walks through all instructions and checks them)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
@@ -120,71 +133,63 @@ def _plain(value: Any, arrays: bytearray) -> Any:
         arrays += raw_bytes(value.to(_TYPES[kind]))
         return found
     if isinstance(value, (Instruction, Constant)):
+        name = _NAMES.get(type(value))
+        if name is None:
+            raise ValueError(
+                f"a {type(value).__name__} has no name in files; give it one in _STORED of dnw/compile/_file.py, so that it is "
+                "found when the file is read"
+            )
         fields = {f.name: _plain(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
-        return {"instruction": type(value).__name__, **fields}
+        return {"instruction": name, **fields}
     if isinstance(value, (tuple, list)):
         return [_plain(item, arrays) for item in value]
-    return value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise ValueError(f"a {type(value).__name__} in a compacted network is not stored; what may be in its fields is in _value")
 
 
-def _value(item: Any, arrays: memoryview) -> Any:
-    if isinstance(item, dict):
-        return _tensor(item, arrays) if "array" in item else _instruction(item, arrays)
-    if isinstance(item, list):
-        return tuple(_value(inner, arrays) for inner in item)
-    if item is None or (isinstance(item, int) and not isinstance(item, bool)):
+def _value(item: Any, kind: Any, arrays: memoryview) -> Any:
+    """What JSON says of a value that is declared as a kind.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no such value.
+    """
+    if kind in (Tensor, Indices):
+        return _tensor(item, kind == Indices, arrays)
+    if kind in (bool, float, int):
+        if type(item) is not kind or (kind is int and abs(item) >= 1 << 31):
+            raise ValueError(f"{item!r:.40} is no {kind.__name__}")
         return item
-    raise ValueError(f"a {type(item).__name__} among the numbers")
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        if not isinstance(item, list):
+            raise ValueError(f"a {type(item).__name__} where a list belongs")
+        if inner[-1] is Ellipsis:
+            inner = (inner[0],) * len(item)
+        return tuple(_value(x, inner_kind, arrays) for x, inner_kind in zip(item, inner, strict=True))
+    if isinstance(kind, UnionType):
+        (kind,) = (inner for inner in get_args(kind) if inner is not NoneType)
+        return None if item is None else _value(item, kind, arrays)
+    return _stored(item, kind, arrays)
 
 
-def _instruction(item: Any, arrays: memoryview) -> Any:
+def _stored(item: Any, kind: type[Instruction | Constant], arrays: memoryview) -> Any:
+    """An instruction or constant of some kind."""
     name = item["instruction"]
-    if name not in _INSTRUCTIONS:
-        raise ValueError(f"unknown instruction {name!r}")
-    fields = {}
-    for key, value in item.items():
-        if key != "instruction":
-            plain = (key == "eps" and isinstance(value, float)) or (key == "dense" and isinstance(value, bool))
-            fields[key] = value if plain else _value(value, arrays)
-    made = _INSTRUCTIONS[name](**fields)
-    for field in dataclasses.fields(made):
-        if not _FITS[str(field.type)](getattr(made, field.name), field.name):
-            raise ValueError(f"{name} with another {field.name}")
-    return made
+    made = _STORED.get(name)
+    if made is None or not issubclass(made, kind):
+        raise ValueError(f"{name!r:.40} where {kind.__name__} belongs")
+    declared, fields = get_type_hints(made, include_extras=True), {k: v for k, v in item.items() if k != "instruction"}
+    if unknown := fields.keys() - declared.keys():
+        raise ValueError(f"{name} has no {min(unknown)!r}")
+    return made(**{key: _value(value, declared[key], arrays) for key, value in fields.items()})
 
 
-def _is_whole(value: Any, *_: str) -> bool:
-    return type(value) is int and abs(value) < 1 << 31
-
-
-def _is_level(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Edges) and _are_instructions(value[1])
-
-
-def _are_instructions(value: Any, *_: str) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, Instruction) for item in value)
-
-
-_INDICES = ("starts", "sources", "channels", "rows", "columns")
-"""Fields of whole numbers; all other tensors are weights."""
-_FITS: dict[str, Callable[[Any, str], bool]] = {
-    "Tensor": lambda value, name: isinstance(value, Tensor) and value.is_floating_point() != (name in _INDICES),
-    "int": _is_whole,
-    "float": lambda value, _: isinstance(value, float),
-    "bool": lambda value, _: isinstance(value, bool),
-    "tuple[int, int]": lambda value, _: isinstance(value, tuple) and len(value) == 2 and all(map(_is_whole, value)),
-    "Constant | None": lambda value, _: value is None or isinstance(value, Constant),
-    "Edges": lambda value, _: isinstance(value, Edges),
-    "tuple[Instruction, ...]": _are_instructions,
-    "tuple[tuple[Edges, tuple[Instruction, ...]], ...]": lambda value, _: (
-        isinstance(value, tuple) and all(map(_is_level, value))
-    ),
-}
-"""Whether a value fits what a field is declared as."""
-
-
-def _tensor(item: dict[str, Any], arrays: memoryview) -> Tensor:
+def _tensor(item: dict[str, Any], whole: bool, arrays: memoryview) -> Tensor:
+    """Weights, or whole numbers."""
     dtype, shape, at = _TYPES[item["array"]], [int(n) for n in item["shape"]], int(item["at"])
+    if dtype.is_floating_point == whole:
+        raise ValueError(f"an array of {item['array']} where {'whole numbers' if whole else 'weights'} belong")
     count = 1
     for n in shape:
         count *= n

@@ -18,25 +18,23 @@ def folded(instructions: Iterable[Instruction], size: Size) -> tuple[Instruction
     """Instructions for inputs of a size, without the scales and shifts that directly follow sums."""
     found: list[Instruction] = []
     for instruction in instructions:
-        given = instruction.check(size)
+        out = instruction.check(size)
         if isinstance(instruction, Graph):
-            instruction = replace(
-                instruction, levels=tuple(_level(edges, node, given[1:]) for edges, node in instruction.levels)
-            )
+            instruction = replace(instruction, levels=tuple(_level(edges, node, out[1:]) for edges, node in instruction.levels))
             first = instruction.inputs[0] if instruction.inputs else None
             if isinstance(first, Affine) and _absorb(found, first, size):
                 instruction = replace(instruction, inputs=instruction.inputs[1:])
         elif isinstance(instruction, Affine) and _absorb(found, instruction, size):
-            size = given
+            size = out
             continue
         found.append(instruction)
-        size = given
+        size = out
     return tuple(found)
 
 
 def _level(edges: Edges, node: tuple[Instruction, ...], sides: Size) -> tuple[Edges, tuple[Instruction, ...]]:
     if node and isinstance(node[0], Affine):
-        return _edges(edges, node[0], sides), node[1:]
+        return _scaled(edges, node[0], sides), node[1:]
     return edges, node
 
 
@@ -44,9 +42,9 @@ def _absorb(found: list[Instruction], affine: Affine, size: Size) -> bool:
     """Makes a scale and shift part of the last instruction, where that one adds up; says whether it has."""
     last = found[-1] if found else None
     if isinstance(last, Graph):
-        found[-1] = replace(last, outputs=_edges(last.outputs, affine, size[1:]))
+        found[-1] = replace(last, outputs=_scaled(last.outputs, affine, size[1:]))
     elif isinstance(last, Edges):
-        found[-1] = _edges(last, affine, size[1:])
+        found[-1] = _scaled(last, affine, size[1:])
     elif isinstance(last, Convolution):
         weight, constant = _times(last.weight, affine.scale), _constant(last.constant, affine, size[1:])
         found[-1] = replace(last, weight=weight, constant=constant)
@@ -58,7 +56,7 @@ def _absorb(found: list[Instruction], affine: Affine, size: Size) -> bool:
     return True
 
 
-def _edges(edges: Edges, affine: Affine, sides: Size) -> Edges:
+def _scaled(edges: Edges, affine: Affine, sides: Size) -> Edges:
     scale = torch.repeat_interleave(affine.scale, edges.starts.diff())
     return replace(edges, weight=_times(edges.weight, scale), constant=_constant(edges.constant, affine, sides))
 

@@ -1,52 +1,100 @@
-/* Runs a compacted network on planar float maps. _lower.py decides what is called when, and where maps lie.
+/* Runs a compacted network on planar float maps. _lower.py decides which kernel is called when, and where maps lie.
  *
- * Contract: no Python, no torch, no allocation, no globals that change: everything is passed in, so any number of threads may run
- * at once. What is passed in has been checked by the caller. Plain C with the vector types of GCC and Clang; each kernel is
- * compiled for every vector width that the machine may have, and the widest that it has is used.
- */
+ * Contract: no Python, no torch, no allocation, no globals that change: everything is passed in, so any number of threads may
+ * run at once. dnw_check holds tasks and calls to the memory that they are for, once; dnw_run then runs them any number of
+ * times. That the edges of a task read channels that there are is checked in _program.py. Plain C with the vector types of GCC
+ * and Clang; each kernel is compiled for every vector width that the machine may have, and the widest that it has is used. */
 
 #include <math.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { SPREAD, EDGES, MATRIX, AFFINE, INSTANCE_NORM, RECTIFY, DEPTHWISE, CONVOLUTION, NODE, MEAN, LINEAR, COPY, ZERO, SLIDE, GATHER };
+#include "../kernels/errors.h"
 
-/* What a call works with. A map is rows of `pitch` floats, of which `width` mean something, and takes `plane` floats.
+/* The kernels, and the fields of the records that say what they do. Python reads these tables from the library (dnw_names). */
+/* clang-format off */
+#define KINDS(X) \
+  X(spread) X(edges) X(matrix) X(affine) X(instance_norm) X(rectify) X(depthwise) X(convolution) X(node) X(mean) X(linear) \
+  X(copy) X(zero) X(slide) X(gather)
+#define INTEGERS(X) \
+  X(kind) X(relu) X(outside) X(targets) X(sources) X(second_sources) \
+  X(height) X(width) X(pitch) X(plane) X(second_plane) X(added_plane) \
+  X(out_height) X(out_width) X(out_pitch) X(out_plane) \
+  X(kernel_height) X(kernel_width) X(stride_y) X(stride_x) X(pad_y) X(pad_x)
+#define FLOATS(X) X(eps) X(reciprocal)
+#define FLOAT_ARRAYS(X) X(weight) X(scale) X(shift) X(added)
+#define INTEGER_ARRAYS(X) X(starts) X(middles) X(offsets) X(source_channels) X(added_maps) X(mask)
+#define CALL_INTEGERS(X) X(task) X(first) X(rows)
+#define CALL_OFFSETS(X) X(in_offset) X(second_offset) X(out_offset)
+/* clang-format on */
+
+#define KIND(name) KIND_##name
+#define KIND_NUMBER(name) KIND(name),
+#define INT32_FIELD(name) int32_t name;
+#define INT64_FIELD(name) int64_t name;
+#define FLOAT_FIELD(name) float name;
+#define FLOAT_ARRAY_FIELD(name) const float *name;
+#define INT32_ARRAY_FIELD(name) const int32_t *name;
+
+enum { KINDS(KIND_NUMBER) NUM_KINDS };
+
+/* What a kernel works with, from the maps of its sources to those of its targets. A map is rows of `pitch` floats, of which
+ * `width` mean something, and takes `plane` floats.
+ *
+ * - outside: whether the sources are the images of a user; second_sources: how many lie by themselves, after the others
+ * - eps: what instance norms add to variances; reciprocal: one over the number of pixels that a mean is of
+ * - added: maps that are added to some targets, each of added_plane floats; added_maps: which to which target, -1 for none
+ * - starts, middles: where a target's edges begin, and among them those from second sources; offsets: where their sources lie
+ * - source_channels: which source a target is a copy of, -1 for the map that is added instead
+ * - mask: all bits of each pixel that is kept
  *
  * Whatever the vectors are, a kernel writes all `pitch` floats of each row that it makes: none is left from another image.
  * Beyond `width` that is 0 on maps with a halo, which the `mask` is for, because nodes read their right neighbours there. On
- * other maps it is anything, NaN too: a kernel reads such a place for the same place of its target, or not at all. */
-typedef struct {
-  int32_t kind, relu, outside, targets, sources, others, maps;
-  int32_t height, width, pitch, plane, second_plane;
-  int32_t out_height, out_width, out_pitch, out_plane;
-  int32_t kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
-  float eps;
-  const float *weight, *scale, *shift, *added;
-  const int32_t *starts, *middles, *offsets, *channels, *mask;
-} instruction;
+ * other maps it is anything, NaN too: a kernel reads such a pixel for the same pixel of its target, or not at all. */
+struct task {
+  INTEGERS(INT32_FIELD)
+  FLOATS(FLOAT_FIELD)
+  FLOAT_ARRAYS(FLOAT_ARRAY_FIELD)
+  INTEGER_ARRAYS(INT32_ARRAY_FIELD)
+};
 
-/* One call of an instruction: which rows it makes. From and to are where row 0 of the first map lies, or would. */
-typedef struct {
-  int32_t instruction, first, rows, spare;
-  int64_t from, second, to;
-} call;
+/* One call of a task: which rows it makes. The offsets are where row 0 of the first map lies, or would lie. */
+struct call {
+  CALL_INTEGERS(INT32_FIELD)
+  CALL_OFFSETS(INT64_FIELD)
+};
 
-typedef struct {
-  const float *input;
-  float *output, *arena, *scratch;
-  int32_t part, parts;
-} place;
+/* What a thread of a run works in. */
+struct context {
+  const float *images;
+  float *outputs, *arena, *scratch;
+  int32_t thread, threads;
+};
 
-int dnw_version(void) { return 6; }
+/* Marks a kernel that works in whole vectors, wherever its rows end: it reads up to OVER_READ floats behind the last one, and
+ * writes up to the end of the vector. That is the next row, the next map, or behind the last map room of nobody, which
+ * _lower.py leaves (_SLACK); dnw_check refuses a call without it. Nothing that means something is made of what is read there,
+ * and what is written there is 0 (the mask), is written again by the target that it belongs to, or means nothing. */
+#define OVER_READS
+enum { OVER_READ = 32 }; /* two vectors of the widest kind */
 
-int64_t dnw_size(int32_t of_call) { return of_call ? (int64_t)sizeof(call) : (int64_t)sizeof(instruction); }
+/* The items of a thread: from begin on, and before end. */
+static int32_t begin(const struct context *context, int32_t count) {
+  return (int32_t)((int64_t)count * context->thread / context->threads);
+}
 
-/* The share of one thread. */
-static int32_t share(int32_t count, int32_t part, int32_t parts) { return (int32_t)((int64_t)count * part / parts); }
+static int32_t end(const struct context *context, int32_t count) {
+  return (int32_t)((int64_t)count * (context->thread + 1) / context->threads);
+}
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* The map that is added to a target; a null pointer where none is. */
+INLINE const float *added_map(const struct task *task, int32_t target) {
+  if (!task->added_maps || task->added_maps[target] < 0) return 0;
+  return task->added + (int64_t)task->added_maps[target] * task->added_plane;
+}
 
 /* Zeros from one column of a row to another. */
 INLINE void blank(float *row, int32_t from, int32_t to) {
@@ -70,6 +118,45 @@ INLINE void blank(float *row, int32_t from, int32_t to) {
 #include "_kernels_vector.h"
 #endif
 
+static void run_one(const struct task *task, const struct call *call, const struct context *context, int32_t lanes) {
+  switch (lanes) {
+#ifdef __x86_64__
+    case 16: run_16(task, call, context); break;
+    case 8: run_8(task, call, context); break;
+#endif
+    default: run_4(task, call, context);
+  }
+}
+
+/* Waits until all threads of an image are here. A meeting is two numbers: how many have come, and how often all have. */
+static void meet(int32_t *meeting, int32_t threads) {
+  int32_t round = __atomic_load_n(meeting + 1, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(meeting, 1, __ATOMIC_ACQ_REL) == threads) {
+    __atomic_store_n(meeting, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(meeting + 1, round + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (int32_t spins = 0; __atomic_load_n(meeting + 1, __ATOMIC_ACQUIRE) == round; spins++) {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+    if (spins > 1000) sched_yield();
+  }
+}
+
+/* --- what Python calls --- */
+
+int32_t dnw_version(void) { return 7; }
+
+/* The names of a table, in order, each after a blank; a null pointer where there is no such table. */
+const char *dnw_names(int32_t table) {
+#define WORD(name) " " #name
+  static const char *const tables[] = {KINDS(WORD),          INTEGERS(WORD),      FLOATS(WORD),      FLOAT_ARRAYS(WORD),
+                                       INTEGER_ARRAYS(WORD), CALL_INTEGERS(WORD), CALL_OFFSETS(WORD)};
+  return table >= 0 && table < (int32_t)(sizeof tables / sizeof *tables) ? tables[table] : 0;
+#undef WORD
+}
+
 /* Floats of a vector on this machine. */
 int32_t dnw_lanes(void) {
 #ifdef __x86_64__
@@ -82,41 +169,130 @@ int32_t dnw_lanes(void) {
   return 4;
 }
 
-static void run_one(const instruction *op, const call *now, const place *here, int32_t lanes) {
-  switch (lanes) {
-#ifdef __x86_64__
-    case 16: run_16(op, now, here); break;
-    case 8: run_8(op, now, here); break;
-#endif
-    default: run_4(op, now, here);
+/* Whether a task has the arrays and the sizes that its kernel takes for granted. */
+static int32_t check_task(const struct task *task) {
+#define REFUSE_NEGATIVE(name) REFUSE_IF(task->name < 0, BAD_SIZE);
+  INTEGERS(REFUSE_NEGATIVE)
+#undef REFUSE_NEGATIVE
+  REFUSE_IF(task->kind >= NUM_KINDS, UNKNOWN_KIND);
+  REFUSE_IF(task->added_maps && !task->added, NULL_POINTER);
+  switch (task->kind) {
+    case KIND(edges):
+      REFUSE_IF(!task->starts || !task->middles, NULL_POINTER);
+      REFUSE_IF(task->starts[task->targets] > 0 && (!task->weight || !task->offsets), NULL_POINTER);
+      REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE);
+      break;
+    case KIND(matrix):
+      REFUSE_IF(!task->weight, NULL_POINTER);
+      REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE);
+      break;
+    case KIND(instance_norm): REFUSE_IF(!task->scale || !task->shift, NULL_POINTER); /* fall through */
+    case KIND(affine):
+    case KIND(rectify): REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE); break;
+    case KIND(node):
+      REFUSE_IF(task->kernel_height != 3 || task->kernel_width != 3 || task->pad_y != 1 || task->pad_x != 1, BAD_SIZE);
+      REFUSE_IF(task->stride_y != task->stride_x || task->stride_y > 2, BAD_SIZE);
+      REFUSE_IF(task->stride_y == 1 && task->pitch != task->out_pitch, BAD_SIZE); /* fall through */
+    case KIND(depthwise):
+    case KIND(convolution):
+      REFUSE_IF(!task->weight, NULL_POINTER);
+      REFUSE_IF(!task->kernel_height || !task->kernel_width || !task->stride_y || !task->stride_x, BAD_SIZE);
+      break;
+    case KIND(mean): REFUSE_IF(!task->mask, NULL_POINTER); break;
+    case KIND(linear): REFUSE_IF(!task->weight || !task->shift, NULL_POINTER); break;
+    case KIND(copy):
+      for (int32_t t = 0; task->source_channels && t < task->targets; t++) {
+        REFUSE_IF(task->source_channels[t] >= task->sources, BAD_SIZE);
+        REFUSE_IF(task->source_channels[t] < 0 && !task->added, NULL_POINTER);
+      }
   }
+  return 0;
 }
 
-/* Waits until all threads of an image are here. State is two numbers: how many have come, and how often all have. */
-static void meet(int32_t *state, int32_t parts) {
-  int32_t round = __atomic_load_n(state + 1, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(state, 1, __ATOMIC_ACQ_REL) == parts) {
-    __atomic_store_n(state, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(state + 1, round + 1, __ATOMIC_RELEASE);
-    return;
-  }
-  for (int32_t spins = 0; __atomic_load_n(state + 1, __ATOMIC_ACQUIRE) == round; spins++) {
-#ifdef __x86_64__
-    __builtin_ia32_pause();
-#endif
-    if (spins > 1000) sched_yield();
-  }
+/* Whether rows of some maps lie in memory of some floats, with so many behind them. */
+static int lie_within(int64_t size, int64_t offset, int32_t maps, int32_t plane, int64_t first, int64_t stop, int32_t pitch,
+                      int32_t behind) {
+  const int64_t most = (int64_t)1 << 40;
+  if (maps == 0 || stop <= first) return 1;
+  return -most < offset && offset < most && offset + first * pitch >= 0 &&
+         offset + (int64_t)(maps - 1) * plane + stop * pitch + behind <= size;
 }
 
-/* Runs a program on some images, one after the other, as one of several threads that share an arena and meet after each call.
- * Sizes are floats of one image. */
-void dnw_run(const instruction *instructions, const call *calls, int32_t length, const float *input, float *output, float *arena,
-             float *scratch, int64_t images, int64_t input_size, int64_t output_size, int32_t part, int32_t parts,
-             int32_t *meeting, int32_t lanes) {
-  place here = {input, output, arena, scratch, part, parts};
-  for (int64_t i = 0; i < images; i++, here.input += input_size, here.output += output_size)
-    for (int32_t n = 0; n < length; n++) {
-      run_one(instructions + calls[n].instruction, calls + n, &here, lanes);
-      if (parts > 1) meet(meeting, parts);
+/* Whether a call reads and writes within the floats that there are of one image, its outputs, the arena and the scratch. */
+static int32_t check_call(const struct task *task, const struct call *call, int64_t image_size, int64_t output_size,
+                          int64_t arena_size, int64_t scratch_size) {
+  int64_t first = call->first, stop = first + call->rows, from = 0, to = task->height; /* rows of targets, and of sources */
+  int32_t behind = 0, sources = task->sources;
+  REFUSE_IF(call->rows < 0 || first < -1, BAD_SIZE);
+  switch (task->kind) {
+    case KIND(edges):
+    case KIND(matrix): from = first, to = stop, behind = OVER_READ; break;
+    case KIND(node): from = first * task->stride_y - 1, to = (stop - 1) * task->stride_y + 2, behind = OVER_READ; break;
+    case KIND(depthwise):
+    case KIND(convolution): {
+      int64_t lines = (int64_t)(task->kind == KIND(convolution) ? sources : 1) * task->kernel_height * task->kernel_width;
+      REFUSE_IF(lines * ((task->out_width + 15) / 16 * 16) > scratch_size, OUT_OF_BOUNDS);
+      from = first * task->stride_y - task->pad_y, to = (stop - 1) * task->stride_y - task->pad_y + task->kernel_height;
+      from = from > 0 ? from : 0, to = to < task->height ? to : task->height;
+      break;
     }
+    case KIND(copy):
+      if (!task->source_channels) break;
+      sources = 0;
+      for (int32_t t = 0; t < task->targets; t++)
+        if (task->source_channels[t] >= sources) sources = task->source_channels[t] + 1;
+      break;
+    case KIND(zero): sources = 0; break;
+    case KIND(slide):
+      REFUSE_IF(!lie_within(arena_size, call->in_offset, task->targets, task->out_plane, first, stop, task->out_pitch, 0),
+                OUT_OF_BOUNDS);
+      break;
+  }
+  int64_t in_size = task->outside || task->kind == KIND(spread) ? image_size : arena_size;
+  int64_t out_size = task->kind == KIND(gather) ? output_size : arena_size;
+  REFUSE_IF(!lie_within(in_size, call->in_offset, sources, task->plane, from, to, task->pitch, behind), OUT_OF_BOUNDS);
+  REFUSE_IF(
+      !lie_within(arena_size, call->second_offset, task->second_sources, task->second_plane, from, to, task->pitch, behind),
+      OUT_OF_BOUNDS);
+  REFUSE_IF(!lie_within(out_size, call->out_offset, task->targets, task->out_plane, first, stop, task->out_pitch, behind),
+            OUT_OF_BOUNDS);
+  return 0;
+}
+
+/* Looks at tasks and calls, once before they are run. Sizes are floats of one image, its outputs, an arena and a scratch. */
+int32_t dnw_check(const struct task *tasks, int32_t num_tasks, int64_t task_bytes, const struct call *calls, int32_t num_calls,
+                  int64_t call_bytes, int64_t image_size, int64_t output_size, int64_t arena_size, int64_t scratch_size) {
+  REFUSE_IF(task_bytes != (int64_t)sizeof *tasks || call_bytes != (int64_t)sizeof *calls, OTHER_LAYOUT);
+  REFUSE_IF(num_tasks < 0 || num_calls < 0, BAD_SIZE);
+  REFUSE_IF(image_size < 0 || output_size < 0 || arena_size < 0 || scratch_size < 0, BAD_SIZE);
+  REFUSE_IF((num_tasks > 0 && !tasks) || (num_calls > 0 && !calls), NULL_POINTER);
+  for (int32_t i = 0; i < num_tasks; i++) {
+    int32_t refused = check_task(tasks + i);
+    if (refused) return refused;
+  }
+  for (int32_t i = 0; i < num_calls; i++) {
+    REFUSE_IF(calls[i].task < 0 || calls[i].task >= num_tasks, UNKNOWN_TASK);
+    int32_t refused = check_call(tasks + calls[i].task, calls + i, image_size, output_size, arena_size, scratch_size);
+    if (refused) return refused;
+  }
+  return 0;
+}
+
+/* Runs calls, which dnw_check has seen, on some images, one after the other, as one of several threads that share an arena and
+ * meet after each call. Sizes are floats of one image and of its outputs. */
+int32_t dnw_run(const struct task *tasks, const struct call *calls, int32_t num_calls, const float *images, float *outputs,
+                float *arena, float *scratch, int64_t num_images, int64_t image_size, int64_t output_size, int32_t thread,
+                int32_t threads, int32_t *meeting, int32_t lanes) {
+  REFUSE_IF(num_calls < 0 || num_images < 0 || image_size < 0 || output_size < 0, BAD_SIZE);
+  REFUSE_IF(thread < 0 || thread >= threads, BAD_SIZE);
+  REFUSE_IF((lanes != 4 && lanes != 8 && lanes != 16) || lanes > dnw_lanes(), UNKNOWN_VECTOR);
+  if (num_images == 0 || num_calls == 0) return 0;
+  REFUSE_IF(!tasks || !calls || !images || !outputs || !arena || (threads > 1 && !meeting), NULL_POINTER);
+  struct context context = {images, outputs, arena, scratch, thread, threads};
+  for (int64_t i = 0; i < num_images; i++, context.images += image_size, context.outputs += output_size)
+    for (int32_t n = 0; n < num_calls; n++) {
+      run_one(tasks + calls[n].task, calls + n, &context, lanes);
+      if (threads > 1) meet(meeting, threads);
+    }
+  return 0;
 }

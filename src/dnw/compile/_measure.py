@@ -23,7 +23,7 @@ class Timing:
 
     Attributes:
         name: where they are.
-        density: the share of weights that are not 0.
+        density: the fraction of weights that are not 0.
         sparse, dense: the least time that they took edge by edge, and as a matrix.
     """
 

@@ -12,97 +12,65 @@ import ctypes
 import math
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dnw.compile._lower import CACHE, Kernel, Lowered
+from dnw.compile._lower import CACHE, Lowered, Record
 from dnw.compile._program import Program, in_memory, require_program
+from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
-_VERSION = 6
-_KINDS = (
-    "spread",
-    "edges",
-    "matrix",
-    "affine",
-    "instance_norm",
-    "rectify",
-    "depthwise",
-    "convolution",
-    "node",
-    "mean",
-    "linear",
-    "copy",
-    "zero",
-    "slide",
-    "gather",
-)
-_NUMBERS = (
-    "kind",
-    "relu",
-    "outside",
-    "targets",
-    "sources",
-    "others",
-    "maps",
-    "height",
-    "width",
-    "pitch",
-    "plane",
-    "second_plane",
-    "out_height",
-    "out_width",
-    "out_pitch",
-    "out_plane",
-    "kernel_height",
-    "kernel_width",
-    "stride_y",
-    "stride_x",
-    "pad_y",
-    "pad_x",
-)
-_FLOATS = ("weight", "scale", "shift", "added")
-_INTEGERS = ("starts", "middles", "offsets", "channels", "mask")
-
-
-class _Instruction(ctypes.Structure):
-    """``instruction`` of _kernels.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in _NUMBERS),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in (*_FLOATS, *_INTEGERS)),
-    )
-
-
-class _Call(ctypes.Structure):
-    """``call`` of _kernels.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kernel", "first", "rows", "spare")),
-        *((name, ctypes.c_int64) for name in ("from_", "second", "to")),
-    )
+_VERSION = 7
+_FUNCTIONS = {
+    "lanes": (),
+    "check": (POINTER, INT32, INT64, POINTER, INT32, INT64, INT64, INT64, INT64, INT64),
+    "run": (POINTER, POINTER, INT32, *(POINTER,) * 4, *(INT64,) * 3, INT32, INT32, POINTER, INT32),
+}
+"""The functions of _kernels.c that are called here."""
 
 
 @cache
 def kernels() -> ctypes.CDLL | None:
     """The built kernels; None where there are none, or none that fit."""
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
-        try:
-            library = ctypes.CDLL(str(path))
-            library.dnw_size.restype = ctypes.c_int64
-            sizes = library.dnw_size(0), library.dnw_size(1)
-            if library.dnw_version() == _VERSION and sizes == (ctypes.sizeof(_Instruction), ctypes.sizeof(_Call)):
-                library.dnw_run.restype = None
-                return library
-        except (OSError, AttributeError):  # of another machine, or no library of ours
-            continue
-    return None
+    return load(Path(__file__).parent, "_kernels", _VERSION, _FUNCTIONS)
+
+
+class _Tables(NamedTuple):
+    """What the library says of its kernels and of the records that it takes, so that it is written once.
+
+    Attributes:
+        kinds: the number of each kind of kernel.
+        float_arrays: fields of a task that point to floats; all other arrays hold whole numbers.
+        task, call: the records ``struct task`` and ``struct call``.
+    """
+
+    kinds: dict[str, int]
+    float_arrays: tuple[str, ...]
+    task: type[ctypes.Structure]
+    call: type[ctypes.Structure]
+
+
+@cache
+def tables() -> _Tables:
+    """Those of the library that is loaded."""
+    library = kernels()
+    assert library is not None
+    library.dnw_names.argtypes, library.dnw_names.restype = [INT32], ctypes.c_char_p
+    names = [tuple(library.dnw_names(table).decode().split()) for table in range(7)]
+    kinds, integers, floats, float_arrays, integer_arrays, call_integers, call_offsets = names
+
+    def structure(name: str, *fields: tuple[tuple[str, ...], Any]) -> type[ctypes.Structure]:
+        return type(name, (ctypes.Structure,), {"_fields_": [(field, kind) for names, kind in fields for field in names]})
+
+    task = structure("Task", (integers, INT32), (floats, ctypes.c_float), ((*float_arrays, *integer_arrays), POINTER))
+    call = structure("Call", (call_integers, INT32), (call_offsets, INT64))
+    return _Tables({kind: number for number, kind in enumerate(kinds)}, float_arrays, task, call)
 
 
 def lanes() -> int:
@@ -195,7 +163,7 @@ class Runtime:
         with self._crew_is_busy:
             work = images, outputs, arena
             others = [
-                self._crew.submit(self._layout.run, *work, part, self.threads, meeting) for part in range(1, self.threads)
+                self._crew.submit(self._layout.run, *work, thread, self.threads, meeting) for thread in range(1, self.threads)
             ]
             self._layout.run(*work, 0, self.threads, meeting)
             for done in others:
@@ -217,14 +185,17 @@ class _Layout:
     """A program as records in memory."""
 
     def __init__(self, program: Program, cache: int = CACHE) -> None:
-        self.lowered = Lowered(program, cache)
-        self._held: list[Tensor] = []  # what the records point to
-        records = [self._record(kernel.kind, kernel.numbers, kernel.arrays) for kernel in self.lowered.kernels]
-        self._kernels = (_Instruction * len(records))(*records)
-        calls = self.lowered.calls
-        self._calls = (_Call * len(calls))(*(_Call(c.kernel, c.first, c.rows, 0, c.from_, c.second, c.to) for c in calls))
+        library, found = kernels(), tables()
+        assert library is not None
+        self.lowered = lowered = Lowered(program, cache)
+        self._arrays: list[Tensor] = []  # what the records point to
+        self._tasks = (found.task * len(lowered.records))(*map(self._task, lowered.records))
+        self._calls = (found.call * len(lowered.calls))(*(_filled(found.call, vars(call)) for call in lowered.calls))
         self._sizes = math.prod(program.input_size), math.prod(program.output_size)
         self._arenas: list[Tensor] = []  # of runs that are over
+        tasks = self._tasks, len(self._tasks), ctypes.sizeof(found.task)
+        calls = self._calls, len(self._calls), ctypes.sizeof(found.call)
+        library.dnw_check(*tasks, *calls, *self._sizes, lowered.arena, lowered.scratch)
 
     def take_arena(self) -> Tensor:
         try:
@@ -240,22 +211,22 @@ class _Layout:
         images: Tensor,
         outputs: Tensor,
         shared: Tensor | None = None,
-        part: int = 0,
-        parts: int = 1,
+        thread: int = 0,
+        threads: int = 1,
         meeting: Tensor | None = None,
     ) -> None:
         """Runs images, float32 in one piece, into outputs in one piece, in the calling thread.
 
-        It does all the work on them, in an arena of its own, or a part of the work on each in one that is shared.
+        It does all the work on them, in an arena of its own, or that of one of several threads in one that they share.
         """
         arena = self.take_arena() if shared is None else shared
         scratch = _floats(self.lowered.scratch)
-        self._run(0, len(self._calls), images, outputs, arena, scratch, part, parts, meeting)
+        self._run(0, len(self._calls), images, outputs, arena, scratch, thread, threads, meeting)
         if shared is None:
             self.give_arena(arena)
 
-    def profile(self, image: Tensor, rounds: int = 20) -> list[tuple[Kernel, float]]:
-        """Each call's kernel and the least seconds that it took on one image, in the calling thread."""
+    def profile(self, image: Tensor, rounds: int = 20) -> list[tuple[Record, float]]:
+        """Each call's record and the least seconds that it took on one image, in the calling thread."""
         outputs, arena, scratch = _floats(1, self._sizes[1]), self.take_arena(), _floats(self.lowered.scratch)
         seconds = [math.inf] * len(self._calls)
         for _ in range(rounds):
@@ -264,7 +235,7 @@ class _Layout:
                 self._run(i, 1, image, outputs, arena, scratch)
                 seconds[i] = min(seconds[i], time.perf_counter() - started)
         self.give_arena(arena)
-        return [(self.lowered.kernels[call.kernel], t) for call, t in zip(self.lowered.calls, seconds, strict=True)]
+        return [(self.lowered.records[call.task], t) for call, t in zip(self.lowered.calls, seconds, strict=True)]
 
     def _run(
         self,
@@ -274,30 +245,37 @@ class _Layout:
         outputs: Tensor,
         arena: Tensor,
         scratch: Tensor,
-        part: int = 0,
-        parts: int = 1,
+        thread: int = 0,
+        threads: int = 1,
         meeting: Tensor | None = None,
     ) -> None:
         library = kernels()
         assert library is not None
         library.dnw_run(
-            self._kernels,
-            ctypes.byref(self._calls, first * ctypes.sizeof(_Call)),
-            ctypes.c_int32(count),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (images, outputs, arena, scratch)),
-            *(ctypes.c_int64(n) for n in (len(images), *self._sizes)),
-            ctypes.c_int32(part),
-            ctypes.c_int32(parts),
-            ctypes.c_void_p(0 if meeting is None else meeting.data_ptr()),
-            ctypes.c_int32(lanes()),
+            self._tasks,
+            ctypes.byref(self._calls, first * ctypes.sizeof(tables().call)),
+            count,
+            *map(address, (images, outputs, arena, scratch)),
+            len(images),
+            *self._sizes,
+            thread,
+            threads,
+            address(meeting),
+            lanes(),
         )
 
-    def _record(self, kind: str, numbers: dict[str, float], arrays: dict[str, Tensor]) -> _Instruction:
-        record = _Instruction(kind=_KINDS.index(kind))
-        for name, number in numbers.items():
-            setattr(record, name, number if name == "eps" else int(number))
-        for name, array in arrays.items():
-            held = in_memory(array, torch.float32 if name in _FLOATS else torch.int32)
-            self._held.append(held)
-            setattr(record, name, held.data_ptr())
-        return record
+    def _task(self, record: Record) -> ctypes.Structure:
+        found = tables()
+        values: dict[str, float | int | None] = {"kind": found.kinds[record.kind], **record.numbers}
+        for name, array in record.arrays.items():
+            held = in_memory(array, torch.float32 if name in found.float_arrays else torch.int32)
+            self._arrays.append(held)
+            values[name] = address(held)
+        return _filled(found.task, values)
+
+
+def _filled(structure: type[ctypes.Structure], values: Mapping[str, float | int | None]) -> ctypes.Structure:
+    """A record with some values in its fields, 0 in all others; ctypes would take other names in silence."""
+    unknown = values.keys() - {name for name, *_ in structure._fields_}
+    assert not unknown, f"struct {structure.__name__.lower()} of _kernels.c has no {', '.join(sorted(unknown))}"
+    return structure(**values)

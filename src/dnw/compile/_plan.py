@@ -18,8 +18,8 @@ from dnw._wiring.guard import EvaluationGuard
 from dnw._wiring.parameters import unwrap_model
 from dnw.compile._analysis import Analysis
 from dnw.compile._file import raw_bytes
+from dnw.compile._graph_operators import GraphOperator
 from dnw.compile._program import Edges, Graph, Instruction, Program, tensors
-from dnw.compile._steps import GraphStep
 from dnw.count import count, graphs_of, parameter_of
 from dnw.graphs import StaticGraph
 
@@ -53,13 +53,13 @@ class Plan:
     Attributes:
         input_size: channels, height and width of the inputs that it is for.
         rows: one per static graph.
-        channels: for each interface between two steps, which channels stay.
+        channels: for each interface between two operators, which channels stay.
         parameters, kept_parameters: numbers that are not 0 of the network, and of the compiled one.
         multiply_adds, kept_multiply_adds: for one input, with weights that are not 0: of the network, and of the compiled one.
         size, kept_size: bytes of the network's parameters and buffers, and of the compiled one with its indices.
         digest: of the weights that the plan was made for.
         zeros: multiply-adds with weights that are 0, which the compiled network computes besides: convolutions of more than one
-            place, convolutions that are not sparse enough, and linear layers run dense.
+            pixel, convolutions that are not sparse enough, and linear layers run dense.
     """
 
     input_size: tuple[int, int, int]
@@ -81,11 +81,11 @@ class Plan:
             ValueError: the model is not the one that the plan was made for, or has been trained on since.
             RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
         """
-        _require_model(model)
-        if _digest(model) != self.digest:
+        network = _network(model)
+        if _digest(network) != self.digest:
             raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
         with torch.device("cpu"):
-            return Analysis(model, self.input_size).program()
+            return Analysis(network, self.input_size).program()
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)})
@@ -122,8 +122,8 @@ class Plan:
             ("multiply-adds", self.multiply_adds, self.kept_multiply_adds, twice),
             ("bytes", self.size, self.kept_size, "all numbers in float32, and where edges come from"),
         ):
-            share = f" ({after / before:.1%})" if before else ""
-            lines.append(f"{what}: {before:,} -> {after:,}{share}{f': {why_more}' if after > before else ''}")
+            fraction = f" ({after / before:.1%})" if before else ""
+            lines.append(f"{what}: {before:,} -> {after:,}{fraction}{f': {why_more}' if after > before else ''}")
         if self.zeros:
             lines.append(f"besides {self.zeros:,} multiply-adds with weights that are 0, in layers that run dense")
         return "\n".join(lines)
@@ -145,16 +145,21 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
         ValueError: something in it is not compiled, or it does not take such inputs.
         RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
     """
-    _require_model(model)
+    network = _network(model)
     sizes = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
     with torch.device("cpu"):
-        return _plan(model, (sizes[0], sizes[1], sizes[2]))
+        return _plan(network, (sizes[0], sizes[1], sizes[2]))
 
 
-def _require_model(model: nn.Module) -> None:
-    """Raises ``ValueError`` unless it has weights, ``RuntimeError`` where they are those that its rule only trains with."""
+def _network(model: nn.Module) -> nn.Module:
+    """The user's model inside its wrappers.
+
+    Raises:
+        ValueError: it is no model, or has no weights.
+        RuntimeError: its weights are those that its rule only trains with.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"a {type(model).__name__} is no model to compile; give the nn.Module that was trained")
     if any(p.is_meta for p in model.parameters()):
@@ -163,64 +168,62 @@ def _require_model(model: nn.Module) -> None:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, EvaluationGuard):
                 hook.check()
+    return unwrap_model(model)
 
 
-def _plan(model: nn.Module, input_size: tuple[int, int, int]) -> Plan:
-    analysis = Analysis(model, input_size)
+def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> Plan:
+    analysis = Analysis(network, input_size)
     program = analysis.program()
-    steps = analysis.graphs()
-    inside = unwrap_model(model)
-    weights = _weights(inside)
-    rows = tuple(_row(step) for step in steps)
+    weights = _weights(network)
     return Plan(
         input_size=input_size,
-        rows=rows,
+        rows=tuple(_row(graph) for graph in analysis.graphs()),
         channels=tuple(tuple(kept.nonzero().flatten().tolist()) for kept in analysis.kept),
         parameters=sum(int(mask.count_nonzero()) for mask in weights.values()),
         kept_parameters=program.num_parameters,
-        multiply_adds=count(inside, input_size, _counted(inside, weights)).nominal,
+        multiply_adds=count(network, input_size, _counted(network, weights)).nominal,
         kept_multiply_adds=program.multiply_adds,
-        size=sum(t.numel() * t.element_size() for t in [*inside.parameters(), *inside.buffers()]),
+        size=sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()]),
         kept_size=_size(program),
-        digest=_digest(model),
+        digest=_digest(network),
         zeros=sum(i.multiply_adds(size, zeros=True) for i, size in program.walk()) - program.multiply_adds,
     )
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _weights(network: nn.Module) -> dict[str, Tensor]:
     """Which entries of each parameter the network computes with: those that are not 0, and of a static graph only edges."""
-    weights = {name: p.detach() != 0 for name, p in model.named_parameters()}
-    for name, graph in graphs_of(model).items():
+    weights = {name: p.detach() != 0 for name, p in network.named_parameters()}
+    for name, graph in graphs_of(network).items():
         if isinstance(graph, StaticGraph):
             weights[parameter_of(name)] &= graph.levels.candidates().to(graph.weight.device)
     return weights
 
 
-def _counted(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _counted(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those that ``count`` takes one by one; it counts the convolutions of a graph's nodes by the nodes that send something."""
-    graphs = graphs_of(model)
-    edges = {parameter_of(name) for name in graphs}
+    graphs = graphs_of(network)
+    of_graphs = {parameter_of(name) for name in graphs}
     inside = tuple(f"{name}." if name else "" for name in graphs)
-    return {name: mask for name, mask in weights.items() if name in edges or (mask.ndim > 1 and not name.startswith(inside))}
+    return {n: mask for n, mask in weights.items() if n in of_graphs or (mask.ndim > 1 and not n.startswith(inside))}
 
 
-def _row(step: GraphStep) -> PlanRow:
-    kept = [*(int(x.count_nonzero()) for x in step.kept), int(step.kept_outputs.count_nonzero())]
-    read = torch.cat([torch.zeros(step.sizes[0], dtype=torch.bool), *step.kept[1:], step.kept_outputs])
-    sources = torch.cat(step.kept)
-    edges = step.matrix != 0
+def _row(graph: GraphOperator) -> PlanRow:
+    kept = [*(int(x.count_nonzero()) for x in graph.kept), int(graph.kept_outputs.count_nonzero())]
+    read = torch.cat([torch.zeros(graph.sizes[0], dtype=torch.bool), *graph.kept[1:], graph.kept_outputs])
+    sources = torch.cat(graph.kept)
+    edges = graph.matrix != 0
     return PlanRow(
-        name=step.name,
-        nodes=(*step.sizes, step.num_outputs),
+        name=graph.name,
+        nodes=(*graph.sizes, graph.num_outputs),
         kept=tuple(kept),
-        constants=step.constants,
+        constants=graph.constants,
         edges=int(edges.count_nonzero()),
         kept_edges=int(edges[read][:, : len(sources)][:, sources].count_nonzero()),
     )
 
 
 def _size(program: Program) -> int:
-    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 a target's place. Its file has a header besides."""
+    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 where a target's edges begin. Its file has a header."""
     total = 4 * sum(t.numel() for t in tensors(program) if t.is_floating_point())
     for instruction, _ in program.walk():
         inner: list[Instruction] = [instruction]
@@ -230,10 +233,9 @@ def _size(program: Program) -> int:
     return total
 
 
-def _digest(model: nn.Module) -> str:
-    inside = unwrap_model(model)
-    found = hashlib.sha256(repr(inside).encode())  # strides, eps, steps
-    for name, value in inside.state_dict().items():
+def _digest(network: nn.Module) -> str:
+    found = hashlib.sha256(repr(network).encode())  # strides, eps, the number of time steps
+    for name, value in network.state_dict().items():
         found.update(name.encode())
         found.update(raw_bytes(value) if isinstance(value, Tensor) else b"")
     return found.hexdigest()

@@ -13,16 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, ...]
+Indices = Annotated[Tensor, "int64"]
+"""What a field of whole numbers is declared as; all other tensors of a program hold weights."""
 
 
 class Instruction(ABC):
-    """One step of a program."""
+    """One instruction of a program."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ class Instruction(ABC):
         return 0
 
 
-def _number(weight: Tensor, zeros: bool) -> int:
+def _num_weights(weight: Tensor, zeros: bool) -> int:
     return weight.numel() if zeros else int(weight.count_nonzero())
 
 
@@ -50,7 +53,7 @@ def _require(condition: bool, what: str) -> None:
 class Constant:
     """Maps that are added to sums: one number per channel, and for some channels a map besides.
 
-    Such maps are made by constant nodes. They are the same but for places near the border, so rows and columns that are
+    Such maps are made by constant nodes. They are the same but for pixels near the border, so rows and columns that are
     equal in all of them are stored once.
 
     Attributes:
@@ -61,10 +64,10 @@ class Constant:
     """
 
     base: Tensor
-    channels: Tensor
+    channels: Indices
     core: Tensor
-    rows: Tensor
-    columns: Tensor
+    rows: Indices
+    columns: Indices
 
     @classmethod
     def of(cls, maps: Tensor) -> Constant | None:
@@ -124,8 +127,8 @@ class Edges(Instruction):
         dense: whether it is run as a matrix with zeros, because that is faster where there are few of them.
     """
 
-    starts: Tensor
-    sources: Tensor
+    starts: Indices
+    sources: Indices
     weight: Tensor
     num_sources: int
     constant: Constant | None
@@ -169,16 +172,16 @@ class Edges(Instruction):
         _require(starts.dtype == sources.dtype == torch.int64, "edges of another type")
         _require(
             int(starts[0]) == 0 and bool((starts.diff() >= 0).all()) and int(starts[-1]) == len(sources) == len(self.weight),
-            "edges that begin or end in the wrong place",
+            "edges that begin or end where they must not",
         )
         _require(not len(sources) or 0 <= int(sources.min()) <= int(sources.max()) < self.num_sources, "edges from no node")
         first = torch.zeros(len(sources) + 1, dtype=torch.bool, device=sources.device)
         first[starts] = True
         _require(bool((first[1:-1] | (sources.diff() > 0)).all()), "edges in another order")
-        given = (self.num_targets, *size[1:])
+        out = (self.num_targets, *size[1:])
         if self.constant is not None:
-            self.constant.check(given)
-        return given
+            self.constant.check(out)
+        return out
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
         weights = self.num_targets * self.num_sources if zeros and self.dense else len(self.weight)
@@ -239,7 +242,7 @@ class Rectify(Instruction):
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Instruction):
-    """A convolution, dense or one per channel, and what is added: per channel, per place, or nothing."""
+    """A convolution, dense or one per channel, and what is added: per channel, per pixel, or nothing."""
 
     weight: Tensor
     constant: Constant | None
@@ -249,7 +252,7 @@ class Convolution(Instruction):
 
     @property
     def pointwise(self) -> bool:
-        """Whether it is a matrix: from all maps to all maps, place by place."""
+        """Whether it is a matrix: from all maps to all maps, pixel by pixel."""
         return self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -264,14 +267,14 @@ class Convolution(Instruction):
         _require(sources * self.groups == size[0], f"a convolution of {sources * self.groups} maps, given {size}")
         _require(min(self.stride) > 0 and min(self.padding) >= 0, f"stride {self.stride}, padding {self.padding}")
         sides = zip(size[1:], kernel, self.stride, self.padding, strict=True)
-        height, width = ((side + 2 * pad - k) // step + 1 for side, k, step, pad in sides)
+        height, width = ((side + 2 * pad - k) // stride + 1 for side, k, stride, pad in sides)
         _require(min(height, width) > 0, f"a kernel of {tuple(kernel)} for maps {size}")
         if self.constant is not None:
             self.constant.check((targets, height, width))
         return targets, height, width
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
-        return _number(self.weight, zeros) * math.prod(self.check(size)[1:])
+        return _num_weights(self.weight, zeros) * math.prod(self.check(size)[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +310,7 @@ class Linear(Instruction):
         return shape[:1]
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
-        return _number(self.weight, zeros)
+        return _num_weights(self.weight, zeros)
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,10 +357,10 @@ class Graph(Instruction):
         return size
 
     def check(self, size: Size) -> Size:
-        given = size
+        out = size
         for instruction, inner in self._walk(size):
-            given = instruction.check(inner)
-        return given
+            out = instruction.check(inner)
+        return out
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
         return sum(instruction.multiply_adds(inner, zeros=zeros) for instruction, inner in self._walk(size))
@@ -371,7 +374,7 @@ class Graph(Instruction):
 class Pick(Instruction):
     """Some of the channels, int64 ``[channels]``."""
 
-    channels: Tensor
+    channels: Indices
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.index_select(1, self.channels)
@@ -392,7 +395,7 @@ class Restore(Instruction):
         constant: of all channels, those that come in not counted.
     """
 
-    channels: Tensor
+    channels: Indices
     constant: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -478,10 +481,10 @@ class Program:
     @property
     def output_size(self) -> Size:
         """Of one output."""
-        size: Size = self.input_size
-        for instruction, given in self.walk():
-            size = instruction.check(given)
-        return size
+        out: Size = self.input_size
+        for instruction, size in self.walk():
+            out = instruction.check(size)
+        return out
 
     @property
     def multiply_adds(self) -> int:

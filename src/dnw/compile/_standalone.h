@@ -1,35 +1,37 @@
-/* Plain C99 for every kind of instruction; save_c puts those that a network needs into its file. Maps lie one after the other, row
- * by row. Each function stands between a line "FUNCTION name" and the next. */
+/* Plain C99 for every kind of task; save_c puts what a network needs into its file, where index_t is declared. Maps lie one
+ * after the other, row by row. Each function stands behind a line with its name, and before the next such line. */
 
-FUNCTION edges
-/* Each target is its base plus the weighted sum of its sources; the first maps lie in one place, all others in another. */
-static void edges(const float *in, const float *others, int first, float *out, int targets, int places, const float *weight,
+/* FUNCTION edges */
+/* Each target is its base plus the weighted sum of its sources; the first sources lie in one array, all others in a second. */
+static void edges(const float *in, const float *second, int sources, float *out, int targets, int pixels, const float *weight,
                   const index_t *source, const index_t *count, const float *base) {
-  for (int t = 0; t < targets; t++, out += places) {
-    for (int p = 0; p < places; p++) out[p] = base ? base[t] : 0.0f;
+  for (int t = 0; t < targets; t++, out += pixels) {
+    for (int p = 0; p < pixels; p++) out[p] = base ? base[t] : 0.0f;
     for (int e = 0; e < (int)count[t]; e++, weight++, source++) {
-      const float *map = (int)*source < first ? in + (long)*source * places : others + (long)((int)*source - first) * places;
+      const int s = (int)*source;
+      const float *map = s < sources ? in + (long)s * pixels : second + (long)(s - sources) * pixels;
       const float w = *weight;
-      for (int p = 0; p < places; p++) out[p] += w * map[p];
+      for (int p = 0; p < pixels; p++) out[p] += w * map[p];
     }
   }
 }
 
-FUNCTION add_constants
+/* FUNCTION add_constants */
 /* What constant nodes add to some maps: equal rows and columns are stored once. */
-static void add_constants(float *out, int height, int width, int maps, const index_t *channel, const float *core, int core_height,
-                          int core_width, const index_t *row, const index_t *column) {
+static void add_constants(float *out, int height, int width, int maps, const index_t *target_channels, const float *core,
+                          int core_height, int core_width, const index_t *rows, const index_t *columns) {
   for (int m = 0; m < maps; m++)
     for (int y = 0; y < height; y++)
       for (int x = 0; x < width; x++)
-        out[((long)channel[m] * height + y) * width + x] += core[((long)m * core_height + row[y]) * core_width + column[x]];
+        out[((long)target_channels[m] * height + y) * width + x] +=
+            core[((long)m * core_height + rows[y]) * core_width + columns[x]];
 }
 
-FUNCTION convolution
+/* FUNCTION convolution */
 /* From all maps to all maps, or each map by itself. */
 static void convolution(const float *in, float *out, int sources, int targets, int depthwise, int height, int width,
-                        int out_height, int out_width, int kernel_height, int kernel_width, int stride_y, int stride_x, int pad_y,
-                        int pad_x, const float *weight, const float *base) {
+                        int out_height, int out_width, int kernel_height, int kernel_width, int stride_y, int stride_x,
+                        int pad_y, int pad_x, const float *weight, const float *base) {
   for (int t = 0; t < targets; t++)
     for (int y = 0; y < out_height; y++)
       for (int x = 0; x < out_width; x++) {
@@ -48,30 +50,31 @@ static void convolution(const float *in, float *out, int sources, int targets, i
       }
 }
 
-FUNCTION affine
-static void affine(const float *in, float *out, int channels, int places, const float *scale, const float *shift) {
+/* FUNCTION affine */
+static void affine(const float *in, float *out, int channels, int pixels, const float *scale, const float *shift) {
   for (int c = 0; c < channels; c++)
-    for (int p = 0; p < places; p++, in++, out++) *out = *in * scale[c] + shift[c];
+    for (int p = 0; p < pixels; p++, in++, out++) *out = *in * scale[c] + shift[c];
 }
 
-FUNCTION instance_norm
-static void instance_norm(const float *in, float *out, int channels, int places, const float *scale, const float *shift, float eps) {
-  for (int c = 0; c < channels; c++, in += places, out += places) {
-    float sum = 0.0f, squares = 0.0f; /* of what differs from the first place: few digits are lost where a map hardly varies */
-    for (int p = 0; p < places; p++) sum += in[p] - in[0];
-    const float mean = in[0] + sum / (float)places;
-    for (int p = 0; p < places; p++) squares += (in[p] - mean) * (in[p] - mean);
-    const float factor = scale[c] / sqrtf(squares / (float)places + eps);
-    for (int p = 0; p < places; p++) out[p] = (in[p] - mean) * factor + shift[c];
+/* FUNCTION instance_norm */
+static void instance_norm(const float *in, float *out, int channels, int pixels, const float *scale, const float *shift,
+                          float eps) {
+  for (int c = 0; c < channels; c++, in += pixels, out += pixels) {
+    float sum = 0.0f, squares = 0.0f; /* of what differs from the first pixel: few digits are lost where a map hardly varies */
+    for (int p = 0; p < pixels; p++) sum += in[p] - in[0];
+    const float mean = in[0] + sum / (float)pixels;
+    for (int p = 0; p < pixels; p++) squares += (in[p] - mean) * (in[p] - mean);
+    const float factor = scale[c] / sqrtf(squares / (float)pixels + eps);
+    for (int p = 0; p < pixels; p++) out[p] = (in[p] - mean) * factor + shift[c];
   }
 }
 
-FUNCTION rectify
+/* FUNCTION rectify */
 static void rectify(const float *in, float *out, long count) {
   for (long i = 0; i < count; i++) out[i] = in[i] <= 0.0f ? 0.0f : in[i];
 }
 
-FUNCTION mean
+/* FUNCTION mean */
 /* Over rows and columns from start to stop. */
 static void mean(const float *in, float *out, int channels, int height, int width, int start, int stop) {
   const int bottom = stop < height ? stop : height, right = stop < width ? stop : width;
@@ -83,7 +86,7 @@ static void mean(const float *in, float *out, int channels, int height, int widt
   }
 }
 
-FUNCTION linear
+/* FUNCTION linear */
 static void linear(const float *in, float *out, int sources, int targets, const float *weight, const float *bias) {
   for (int t = 0; t < targets; t++) {
     float sum = bias[t];
@@ -92,22 +95,23 @@ static void linear(const float *in, float *out, int sources, int targets, const 
   }
 }
 
-FUNCTION copy
+/* FUNCTION copy */
 static void copy(const float *in, float *out, long count) {
   for (long i = 0; i < count; i++) out[i] = in[i];
 }
 
-FUNCTION pick
+/* FUNCTION pick */
 /* Some of the maps. */
-static void pick(const float *in, float *out, int channels, int places, const index_t *channel) {
+static void pick(const float *in, float *out, int channels, int pixels, const index_t *source_channels) {
   for (int c = 0; c < channels; c++)
-    for (int p = 0; p < places; p++) *out++ = in[(long)channel[c] * places + p];
+    for (int p = 0; p < pixels; p++) *out++ = in[(long)source_channels[c] * pixels + p];
 }
 
-FUNCTION restore
+/* FUNCTION restore */
 /* All maps as they are when constant, then those that are not. */
-static void restore(const float *in, float *out, int channels, int places, int maps, const index_t *channel, const float *constant) {
-  for (long i = 0; i < (long)channels * places; i++) out[i] = constant[i];
+static void restore(const float *in, float *out, int channels, int pixels, int maps, const index_t *target_channels,
+                    const float *constant) {
+  for (long i = 0; i < (long)channels * pixels; i++) out[i] = constant[i];
   for (int m = 0; m < maps; m++)
-    for (int p = 0; p < places; p++) out[(long)channel[m] * places + p] = *in++;
+    for (int p = 0; p < pixels; p++) out[(long)target_channels[m] * pixels + p] = *in++;
 }

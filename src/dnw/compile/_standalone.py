@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dnw._files import write_whole
-from dnw.compile._lower import Maps, Operation, Part, Space, operations
+from dnw.compile._lower import Space
 from dnw.compile._program import Constant, Convolution, Edges, Pick, Program, require_program
+from dnw.compile._tasks import Maps, Part, Task, tasks
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,21 @@ class _Writer:
         self._arrays: list[str] = []
         self._lines: list[str] = []
         self._used: set[str] = set()
-        self._names: dict[str, str] = {}  # of arrays, by their text
+        self._names: dict[tuple[str, str], str] = {}  # of arrays, by type and text
         self._bytes = 0
-        found = list(operations(program))[:-1]  # what the last one does, the last but one can do here
-        self._largest = max([1, *(index for op in found for index in _largest(op))])
+        found = list(tasks(program))[:-1]  # what the last one does, the last but one can do here
+        self._largest = max([1, *(index for task in found for index in _largest(task))])
         self._wide = 2 if self._largest < 1 << 16 else 4
-        self._space, self._at = Space(), dict[Maps, int]()
+        self._space, self._offsets = Space(), dict[Maps, int]()
         self._end = found[-1].writes.maps
-        last = {part.maps: i for i, op in enumerate(found) for part in op.reads}
-        for i, op in enumerate(found):
-            if op.writes.maps not in self._at and op.writes.maps is not self._end:
-                self._at[op.writes.maps] = self._space.take(_floats(op.writes.maps))
-            self._add(op)
-            for maps in {part.maps for part in op.reads}:
-                if last[maps] == i and maps in self._at and maps is not op.writes.maps:
-                    self._space.free(self._at[maps], _floats(maps))
+        last = {part.maps: i for i, task in enumerate(found) for part in task.reads}
+        for i, task in enumerate(found):
+            if task.writes.maps not in self._offsets and task.writes.maps is not self._end:
+                self._offsets[task.writes.maps] = self._space.take(_floats(task.writes.maps))
+            self._add(task)
+            for maps in {part.maps for part in task.reads}:
+                if last[maps] == i and maps in self._offsets and maps is not task.writes.maps:
+                    self._space.free(self._offsets[maps], _floats(maps))
         self.needs = Needs(self._bytes, 4 * self._space.size)
 
     def header(self) -> str:
@@ -119,62 +120,59 @@ class _Writer:
         ]
         return "\n".join(parts)
 
-    # --- operations ---
+    # --- tasks ---
 
-    def _add(self, op: Operation) -> None:
-        maps, given, source = op.reads[0].maps, op.writes.maps, op.source
-        there, to = self._place(op.reads[0]), self._place(op.writes)
-        places, channels = given.height * given.width, op.writes.count
-        rectified = op.relu or op.kind == "rectify"
-        if isinstance(source, Edges):
-            others = self._place(op.reads[1]) if len(op.reads) > 1 else there
-            arrays = [self._floats(source.weight), self._integers(source.sources), self._integers(source.starts.diff())]
-            base = self._base(source.constant)
-            self._call("edges", there, others, op.reads[0].count, to, channels, places, *arrays, base)
-        elif isinstance(source, Convolution):
-            sides = maps.height, maps.width, given.height, given.width, *source.weight.shape[2:]
-            steps = *source.stride, *source.padding
-            depthwise = int(op.kind in ("depthwise", "node"))
-            arrays = [self._floats(source.weight), self._base(source.constant)]
-            self._call("convolution", there, to, op.reads[0].count, channels, depthwise, *sides, *steps, *arrays)
-        elif op.kind == "affine":
-            self._call("affine", there, to, channels, places, self._floats(source.scale), self._floats(source.shift))
-        elif op.kind == "instance_norm":
-            arrays = [self._floats(source.scale), self._floats(source.shift)]
-            self._call(
-                "instance_norm", there, to, channels, places, *arrays, _number(max(source.eps, torch.finfo(torch.float32).tiny))
-            )
-        elif op.kind == "mean":
-            self._call("mean", there, to, channels, maps.height, maps.width, source.start, source.stop)
-        elif op.kind == "linear":
-            arrays = [self._floats(source.weight), self._floats(source.bias)]
-            self._call("linear", there, to, op.reads[0].count, channels, *arrays)
-        elif isinstance(source, Pick):
-            self._call("pick", there, to, channels, places, self._integers(source.channels))
-        elif op.kind == "copy" and source is not None:
-            arrays = [self._integers(source.channels), self._floats(source.constant)]
-            self._call("restore", there, to, channels, places, len(source.channels), *arrays)
-        elif op.kind != "rectify":  # images, or the states of nodes that do nothing
-            self._call("copy", there, to, channels * places)
-        constant = getattr(source, "constant", None)
+    def _add(self, task: Task) -> None:
+        maps, out, instruction = task.reads[0].maps, task.writes.maps, task.instruction
+        from_, to = self._pointer(task.reads[0]), self._pointer(task.writes)
+        sources, targets, pixels = task.reads[0].count, task.writes.count, out.height * out.width
+        if isinstance(instruction, Edges):
+            second = self._pointer(task.reads[-1])
+            edges = self._integers(instruction.sources), self._integers(instruction.starts.diff())
+            weight, base = self._floats(instruction.weight), self._base(instruction.constant)
+            self._call("edges", from_, second, sources, to, targets, pixels, weight, *edges, base)
+        elif isinstance(instruction, Convolution):
+            sides = maps.height, maps.width, out.height, out.width, *instruction.weight.shape[2:]
+            depthwise = int(task.kind in ("depthwise", "node"))
+            arrays = self._floats(instruction.weight), self._base(instruction.constant)
+            numbers = sources, targets, depthwise, *sides, *instruction.stride, *instruction.padding
+            self._call("convolution", from_, to, *numbers, *arrays)
+        elif task.kind in ("affine", "instance_norm"):
+            arrays = self._floats(instruction.scale), self._floats(instruction.shift)
+            least = torch.finfo(torch.float32).tiny
+            eps = [_number(max(instruction.eps, least))] if task.kind == "instance_norm" else []
+            self._call(task.kind, from_, to, targets, pixels, *arrays, *eps)
+        elif task.kind == "mean":
+            self._call("mean", from_, to, targets, maps.height, maps.width, instruction.start, instruction.stop)
+        elif task.kind == "linear":
+            arrays = self._floats(instruction.weight), self._floats(instruction.bias)
+            self._call("linear", from_, to, sources, targets, *arrays)
+        elif isinstance(instruction, Pick):
+            self._call("pick", from_, to, targets, pixels, self._integers(instruction.channels))
+        elif task.kind == "copy" and instruction is not None:
+            arrays = self._integers(instruction.channels), self._floats(instruction.constant)
+            self._call("restore", from_, to, targets, pixels, len(instruction.channels), *arrays)
+        elif task.kind != "rectify":  # images, or the states of nodes that do nothing
+            self._call("copy", from_, to, targets * pixels)
+        constant = getattr(instruction, "constant", None)
         if isinstance(constant, Constant) and len(constant.channels):
-            arrays = [self._integers(constant.channels), self._floats(constant.core)]
-            lines = [self._integers(constant.rows), self._integers(constant.columns)]
-            shape = constant.core.shape
-            self._call("add_constants", to, given.height, given.width, shape[0], *arrays, *shape[1:], *lines)
-        if rectified:
-            self._call("rectify", there if op.kind == "rectify" else to, to, channels * places)
+            arrays = self._integers(constant.channels), self._floats(constant.core)
+            lines = self._integers(constant.rows), self._integers(constant.columns)
+            count, *core = constant.core.shape
+            self._call("add_constants", to, out.height, out.width, count, *arrays, *core, *lines)
+        if task.relu or task.kind == "rectify":
+            self._call("rectify", from_ if task.kind == "rectify" else to, to, targets * pixels)
 
     def _call(self, function: str, *arguments: object) -> None:
         self._used.add(function)
         self._lines.append(f"{function}({', '.join(map(str, arguments))});")
 
-    def _place(self, part: Part) -> str:
+    def _pointer(self, part: Part) -> str:
         if part.maps.outside:
             return "image"
         if part.maps is self._end:
             return "outputs"
-        return f"arena + {self._at[part.maps] + part.first * part.maps.height * part.maps.width}"
+        return f"arena + {self._offsets[part.maps] + part.first * part.maps.height * part.maps.width}"
 
     # --- numbers ---
 
@@ -191,11 +189,12 @@ class _Writer:
 
     def _array(self, kind: str, values: list[str]) -> str:
         text = textwrap.fill(", ".join(values) or "0", 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        if text not in self._names:  # a step in discrete time has the numbers of the one before
-            self._names[text] = f"numbers_{len(self._names)}"
-            self._arrays.append(f"static const {kind} {self._names[text]}[] = {{\n{text}}};\n")
+        name = self._names.get((kind, text))
+        if name is None:  # a graph in discrete time has the same numbers again and again
+            name = self._names[kind, text] = f"numbers_{len(self._names)}"
+            self._arrays.append(f"static const {kind} {name}[] = {{\n{text}}};\n")
             self._bytes += len(values) * (4 if kind == "float" else self._wide)
-        return self._names[text]
+        return name
 
 
 def _number(value: float) -> str:
@@ -209,12 +208,12 @@ def _floats(maps: Maps) -> int:
     return maps.channels * maps.height * maps.width
 
 
-def _largest(op: Operation) -> Iterable[int]:
-    """The largest of each list of whole numbers that an operation needs."""
-    constant = getattr(op.source, "constant", None)
-    lists = [getattr(op.source, name, None) for name in ("sources", "channels")]
-    if isinstance(op.source, Edges):
-        lists.append(op.source.starts.diff())
+def _largest(task: Task) -> Iterable[int]:
+    """The largest of each list of whole numbers that a task needs."""
+    constant = getattr(task.instruction, "constant", None)
+    lists = [getattr(task.instruction, name, None) for name in ("sources", "channels")]
+    if isinstance(task.instruction, Edges):
+        lists.append(task.instruction.starts.diff())
     if isinstance(constant, Constant):
         lists += [constant.channels, constant.rows, constant.columns]
     for found in lists:
@@ -225,6 +224,6 @@ def _largest(op: Operation) -> Iterable[int]:
 def _functions() -> Iterable[tuple[str, str]]:
     """Name and text of each function there is."""
     text = resources.files("dnw.compile").joinpath("_standalone.h").read_text()
-    for part in text.split("\nFUNCTION ")[1:]:
-        name, body = part.split("\n", 1)
-        yield name, body.rstrip() + "\n"
+    for part in text.split("\n/* FUNCTION ")[1:]:
+        name, body = part.split(" */\n", 1)
+        yield name, body.strip() + "\n"

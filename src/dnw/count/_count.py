@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Integral
 from typing import Any, overload
 
@@ -21,11 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dnw._wiring.wiring import Wiring
-from dnw.count._channels import shares_of_products
+from dnw.count._channels import products_of_edges
 from dnw.count._copy import copied, inner_model, plain_parameters
 from dnw.count._ledger import Ledger, tensors
 from dnw.count._live import graphs_of, live_by_graph, parameter_of
-from dnw.graphs import ContinuousTimeGraph, StaticGraph
+from dnw.graphs import ContinuousTimeGraph
+from dnw.graphs._protocol import levels_of, node_functions_of, num_entries_between
 
 
 @dataclass(frozen=True)
@@ -215,15 +217,17 @@ def _count(
 
 
 def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
-    ledger, graphs = run.ledger, graphs_of(run.model)
-    live = live_by_graph(run.model, masks)
-    nominal, alive = dict(ledger.products), dict(ledger.products)
+    ledger = run.ledger
+    nominal, live = dict(ledger.products), dict(ledger.products)
     parameters = dict(run.model.named_parameters())
     if masks:
         by_parameter: dict[Tensor, Tensor] = {parameters[name]: mask for name, mask in masks.items()}
-        nominal, alive = shares_of_products(ledger.run, by_parameter, run.inputs, run.outputs)
+        nominal, live = products_of_edges(ledger.run, by_parameter, run.inputs, run.outputs)
         if ledger.is_opaque:
-            alive = nominal
+            live = nominal
+        sending, living = _fractions_in_graphs(run.model, masks)
+        nominal = nominal | {name: int(ledger.products.get(name, 0) * fraction) for name, fraction in sending.items()}
+        live = live | {name: int(ledger.products.get(name, 0) * fraction) for name, fraction in living.items()}
     rows = []
     for name, parameter in parameters.items():
         dense = ledger.products.pop(name, 0)
@@ -231,16 +235,8 @@ def _counted(run: _Run, masks: dict[str, Tensor]) -> Count:
         if not dense and mask is None:
             continue
         kept = parameter.numel() if mask is None else int(mask.count_nonzero())
-        of_active, of_live = nominal.get(name, 0), alive.get(name, 0)
-        graph = _graph_of(name, graphs)
-        if graph is not None:
-            sending, living = _shares(name, graph, graphs[graph], masks, live[graph])
-            of_active = of_active if sending is None else _scaled(dense, sending)
-            of_live = of_live if living is None else _scaled(dense, living)
-        rows.append(CountRow(name, parameter.numel(), kept, dense, of_active, of_live))
-    rows += [
-        CountRow(name or "model", 0, 0, n, nominal.get(name, 0), alive.get(name, 0)) for name, n in ledger.products.items()
-    ]
+        rows.append(CountRow(name, parameter.numel(), kept, dense, nominal.get(name, 0), live.get(name, 0)))
+    rows += [CountRow(name or "model", 0, 0, n, nominal.get(name, 0), live.get(name, 0)) for name, n in ledger.products.items()]
     everything = sum(p.numel() for p in parameters.values())
     dormant = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
     return Count(tuple(rows), everything, everything - dormant, run.evaluations)
@@ -337,41 +333,32 @@ class _Repeat:
         return state
 
 
-def _graph_of(name: str, graphs: Mapping[str, nn.Module]) -> str | None:
-    inside = [g for g in graphs if name.startswith(f"{g}." if g else "")]
-    return max(inside, key=len) if inside else None
+def _fractions_in_graphs(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, Fraction], dict[str, Fraction]]:
+    """What fraction of the products is active, and what live, by the names of parameters of graphs that do not go by the run.
 
-
-_Share = tuple[int, int]
-
-
-def _shares(
-    name: str, graph: str, module: Any, masks: Mapping[str, Tensor], live: Tensor
-) -> tuple[_Share | None, _Share | None]:
-    """What stands for the run's own count of active and of live entries in a graph's parameter; None where that holds.
-
-    Nodes without an outgoing edge are active in no product, as the paper counts. A graph whose state evolves has the same
-    nodes at all times: an edge between live ones is live at each.
+    Nodes without an outgoing edge are active in no product, as the paper counts. A graph whose state evolves (which has no
+    levels) has the same nodes at all times: an edge between live ones is live at each.
     """
-    weight = parameter_of(graph)
-    is_static = isinstance(module, StaticGraph)
-    if weight not in masks:
-        return None, None
-    mask = masks[weight]
-    if name == weight and not is_static:
-        return None, (int((mask & live[:, None] & live[None, :]).count_nonzero()), mask.numel())
-    if name in masks or not name.endswith("conv.weight"):
-        return None, None
-    sends = module.node_matrix(mask).any(0)
-    nodes = slice(0, module.num_nodes)
-    if is_static:
-        level = int(name.removeprefix(f"{graph}." if graph else "").split(".")[1])
-        start = sum(module.levels.sizes[:level])
-        nodes = slice(start, start + module.levels.sizes[level])
-    number = nodes.stop - nodes.start
-    sending = int(sends[nodes].count_nonzero()), number
-    return sending, None if is_static else (int((live & sends)[nodes].count_nonzero()), number)
+    sending: dict[str, Fraction] = {}
+    living: dict[str, Fraction] = {}
+    live = live_by_graph(model, masks)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for name, graph in graphs_of(model).items():
+        edges = parameter_of(name, graph)
+        if edges not in masks:
+            continue
+        mask, evolves = masks[edges], levels_of(graph) is None
+        if evolves:
+            living[edges] = Fraction(num_entries_between(graph, mask, live[name]), mask.numel())
+        sends = graph.node_matrix(mask).bool().any(0)
+        for module, nodes in node_functions_of(graph):
+            of_nodes = {names[p] for p in module.parameters() if p in names and p.shape[:1] == (len(nodes),)}
+            for parameter in of_nodes - masks.keys():
+                sending[parameter] = _fraction(sends, nodes)
+                if evolves:
+                    living[parameter] = _fraction(sends & live[name], nodes)
+    return sending, living
 
 
-def _scaled(number: int, share: tuple[int, int]) -> int:
-    return number * share[0] // share[1]
+def _fraction(mask: Tensor, nodes: range) -> Fraction:
+    return Fraction(int(mask[nodes.start : nodes.stop].count_nonzero()), len(nodes))

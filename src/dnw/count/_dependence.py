@@ -1,8 +1,8 @@
-"""How what an operation makes depends on what it is given: rules that carry marks forwards and backwards through it.
+"""How what an operation makes depends on what it is given: dependences, which carry marks forwards and backwards through it.
 
-Contract: a rule's ``forward`` takes the marks of the sources that are reached, None for the others, and returns those of one
-output; ``backward`` takes the marks of the outputs that are wanted and returns those of every source. ``kept`` is what of the
-marks of a reached source the way back needs.
+Contract: ``forward`` of a dependence takes the marks of the sources that are reached, None for the others, and returns those of
+one output; ``backward`` takes the marks of the outputs that are wanted and returns those of every source. ``kept`` is what of
+the marks of a reached source the way back needs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dnw.count._marks import Marks
 
 
 class Joint:
-    """A rule: some dimensions are joined, in the others an element depends on those at its own place."""
+    """Some dimensions are joined, in the others an element depends on those at its own position."""
 
     def __init__(self, dims: Sequence[int] | None) -> None:
         self.dims = dims
 
-    def kept(self, reached: Tensor, place: int) -> Tensor:
+    def kept(self, reached: Tensor, index: int) -> Tensor:
         return self._joined(reached) if self.dims else reached.any()
 
     def forward(self, reached: Sequence[Tensor | None], out: Tensor) -> Tensor:
@@ -53,12 +53,12 @@ class Joint:
 
 
 class Linear:
-    """A rule: what an operation with weights that are not negative makes of the marks as numbers, and its gradient."""
+    """What an operation with weights that are not negative makes of the marks as numbers, and its gradient."""
 
     def __init__(self, function: Any, sources: Sequence[Tensor]) -> None:
         self.function, self.sources = function, sources
 
-    def kept(self, reached: Tensor, place: int) -> Tensor:
+    def kept(self, reached: Tensor, index: int) -> Tensor:
         return reached.any()
 
     def forward(self, reached: Sequence[Tensor | None], out: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Linear:
 
 
 class Matrix:
-    """A rule: a matrix product, ``[.., i, k]`` by ``[.., k, j]``, and what is added to it."""
+    """A matrix product, ``[.., i, k]`` by ``[.., k, j]``, and what is added to it."""
 
     def __init__(self, op: Operation, active: Marks) -> None:
         self.a, self.b = op.operands
@@ -89,8 +89,8 @@ class Matrix:
     def sources(self) -> list[Tensor]:
         return [self.a, self.b, *(() if self.added is None else (self.added,))]
 
-    def kept(self, reached: Tensor, place: int) -> Tensor:
-        return reached if reached.ndim > 2 else reached.any(place, keepdim=True) if place < 2 else reached.any()
+    def kept(self, reached: Tensor, index: int) -> Tensor:
+        return reached if reached.ndim > 2 else reached.any(index, keepdim=True) if index < 2 else reached.any()
 
     def forward(self, reached: Sequence[Tensor | None], out: Tensor) -> Tensor:
         (a, b, *added), (of_a, of_b) = reached, self.active
@@ -120,7 +120,7 @@ class Matrix:
 
 
 class Convolution:
-    """A rule: a convolution, also transposed, channel by channel."""
+    """A convolution, also transposed, channel by channel."""
 
     def __init__(self, op: Operation, active: Marks) -> None:
         self.input, self.weight = op.operands
@@ -131,7 +131,7 @@ class Convolution:
         # the weight's first dimension: outputs, or inputs of a transposed one; its second: the others, of one group
         self.links = mask.flatten(2).any(2) if mask.ndim > 2 else mask
 
-    def kept(self, reached: Tensor, place: int) -> Tensor:
+    def kept(self, reached: Tensor, index: int) -> Tensor:
         return _channels(reached)
 
     def forward(self, reached: Sequence[Tensor | None], out: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ _MOVES = packets(
 )
 
 
-def rule_of(op: Operation, reached: Marks, active: Marks) -> tuple[list[Tensor], Any]:
+def dependence_of(op: Operation, reached: Marks, active: Marks) -> tuple[list[Tensor], Any]:
     """The tensors that an operation depends on, and how."""
     packet, sources = op.func._overloadpacket, op.sources
     alone = all(reached.read(s) is None for s in sources[1:])
@@ -265,11 +265,11 @@ def _grouped(groups: int) -> Any:
 
 
 def _replaced(value: Any, sources: Sequence[Tensor], numbers: Sequence[Tensor]) -> Any:
-    places = {id(s): n for s, n in zip(sources, numbers, strict=True)}
+    numbers_of = {id(s): n for s, n in zip(sources, numbers, strict=True)}
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return places[id(value)]
+            return numbers_of[id(value)]
         return type(value)(map(replaced, value)) if type(value) in (list, tuple) else value
 
     return replaced(value)

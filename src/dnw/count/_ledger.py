@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
         self.modules: list[str] = []
         self.run: list[Operation] = []
         self.is_opaque = False
-        """Whether there is more to the run than its operations show: elements that are no places in memory (sparse tensors), or
+        """Whether there is more to the run than its operations show: elements that have no address each (sparse tensors), or
         numbers that the program read."""
         self._keep_run = keep_run
         # what is made of parameters and buffers alone (casts, masked or normalised weights) is known by its storage and kept,
@@ -155,8 +155,8 @@ def storage(tensor: Tensor) -> int:
 
 
 def _operands(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    places = OPERANDS.get(getattr(func, "_overloadpacket", func))
-    return [*tensors((args, kwargs))] if places is None else [args[i] for i in places]
+    positions = OPERANDS.get(getattr(func, "_overloadpacket", func))
+    return [*tensors((args, kwargs))] if positions is None else [args[i] for i in positions]
 
 
 def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:

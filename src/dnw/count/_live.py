@@ -1,53 +1,33 @@
-"""Live nodes: those on a path from an input to an output. The one liveness function of the project."""
+"""Live nodes of the graphs in a model: those on a path from an input to an output."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dnw._wiring.wiring import Wiring
-from dnw.graphs._paths import reached
-
-
-@runtime_checkable
-class Graph(Protocol):
-    """What counting needs to know of a graph module: inputs are the first nodes, outputs the last."""
-
-    weight: nn.Parameter
-    num_nodes: int
-    num_inputs: int
-    num_outputs: int
-
-    def node_matrix(self, weight: Tensor) -> Tensor:
-        """A weight or mask as a matrix ``[nodes, nodes]``, targets by sources."""
-        ...
+from dnw.graphs._paths import live_in_chain
+from dnw.graphs._protocol import Graph, edges_of
 
 
 def graphs_of(model: nn.Module) -> dict[str, Any]:
-    """The graphs of a model by their names, which are :class:`Graph` and ``nn.Module``."""
+    """The graphs of a model by their names, which are :class:`dnw.graphs.Graph` and ``nn.Module``."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Graph)}
 
 
-def parameter_of(graph: str) -> str:
-    """The name of the weight of a graph with a name."""
-    return f"{graph}.weight" if graph else "weight"
-
-
-def live_nodes(adjacency: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Which nodes of a graph lie on a path from an input to an output.
+def parameter_of(graph: str, module: Graph | None = None) -> str:
+    """The name of the parameter that holds a graph's edges.
 
     Args:
-        adjacency: boolean ``[nodes, nodes]``, targets by sources; cycles and self-edges are allowed.
-        inputs: boolean mask ``[nodes]`` of the inputs.
-        outputs: boolean mask ``[nodes]`` of the outputs.
-
-    Returns:
-        Boolean mask ``[nodes]``.
+        graph: the graph's name.
+        module: the graph itself. Without it the parameter is called ``weight``, as in every graph of :mod:`dnw.graphs`.
     """
-    return reached(adjacency, inputs) & reached(adjacency.T, outputs)
+    return _joined(graph, "weight" if module is None else edges_of(module)[0])
 
 
 def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +38,7 @@ def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, T
 
     Args:
         model: any module.
-        active: the active edges of its graphs, by the graph's name or that of its weight. A graph that is not among them
+        active: the active edges of its graphs, by the graph's name or that of its parameter. A graph that is not among them
             has all its candidate edges.
 
     Returns:
@@ -68,52 +48,49 @@ def live_by_graph(model: nn.Module, active: Mapping[str, Tensor]) -> dict[str, T
     result: dict[str, Tensor] = {}
     for chain in _chains(model, graphs):
         members: list[Graph] = [graphs[name] for name in chain]
-        matrices = [_adjacency(name, graphs[name], active) for name in chain]
-        forwards, backwards = [], []
-        arriving: Tensor | None = None
-        for graph, matrix in zip(members, matrices, strict=True):
-            start = torch.zeros(graph.num_nodes, dtype=torch.bool, device=matrix.device)
-            start[: graph.num_inputs] = True if arriving is None else arriving
-            forwards.append(reached(matrix, start))
-            arriving = forwards[-1][-graph.num_outputs :]
-        wanted: Tensor | None = None
-        for graph, matrix in zip(reversed(members), reversed(matrices), strict=True):
-            start = torch.zeros(graph.num_nodes, dtype=torch.bool, device=matrix.device)
-            start[-graph.num_outputs :] = True if wanted is None else wanted
-            backwards.append(reached(matrix.T, start))
-            wanted = backwards[-1][: graph.num_inputs]
-        for name, forward, backward in zip(chain, forwards, reversed(backwards), strict=True):
-            result[name] = forward & backward
+        adjacencies = [_adjacency(name, graphs[name], active) for name in chain]
+        live = live_in_chain(adjacencies, [g.num_inputs for g in members], [g.num_outputs for g in members])
+        result.update(zip(chain, live, strict=True))
     return result
-
-
-def _chains(model: nn.Module, graphs: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The names of the graphs, those that follow one another together."""
-    chains: list[list[str]] = []
-    for name in graphs:
-        parent, _, last = name.rpartition(".")
-        holder = model.get_submodule(parent) if parent else model
-        before = f"{parent}.{int(last) - 1}".strip(".") if last.isdecimal() and isinstance(holder, nn.Sequential) else None
-        if chains and before is not None and chains[-1][-1] == before:
-            chains[-1].append(name)
-        else:
-            chains.append([name])
-    return chains
-
-
-def _adjacency(name: str, graph: Graph, active: Mapping[str, Tensor]) -> Tensor:
-    mask = active.get(name, active.get(parameter_of(name)))
-    if mask is None:
-        mask = torch.ones(graph.weight.shape, dtype=torch.bool)
-    return graph.node_matrix(mask.bool())
 
 
 def num_live_nodes(model: nn.Module, wiring: Wiring) -> tuple[int, int]:
     """Live nodes and all nodes over the wired graphs of a model; (0, 0) where it has none."""
     active = {name: wiring[name].active for name in wiring}
-    names = {parameter_of(name): name for name in graphs_of(model)}
-    if not any(name in names for name in active):
+    wired = [name for name, graph in graphs_of(model).items() if parameter_of(name, graph) in active]
+    if not wired:
         return 0, 0
     live = live_by_graph(model, active)
-    wired = [live[graph] for parameter, graph in names.items() if parameter in active]
-    return sum(int(mask.count_nonzero()) for mask in wired), sum(mask.numel() for mask in wired)
+    return sum(int(live[name].count_nonzero()) for name in wired), sum(live[name].numel() for name in wired)
+
+
+def _chains(model: nn.Module, graphs: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the graphs, those that follow one another together."""
+    sequences = [module for module in model.modules() if isinstance(module, nn.Sequential)]
+    times = Counter(module for sequence in sequences for module in sequence)
+    names = {graph: name for name, graph in graphs.items() if times[graph] == 1}  # others have several before or after them
+    following = {
+        names[one]: names[other]
+        for sequence in sequences
+        for one, other in pairwise(sequence)
+        if one in names and other in names and one.num_outputs == other.num_inputs
+    }
+    chains = [[name] for name in graphs if name not in following.values()]
+    for chain in chains:
+        while chain[-1] in following:
+            chain.append(following[chain[-1]])
+    return chains
+
+
+def _adjacency(name: str, graph: Graph, active: Mapping[str, Tensor]) -> Tensor:
+    mask = active.get(name)
+    if mask is None:
+        parameter, candidates = edges_of(graph)
+        mask = active.get(_joined(name, parameter), candidates)
+        if mask.is_meta:  # of a copy without numbers
+            mask = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
+    return graph.node_matrix(mask.bool())
+
+
+def _joined(graph: str, parameter: str) -> str:
+    return f"{graph}.{parameter}" if graph else parameter

@@ -1,4 +1,4 @@
-"""One boolean per element of memory, so that views and writing in place need no rules."""
+"""One boolean per element of memory, so that views and writing in place need no care."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Marks:
         if itemsize != tensor.itemsize:
             buffer |= marks is not None and bool(marks.any())
             return
-        places = self.read(tensor)
-        assert places is not None
+        elements = self.read(tensor)
+        assert elements is not None
         if _overlaps(tensor):
             if marks is not None:
-                where = torch.arange(len(buffer)).as_strided(places.size(), places.stride(), places.storage_offset())
+                where = torch.arange(len(buffer)).as_strided(elements.size(), elements.stride(), elements.storage_offset())
                 buffer[where[marks]] = True
         elif marks is None:
-            places.zero_()
+            elements.zero_()
         else:
-            places.copy_(places | marks if add else marks)
+            elements.copy_(elements | marks if add else marks)
 
     def drop(self, storages: Iterable[int]) -> None:
         """Forgets the marks of storages."""
@@ -55,7 +55,7 @@ class Marks:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether several elements may lie at one place, as in an expanded tensor."""
+    """Whether several elements may lie at one address, as in an expanded tensor."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
         if size > 1 and stride <= reach:

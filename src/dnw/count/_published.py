@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dnw.count._live import graphs_of, parameter_of
+
 
 class Chain(Protocol):
     """What the count needs to know of a chain of graphs (:class:`dnw.models.GraphChain`)."""
@@ -35,7 +37,7 @@ def published_count(model: Chain, active: Mapping[str, Tensor], *, width: float,
         or reaches, of the nodes' convolutions only those of nodes with an outgoing edge.
     """
     side = image_size // model.conv.stride[0]
-    masks = [active[f"graphs.{i}.weight"].bool().cpu() for i in range(len(model.graphs))]
+    masks = [active[f"graphs.{parameter_of(*graph)}"].bool().cpu() for graph in graphs_of(model.graphs).items()]
     inputs = int(masks[0].any(0)[: model.stages[0].inputs].count_nonzero())
     outputs = int(masks[-1].any(1)[-model.stages[-1].width :].count_nonzero())
     products, parameters = 27.0 * inputs * side * side, 27 * inputs

@@ -3,6 +3,7 @@
 from dnw.graphs._dynamic import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, DynamicGraph
 from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
+from dnw.graphs._protocol import Graph
 from dnw.graphs._sequence import SequenceGraph
 from dnw.graphs._static import StaticGraph
 from dnw.graphs._way import set_graph_kernels
@@ -12,6 +13,7 @@ __all__ = [
     "ContinuousTimeGraph",
     "DiscreteTimeGraph",
     "DynamicGraph",
+    "Graph",
     "Levels",
     "Node",
     "SequenceGraph",

@@ -74,6 +74,10 @@ class DynamicGraph(nn.Module, ABC):
         """A weight or mask as a matrix between the nodes: itself."""
         return weight
 
+    def node_functions(self) -> list[tuple[nn.Module, range]]:
+        """The convolution of all nodes, where nodes are maps."""
+        return [(self.conv, range(self.num_nodes))] if self.maps else []
+
     def extra_repr(self) -> str:
         return f"nodes={self.num_nodes}, inputs={self.num_inputs}, outputs={self.num_outputs}, maps={self.maps}"
 

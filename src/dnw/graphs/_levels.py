@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dnw.graphs._protocol import num_entries_between
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -97,17 +99,7 @@ class Levels:
 
         An entry that serves an inner node and an output counts once.
         """
-        rows = torch.zeros(self.shape[0], dtype=torch.bool, device=mask.device)
-        rows[self.first_row :][: self.num_inner] = nodes[self.num_inputs : self.num_sources]
-        inner = torch.zeros_like(mask)
-        inner[rows] = True
-        level = self.level_of_node().to(mask.device)
-        target = level[self.num_inputs : self.num_sources] if not self.shared_outputs else level[: self.num_sources]
-        target = torch.cat([target, target.new_full((self.shape[0] - len(target),), len(self.sizes))])
-        inner &= target[:, None] > level[None, : self.num_sources]
-        outputs = torch.zeros_like(mask)
-        outputs[-self.num_outputs :] = nodes[self.num_sources :, None]
-        return int((mask & (inner | outputs) & nodes[None, : self.num_sources]).count_nonzero())
+        return num_entries_between(self, mask, nodes)
 
     def candidates(self) -> Tensor:
         """Mask of the candidate edges, boolean ``[targets, sources]``: the entries of the weight that the graph reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -89,6 +90,15 @@ class StaticGraph(nn.Module):
         """A weight or mask ``[targets, sources]`` as a matrix between the nodes ``[nodes, nodes]``."""
         return self.levels.node_matrix(weight)
 
+    def node_levels(self) -> tuple[int, ...]:
+        """How many nodes each level has, the outputs last."""
+        return (*self.levels.sizes, self.levels.num_outputs)
+
+    def node_functions(self) -> list[tuple[nn.Module, range]]:
+        """The node functions, level by level, and whose they are."""
+        bounds = pairwise(accumulate(self.levels.sizes, initial=0))
+        return [(node, range(*nodes)) for node, nodes in zip(self.nodes, bounds, strict=True)]
+
     def extra_repr(self) -> str:
         sizes = ", ".join(map(str, self.levels.sizes))
         return f"levels=({sizes}), num_outputs={self.levels.num_outputs}, candidates={int(self.levels.candidates().sum()):,}"
@@ -116,23 +126,23 @@ class StaticGraph(nn.Module):
             )
         if not self.why_layers(x):
             return run_static_graph(self.levels, list(self.nodes), self.weight, x)
-        # `incoming` holds what has reached the rows from `row` on so far; each level adds its share to all later rows.
+        # `incoming` holds what has reached the rows from `row` on so far; each level adds what it sends to all later rows.
         sizes, outputs = self.levels.sizes, self.levels.num_outputs
         columns = self.weight.split(sizes, dim=1)
         row = self.levels.first_row
-        incoming = _send(self.nodes[0](x), columns[0][row:])
+        incoming = _along(columns[0][row:], self.nodes[0](x))
         for level in range(1, len(sizes)):
-            state = self.nodes[level](incoming[:, : sizes[level]])
+            sent = self.nodes[level](incoming[:, : sizes[level]])
             row += sizes[level]
             if self.levels.shared_outputs and level == len(sizes) - 1:
                 row -= outputs
                 later = incoming[:, sizes[level] - outputs :]
             else:
                 later = incoming[:, sizes[level] :]
-            incoming = later + _send(state, columns[level][row:])
+            incoming = later + _along(columns[level][row:], sent)
         return incoming
 
 
-def _send(state: Tensor, weight: Tensor) -> Tensor:
-    """What the nodes of one level send along their edges: ``[batch, sources, h, w]`` to ``[batch, targets, h, w]``."""
-    return F.conv2d(state, weight[:, :, None, None])
+def _along(weight: Tensor, sent: Tensor) -> Tensor:
+    """What arrives along edges of what nodes send: ``[batch, sources, h, w]`` to ``[batch, targets, h, w]``."""
+    return F.conv2d(sent, weight[:, :, None, None])

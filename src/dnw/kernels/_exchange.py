@@ -18,8 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VERSION = 3
-_GROUPS = 2048  # places that are compared at once: GROUPS of exchange.c
+from dnw.kernels._library import INT64, POINTER, UINT32, address, load
+
+_VERSION = 4
+_FUNCTIONS = {
+    "masked": (POINTER, POINTER, POINTER, INT64),
+    "finite": (POINTER, INT64),
+    "take": (POINTER, POINTER, POINTER, POINTER, INT64, UINT32, UINT32, POINTER, INT64, POINTER, POINTER),
+    "take_n_of_m": (POINTER, POINTER, POINTER, INT64, INT64, UINT32, UINT32, POINTER),
+    "groups": (),
+    "pack": (POINTER, INT64, POINTER),
+    "tally": (POINTER, POINTER, POINTER, INT64, POINTER),
+    "dead": (POINTER, INT64, INT64, INT64, INT64, POINTER, POINTER),
+}
+"""The functions of exchange.c that are called here."""
 _SMALL = 1 << 16
 """Entries, in all, that are not worth waking threads for."""
 
@@ -27,16 +39,7 @@ _SMALL = 1 << 16
 @cache
 def library() -> ctypes.CDLL | None:
     """The native code; None where it is not built, or not for this version."""
-    for path in sorted(Path(__file__).parent.glob("_exchange_native*.so")):
-        try:
-            found = ctypes.CDLL(str(path))
-            if found.dnw_exchange_version() == _VERSION:
-                for name in ("take", "take_n_of_m", "pack", "tally", "dead"):
-                    getattr(found, f"dnw_{name}").restype = None
-                return found
-        except (OSError, AttributeError):  # of another machine, or no library of ours
-            continue
-    return None
+    return load(Path(__file__).parent, "_exchange_native", _VERSION, _FUNCTIONS)
 
 
 def is_native(*tensors: Tensor | None) -> bool:
@@ -85,7 +88,7 @@ def masked(values: Tensor, mask: Tensor, out: Tensor, *, check: bool = True, che
     """
     lib, values = library(), values.detach()
     if lib is not None and is_native(values, mask, out):
-        finite = bool(lib.dnw_masked(_at(values), _at(mask), _at(out), ctypes.c_int64(values.numel())))
+        finite = bool(lib.dnw_masked(address(values), address(mask), address(out), values.numel()))
     else:
         torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device), out=out)
         finite = not check or is_finite(out)
@@ -96,7 +99,7 @@ def is_finite(values: Tensor) -> bool:
     """Whether all values are finite."""
     lib = library()
     if lib is not None and is_native(values) and values.dtype == torch.float32:
-        return bool(lib.dnw_finite(_at(values), ctypes.c_int64(values.numel())))
+        return bool(lib.dnw_finite(address(values), values.numel()))
     # one pass and no temporaries, as a rule; finite numbers may well add up to infinity
     total = values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
     return bool(total.isfinite()) or bool(values.isfinite().all())
@@ -114,30 +117,20 @@ def take(
         taken: one number, int64: how many entries of ``latent`` are taken over, whenever this is interrupted.
 
     Returns:
-        How many candidates lie above ``high``, and the flat places of those from ``low`` to ``high``, in order.
+        How many candidates lie above ``high``, and the flat indices of those from ``low`` to ``high``, in order.
     """
     lib = library()
     size = held.numel()
     if lib is None or not is_native(held, latent, active, candidates):
         return _take(held.view(-1), latent.view(-1), active.view(-1), candidates, low, high, taken)
-    places, found = torch.empty(size // 16 + 64, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
-    lib.dnw_take(
-        _at(held),
-        _at(latent),
-        _at(active),
-        _at(candidates),
-        ctypes.c_int64(size),
-        ctypes.c_uint32(low),
-        ctypes.c_uint32(high),
-        _at(places),
-        ctypes.c_int64(len(places)),
-        _at(found),
-        _at(taken),
-    )
+    indices, found = torch.empty(size // 16 + 64, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+    masks = address(active), address(candidates)
+    room = address(indices), len(indices)
+    lib.dnw_take(address(held), address(latent), *masks, size, low, high, *room, address(found), address(taken))
     above, between = found.tolist()
-    if between > len(places):  # there was no room for all of them
-        places = _between(latent.view(-1), candidates, low, high)
-    return above, places[:between]
+    if between > len(indices):  # there was no room for all of them
+        indices = _between(latent.view(-1), candidates, low, high)
+    return above, indices[:between]
 
 
 _PIECE = 1 << 17
@@ -147,7 +140,7 @@ _PIECE = 1 << 17
 def _take(
     held: Tensor, latent: Tensor, active: Tensor, candidates: Tensor | None, low: int, high: int, taken: Tensor
 ) -> tuple[int, Tensor]:
-    above, places = 0, []
+    above, indices = 0, []
     for start in range(0, len(held), _PIECE):
         piece, stop = held[start : start + _PIECE], min(start + _PIECE, len(held))
         latent[start:stop].copy_(piece)
@@ -158,9 +151,9 @@ def _take(
         chosen = torch.ge(bits, low, out=active[start:stop])
         over = bits > high
         above += int(over.count_nonzero())
-        places.append((over ^ chosen).nonzero().squeeze(1) + start)
+        indices.append((over ^ chosen).nonzero().squeeze(1) + start)
         piece.masked_fill_(~chosen, 0)
-    return above, torch.cat(places)
+    return above, torch.cat(indices)
 
 
 def _between(latent: Tensor, candidates: Tensor | None, low: int, high: int) -> Tensor:
@@ -171,7 +164,10 @@ def _between(latent: Tensor, candidates: Tensor | None, low: int, high: int) -> 
 
 def takes_n_of_m(held: Tensor, latent: Tensor, active: Tensor, m: int) -> bool:
     """Whether :func:`take_n_of_m` takes these tensors."""
-    return is_native(held, latent, active) and held.numel() > 0 and m * held[0, 0].numel() <= _GROUPS
+    lib = library()
+    if lib is None or not is_native(held, latent, active) or not held.numel():
+        return False
+    return m * held[0, 0].numel() <= lib.dnw_groups()
 
 
 def take_n_of_m(held: Tensor, latent: Tensor, active: Tensor, n: int, m: int, taken: Tensor) -> None:
@@ -184,17 +180,8 @@ def take_n_of_m(held: Tensor, latent: Tensor, active: Tensor, n: int, m: int, ta
     """
     lib = library()
     assert lib is not None
-    kernel = held[0, 0].numel()
-    lib.dnw_take_n_of_m(
-        _at(held),
-        _at(latent),
-        _at(active),
-        ctypes.c_int64(held.numel()),
-        ctypes.c_int64(kernel),
-        ctypes.c_uint32(n),
-        ctypes.c_uint32(m),
-        _at(taken),
-    )
+    sizes = held.numel(), held[0, 0].numel()
+    lib.dnw_take_n_of_m(address(held), address(latent), address(active), *sizes, n, m, address(taken))
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -202,7 +189,7 @@ def packed(mask: Tensor) -> Tensor:
     lib, size = library(), mask.numel()
     if lib is not None and is_native(mask):
         words = torch.empty(-(-size // 64), dtype=torch.int64)
-        lib.dnw_pack(_at(mask), ctypes.c_int64(size), _at(words))
+        lib.dnw_pack(address(mask), size, address(words))
         return words
     flat = torch.cat([mask.reshape(-1), mask.new_zeros(-size % 64)]).view(-1, 64).to(torch.int64)
     return (flat << torch.arange(64, device=mask.device)).sum(1)
@@ -218,11 +205,11 @@ def tally(now: Tensor, then: Tensor, ever: Tensor) -> list[int]:
     lib = library()
     if lib is not None and all(x.device.type == "cpu" for x in (now, then, ever)):
         counts = torch.empty(4, dtype=torch.int64)
-        lib.dnw_tally(_at(now), _at(then), _at(ever), ctypes.c_int64(len(now)), _at(counts))
+        lib.dnw_tally(address(now), address(then), address(ever), len(now), address(counts))
         return counts.tolist()
     ever |= now
-    places = torch.arange(64, device=now.device)
-    return [int(((words.unsqueeze(1) >> places) & 1).sum()) for words in (now, ever, now & ~then, then & ~now)]
+    bits = torch.arange(64, device=now.device)
+    return [int(((words.unsqueeze(1) >> bits) & 1).sum()) for words in (now, ever, now & ~then, then & ~now)]
 
 
 def dead(mask: Tensor, groups: int) -> tuple[int, int]:
@@ -232,13 +219,9 @@ def dead(mask: Tensor, groups: int) -> tuple[int, int]:
         kernel = math.prod(mask.shape[2:])
         seen, found = torch.empty(mask.shape[1], dtype=torch.uint8), torch.empty(2, dtype=torch.int64)
         sizes = (groups, mask.shape[0] // groups, mask.shape[1], kernel)
-        lib.dnw_dead(_at(mask), *map(ctypes.c_int64, sizes), _at(seen), _at(found))
+        lib.dnw_dead(address(mask), *sizes, address(seen), address(found))
         targets, sources = found.tolist()
         return targets, sources
-    edges = mask.flatten(2).any(2) if mask.ndim > 2 else mask
-    read = edges.unflatten(0, (groups, -1)).any(1)
-    return int((~edges.any(1)).count_nonzero()), int((~read).count_nonzero())
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+    reads = mask.flatten(2).any(2) if mask.ndim > 2 else mask
+    read = reads.unflatten(0, (groups, -1)).any(1)
+    return int((~reads.any(1)).count_nonzero()), int((~read).count_nonzero())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dnw.kernels._exchange import each
+from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
 _VERSION = 1
 _COLUMNS = 128
@@ -44,40 +45,44 @@ class _Nodes(ctypes.Structure):
     ]
 
 
+_SIZES = (INT64, INT64)
+_FUNCTIONS = {
+    "lanes": (),
+    "size_of_nodes": (),
+    "nodes_forward": (POINTER, POINTER, POINTER, *_SIZES, POINTER, INT64, INT32),
+    "nodes_backward": (POINTER, *[POINTER] * 6, *_SIZES, POINTER, INT64, INT32),
+    "edges": (POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT64, *_SIZES, INT32),
+    "edge_gradients": (*[POINTER] * 5, INT64, *_SIZES, INT32),
+    "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, *_SIZES),
+    "compress": (POINTER, POINTER, INT64, POINTER, POINTER, INT64, POINTER, POINTER, POINTER, INT64, POINTER),
+    "transpose": (POINTER, POINTER, POINTER, INT64, INT64, *[POINTER] * 4),
+    "scatter": (*[POINTER] * 4, INT64, INT64, POINTER, INT32),
+}
+"""The functions of graph.c."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The native code; None where it is not built, or not for this version."""
-    for path in sorted(Path(__file__).parent.glob("_graph_native*.so")):
-        try:
-            found = ctypes.CDLL(str(path))
-            if found.dnw_graph_version() == _VERSION:
-                found.dnw_graph_size.restype = found.dnw_nodes_scratch.restype = found.dnw_compress.restype = ctypes.c_int64
-                if found.dnw_graph_size() == ctypes.sizeof(_Nodes):
-                    return found
-        except (OSError, AttributeError):  # of another machine, or no library of ours
-            continue
-    return None
+    found = load(Path(__file__).parent, "_graph_native", _VERSION, _FUNCTIONS)
+    return found if found is not None and found.dnw_size_of_nodes() == ctypes.sizeof(_Nodes) else None
 
 
 @cache
 def _lanes() -> int:
-    lib = library()
-    assert lib is not None
-    return int(lib.dnw_graph_lanes())
+    """Floats of a vector on this machine."""
+    return int(_code().dnw_lanes())
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    if tensor is None:
-        return None
-    assert tensor.is_contiguous(), "a kernel was given a tensor that is not in one piece"
-    assert tensor.device.type == "cpu"
-    return ctypes.c_void_p(tensor.data_ptr())
+def _code() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
+    return found
 
 
-def _call(name: str, *arguments: object) -> None:
-    """Calls a function of the library; raises ``ValueError`` where it refuses its arguments."""
-    if getattr(library(), name)(*(ctypes.c_int64(x) if isinstance(x, int) else x for x in arguments)):
-        raise ValueError(f"{name} refused its arguments: sizes that do not fit, or a tensor that is missing")
+def _at(tensor: Tensor | None) -> int | None:
+    assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu"), "a kernel takes tensors in one piece"
+    return address(tensor)
 
 
 def _in_parts(size: int, step: int, cost: int, work: Callable[[int, int], None]) -> None:
@@ -110,7 +115,7 @@ class Nodes:
     mean: Tensor
     deviation: Tensor
 
-    def _structure(self, x: Tensor) -> _Nodes:
+    def _record(self, x: Tensor) -> _Nodes:
         _, height, width, images = x.shape
         out = out_size(height, self.stride), out_size(width, self.stride)
         tensors = (self.scale, self.shift, self.filters, self.mean, self.deviation)
@@ -118,34 +123,33 @@ class Nodes:
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """``[nodes, height, width, images]`` to ``[nodes, ceil(height / stride), ceil(width / stride), images]``."""
-        structure = self._structure(x)
+        record = self._record(x)
 
         def work(first: int, last: int) -> None:
-            scratch = self._scratch(x)
-            span = ctypes.c_int32(first), ctypes.c_int32(last)
-            _call("dnw_nodes_forward", ctypes.byref(structure), _at(x), _at(out), *span, _at(scratch), ctypes.c_int32(_lanes()))
+            scratch = _scratch(x)
+            tensors = ctypes.addressof(record), _at(x), _at(out)
+            _code().dnw_nodes_forward(*tensors, first, last, _at(scratch), scratch.numel(), _lanes())
 
         _in_parts(len(x), 1, x.numel(), work)
 
     def backward(self, x: Tensor, grad: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Writes the gradient of ``x`` into ``into``; returns those of filters, scale and shift."""
-        structure = self._structure(x)
+        record = self._record(x)
         filters = torch.empty(len(x), 9)
         scale, shift = torch.empty(len(x)), torch.empty(len(x))
 
         def work(first: int, last: int) -> None:
-            scratch = self._scratch(x)
-            tensors = map(_at, (x, grad, into, filters, scale, shift))
-            span = ctypes.c_int32(first), ctypes.c_int32(last)
-            _call("dnw_nodes_backward", ctypes.byref(structure), *tensors, *span, _at(scratch), ctypes.c_int32(_lanes()))
+            scratch = _scratch(x)
+            tensors = ctypes.addressof(record), *map(_at, (x, grad, into, filters, scale, shift))
+            _code().dnw_nodes_backward(*tensors, first, last, _at(scratch), scratch.numel(), _lanes())
 
         _in_parts(len(x), 1, 2 * x.numel(), work)
         return filters, scale, shift
 
-    def _scratch(self, x: Tensor) -> Tensor:
-        lib = library()
-        assert lib is not None
-        return torch.empty(lib.dnw_nodes_scratch(ctypes.c_int64(x.shape[2])))
+
+def _scratch(x: Tensor) -> Tensor:
+    """Room for four rows of a map, with a zero on either side, as vectors."""
+    return torch.empty(4 * (x.shape[2] + 2) * _lanes())
 
 
 def out_size(size: int, stride: int) -> int:
@@ -173,14 +177,13 @@ class Rows:
             limits: of each row how many columns are read, from the first on, int64.
             room: how many entries there may be.
         """
-        lib = library()
-        assert lib is not None
         width, rows = weight.shape[1], len(order)
         starts = torch.empty(rows + 1, dtype=torch.int64)
         columns, values = torch.empty(room, dtype=torch.int32), torch.empty(room)
-        tensors = _at(active), _at(weight), ctypes.c_int64(width), _at(order), _at(limits), ctypes.c_int64(rows)
-        many = lib.dnw_compress(*tensors, _at(starts), _at(columns), _at(values), ctypes.c_int64(room))
-        if not 0 <= many <= room:
+        found = torch.empty(1, dtype=torch.int64)
+        given, made = (_at(active), _at(weight), width, _at(order), _at(limits), rows), map(_at, (starts, columns, values))
+        _code().dnw_compress(*given, *made, room, _at(found))
+        if (many := int(found)) > room:
             raise ValueError(f"{many} active entries where there is room for {room}")
         return cls(starts, columns[:many], values[:many], width)
 
@@ -201,7 +204,7 @@ class Rows:
         starts, scratch = torch.empty(self.width + 1, dtype=torch.int64), torch.empty(self.width, dtype=torch.int64)
         rows, values = torch.empty(many, dtype=torch.int32), torch.empty(many)
         made = map(_at, (starts, rows, values, scratch))
-        _call("dnw_transpose", *map(_at, (self.starts, self.columns, self.values)), len(self), self.width, *made)
+        _code().dnw_transpose(*map(_at, (self.starts, self.columns, self.values)), len(self), self.width, *made)
         return Rows(starts, rows, values, len(self))
 
     def times(self, x: Tensor, out: Tensor) -> None:
@@ -210,7 +213,7 @@ class Rows:
 
         def work(first: int, last: int) -> None:
             matrix = map(_at, (self.starts, self.columns, self.values))
-            _call("dnw_edges", *matrix, len(self), _at(x), _at(out), n, first, last, ctypes.c_int32(_lanes()))
+            _code().dnw_edges(*matrix, len(self), _at(x), _at(out), n, first, last, _lanes())
 
         _in_parts(n, _COLUMNS, n * max(1, self.num_entries), work)
 
@@ -220,7 +223,7 @@ class Rows:
 
         def work(first: int, last: int) -> None:
             tensors = map(_at, (self.starts, self.columns, values, left, right))
-            _call("dnw_edge_gradients", *tensors, n, first, last, ctypes.c_int32(_lanes()))
+            _code().dnw_edge_gradients(*tensors, n, first, last, _lanes())
 
         _in_parts(len(self), 1, n * max(1, self.num_entries), work)
         return values
@@ -228,7 +231,7 @@ class Rows:
     def scatter(self, values: Tensor, order: Tensor, matrix: Tensor, *, adds: bool = False) -> None:
         """Puts a value of each entry where it came from in a matrix, or adds it."""
         tensors = _at(self.starts), _at(self.columns), _at(values), _at(order)
-        _call("dnw_scatter", *tensors, len(self), self.width, _at(matrix), ctypes.c_int32(adds))
+        _code().dnw_scatter(*tensors, len(self), self.width, _at(matrix), adds)
 
 
 def pooled(x: Tensor, *, mean: bool) -> Tensor:
@@ -237,7 +240,7 @@ def pooled(x: Tensor, *, mean: bool) -> Tensor:
     out = torch.empty(nodes, out_size(height, 2), out_size(width, 2), images)
 
     def work(first: int, last: int) -> None:
-        _call("dnw_pooled", _at(x), _at(out), height, width, images, ctypes.c_int32(mean), first, last)
+        _code().dnw_pooled(_at(x), _at(out), height, width, images, mean, first, last)
 
     _in_parts(nodes, 1, x.numel(), work)
     return out

@@ -1,11 +1,13 @@
-/* What surrounds an optimizer's step, in one pass over the memory of a float32 parameter. exchange.py says what is called when.
+/* What surrounds an optimizer's step, in one pass over the memory of a float32 parameter. _exchange.py calls it.
  *
  * Contract: no Python, no torch, no allocation, no globals: any number of threads may work on different parameters, or on
- * different parts of one. What is passed in has been checked by the caller. Plain C, of which GCC and Clang make vectors.
- */
+ * different parts of one. Each function looks at its sizes and pointers, and returns a negative number where it does not take
+ * them (errors.h); that so much memory is there is for the caller to see to. Plain C, of which GCC and Clang make vectors. */
 
 #include <stdint.h>
 #include <string.h>
+
+#include "errors.h"
 
 /* One copy of a function for each vector width that a machine may have; the loader takes the widest. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
@@ -18,7 +20,10 @@
 #define INFINITE 0x7f800000u
 enum { BLOCK = 128, GROUPS = 2048 };
 
-int dnw_exchange_version(void) { return 3; }
+int32_t dnw_version(void) { return 4; }
+
+/* How many entries dnw_take_n_of_m compares at once: the most that m * kernel may be. */
+int32_t dnw_groups(void) { return GROUPS; }
 
 static inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -34,6 +39,8 @@ static inline float float_of(uint32_t bits) {
 
 /* out = values where the mask holds, else 0. Returns whether all of out is finite. */
 WIDEST int32_t dnw_masked(const float *restrict values, const uint8_t *restrict mask, float *restrict out, int64_t size) {
+  REFUSE_IF(size < 0, BAD_SIZE);
+  REFUSE_IF(size > 0 && (!values || !mask || !out), NULL_POINTER);
   uint32_t largest = 0;
   for (int64_t i = 0; i < size; i++) {
     uint32_t bits = bits_of(values[i]) & -(uint32_t)(mask[i] != 0), magnitude = bits & MAGNITUDE;
@@ -45,6 +52,8 @@ WIDEST int32_t dnw_masked(const float *restrict values, const uint8_t *restrict 
 
 /* Whether all values are finite. */
 WIDEST int32_t dnw_finite(const float *values, int64_t size) {
+  REFUSE_IF(size < 0, BAD_SIZE);
+  REFUSE_IF(size > 0 && !values, NULL_POINTER);
   uint32_t largest = 0;
   for (int64_t i = 0; i < size; i++) {
     uint32_t magnitude = bits_of(values[i]) & MAGNITUDE;
@@ -53,12 +62,14 @@ WIDEST int32_t dnw_finite(const float *values, int64_t size) {
   return largest < INFINITE;
 }
 
-/* Makes what the parameter holds the latent weights. Candidates of at least the magnitude low become active, the others 0 in the
- * parameter. Counts those above high; the places of those between go into places, as far as there is room.
+/* Makes what the parameter holds the latent weights. Candidates of at least the magnitude low become active, the others 0 in
+ * the parameter. Counts those above high; the indices of those between go into indices, as far as there is room.
  * found = {above, between}; taken is set to size before anything is lost. */
-WIDEST void dnw_take(float *restrict held, float *restrict latent, uint8_t *restrict active, const uint8_t *restrict candidates,
-                     int64_t size, uint32_t low, uint32_t high, int64_t *restrict places, int64_t room,
-                     int64_t *restrict found, int64_t *restrict taken) {
+WIDEST int32_t dnw_take(float *restrict held, float *restrict latent, uint8_t *restrict active,
+                        const uint8_t *restrict candidates, int64_t size, uint32_t low, uint32_t high,
+                        int64_t *restrict indices, int64_t room, int64_t *restrict found, int64_t *restrict taken) {
+  REFUSE_IF(size < 0 || room < 0, BAD_SIZE);
+  REFUSE_IF(!found || !taken || (room > 0 && !indices) || (size > 0 && (!held || !latent || !active)), NULL_POINTER);
   int64_t above = 0, between = 0;
   *taken = size;
   for (int64_t start = 0; start < size; start += BLOCK) {
@@ -89,18 +100,22 @@ WIDEST void dnw_take(float *restrict held, float *restrict latent, uint8_t *rest
     if (many == over) continue;
     for (int64_t i = 0; i < length; i++)
       if (chosen[i] && (bits_of(out[i]) & MAGNITUDE) <= high) {
-        if (between < room) places[between] = start + i;
+        if (between < room) indices[between] = start + i;
         between++;
       }
   }
   found[0] = above, found[1] = between;
+  return 0;
 }
 
-/* The same where n of every m sources of a target are active: held is [targets, groups, m, kernel], the lowest index first among
- * equals. Several groups are compared at once, each place with those of its group that are some members further on. m * kernel is
- * at most GROUPS. */
-WIDEST void dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_t *restrict active, int64_t size, int64_t kernel,
-                            uint32_t n, uint32_t m, int64_t *restrict taken) {
+/* The same where n of every m sources of a target are active: held is [targets, groups, m, kernel], the lowest index first
+ * among equals. Several groups are compared at once, each entry with those of its group that are some members further on.
+ * m * kernel is at most GROUPS. */
+WIDEST int32_t dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_t *restrict active, int64_t size,
+                               int64_t kernel, uint32_t n, uint32_t m, int64_t *restrict taken) {
+  REFUSE_IF(size < 0 || kernel < 1 || kernel > GROUPS || m < 1 || m > GROUPS || m * kernel > GROUPS || n > m, BAD_SIZE);
+  REFUSE_IF(size % (m * kernel), BAD_SIZE);
+  REFUSE_IF(!taken || (size > 0 && (!held || !latent || !active)), NULL_POINTER);
   uint32_t member[GROUPS], magnitude[GROUPS], before[GROUPS];
   int64_t whole = GROUPS / (m * kernel) * (m * kernel);
   for (int64_t i = 0; i < whole; i++) member[i] = (uint32_t)(i / kernel % m);
@@ -114,9 +129,9 @@ WIDEST void dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_
       before[i] = 0;
     }
     for (uint32_t d = 1; d < m; d++) {
-      int64_t step = d * kernel;
-      for (int64_t i = 0; i < length - step; i++) before[i] += (magnitude[i] < magnitude[i + step]) & (member[i] + d < m);
-      for (int64_t i = step; i < length; i++) before[i] += (magnitude[i - step] >= magnitude[i]) & (member[i] >= d);
+      int64_t apart = d * kernel;
+      for (int64_t i = 0; i < length - apart; i++) before[i] += (magnitude[i] < magnitude[i + apart]) & (member[i] + d < m);
+      for (int64_t i = apart; i < length; i++) before[i] += (magnitude[i - apart] >= magnitude[i]) & (member[i] >= d);
     }
     for (int64_t i = 0; i < length; i++) {
       uint32_t is_in = before[i] < n;
@@ -124,10 +139,13 @@ WIDEST void dnw_take_n_of_m(float *restrict held, float *restrict latent, uint8_
       in[i] = float_of(bits_of(in[i]) & -is_in);
     }
   }
+  return 0;
 }
 
 /* A mask, 64 entries to a word, the first in the lowest bit; what is left of the last word is 0. */
-void dnw_pack(const uint8_t *mask, int64_t size, uint64_t *words) {
+int32_t dnw_pack(const uint8_t *mask, int64_t size, uint64_t *words) {
+  REFUSE_IF(size < 0, BAD_SIZE);
+  REFUSE_IF(size > 0 && (!mask || !words), NULL_POINTER);
   for (int64_t start = 0; start < size; start += 64) {
     uint64_t word = 0;
     for (int32_t byte = 0; byte < 8; byte++) {
@@ -141,22 +159,29 @@ void dnw_pack(const uint8_t *mask, int64_t size, uint64_t *words) {
     }
     words[start / 64] = word;
   }
+  return 0;
 }
 
 /* counts = {now, ever, now but not then, then but not now}, of packed masks; what is now has ever been. */
-WIDEST void dnw_tally(const uint64_t *now, const uint64_t *then, uint64_t *ever, int64_t words, int64_t *counts) {
+WIDEST int32_t dnw_tally(const uint64_t *now, const uint64_t *then, uint64_t *ever, int64_t num_words, int64_t *counts) {
+  REFUSE_IF(num_words < 0, BAD_SIZE);
+  REFUSE_IF(!counts || (num_words > 0 && (!now || !then || !ever)), NULL_POINTER);
   int64_t number = 0, all = 0, entered = 0, left = 0;
-  for (int64_t i = 0; i < words; i++) {
+  for (int64_t i = 0; i < num_words; i++) {
     ever[i] |= now[i];
     number += __builtin_popcountll(now[i]), all += __builtin_popcountll(ever[i]);
     entered += __builtin_popcountll(now[i] & ~then[i]), left += __builtin_popcountll(then[i] & ~now[i]);
   }
   counts[0] = number, counts[1] = all, counts[2] = entered, counts[3] = left;
+  return 0;
 }
 
 /* found = {targets without edges, sources that no target of their group reads}, of a mask [groups, targets, sources, kernel].
  * Seen has room for a row; it is overwritten. */
-void dnw_dead(const uint8_t *mask, int64_t groups, int64_t targets, int64_t sources, int64_t kernel, uint8_t *seen, int64_t *found) {
+int32_t dnw_dead(const uint8_t *mask, int64_t groups, int64_t targets, int64_t sources, int64_t kernel, uint8_t *seen,
+                 int64_t *found) {
+  REFUSE_IF(groups < 0 || targets < 0 || sources < 0 || kernel < 0, BAD_SIZE);
+  REFUSE_IF(!found || (sources > 0 && (!seen || (kernel > 0 && !mask))), NULL_POINTER);
   int64_t row = sources * kernel, dead_targets = 0, dead_sources = 0;
   for (int64_t g = 0; g < groups; g++) {
     int64_t missing = sources;
@@ -174,4 +199,5 @@ void dnw_dead(const uint8_t *mask, int64_t groups, int64_t targets, int64_t sour
     dead_sources += missing;
   }
   found[0] = dead_targets, found[1] = dead_sources;
+  return 0;
 }

@@ -136,7 +136,7 @@ INLINE FAST void WIDTH(forward_images)(const nodes *op, const float *x, float *z
   }
 }
 
-FAST static void WIDTH(nodes_forward)(const nodes *op, const float *x, float *z, int32_t first, int32_t last, float *scratch) {
+FAST static void WIDTH(nodes_forward)(const nodes *op, const float *x, float *z, int64_t first, int64_t last, float *scratch) {
   int64_t in = op->height * op->width * op->images, out = op->out_height * op->out_width * op->images;
   for (int64_t node = first; node < last; node++) {
     const float *from = x + node * in;
@@ -245,7 +245,7 @@ INLINE FAST void WIDTH(backward_images)(const nodes *op, const float *x, const f
 }
 
 FAST static void WIDTH(nodes_backward)(const nodes *op, const float *x, const float *grad, float *into_x, float *into_filter,
-                                       float *into_scale, float *into_shift, int32_t first, int32_t last, float *scratch) {
+                                       float *into_scale, float *into_shift, int64_t first, int64_t last, float *scratch) {
   int64_t in = op->height * op->width * op->images, out = op->out_height * op->out_width * op->images;
   for (int64_t node = first; node < last; node++) {
     const float *from = x + node * in, *back = grad + node * out;

@@ -25,7 +25,7 @@ class GraphClassifier(nn.Module):
     """Images to logits: ``classifier(pool(graph(stem(images))))``.
 
     Args:
-        stem: images ``[batch, colours, height, width]`` to the maps of the graph's inputs.
+        stem: images ``[batch, channels, height, width]`` to the maps of the graph's inputs.
         graph: maps to maps.
         pool: maps ``[batch, outputs, h, w]`` to features ``[batch, outputs]``.
         classifier: features to logits ``[batch, classes]``.
@@ -39,11 +39,11 @@ class GraphClassifier(nn.Module):
         return self.classifier(self.pool(self.graph(self.stem(images))))
 
 
-def _quartering_stem(colours: int, width: int) -> nn.Sequential:
+def _quartering_stem(channels: int, width: int) -> nn.Sequential:
     """The paper's stem: two strided 3x3 convolutions, the second per channel, so a quarter of the height and width."""
     inner = width // 2
     return nn.Sequential(
-        nn.Conv2d(colours, inner, 3, stride=2, padding=1),
+        nn.Conv2d(channels, inner, 3, stride=2, padding=1),
         nn.BatchNorm2d(inner),
         nn.ReLU(),
         nn.Conv2d(inner, inner, 3, stride=2, padding=1, groups=inner),

@@ -84,12 +84,12 @@ def original_random_graph(num_edges: int, seed: int) -> Tensor:
         Boolean mask ``[800, 800]``.
     """
     allowed = torch.arange(800)[None, :] < 32 + 100 * (torch.arange(800)[:, None] // 100)
-    places = allowed.flatten().nonzero().squeeze(1)
-    if not 1 <= num_edges <= len(places):
-        raise ValueError(f"num_edges={num_edges}: allowed is a whole number from 1 to {len(places):,}")
-    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:num_edges]
+    entries = allowed.flatten().nonzero().squeeze(1)
+    if not 1 <= num_edges <= len(entries):
+        raise ValueError(f"num_edges={num_edges}: allowed is a whole number from 1 to {len(entries):,}")
+    chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))[:num_edges]
     mask = torch.zeros(640_000, dtype=torch.bool)
-    mask[places[chosen]] = True
+    mask[entries[chosen]] = True
     return mask.view(800, 800)
 
 
@@ -136,16 +136,16 @@ def _tiny(graph: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        room, _, rest = name.removeprefix("odesolve.odefunc.").partition(".")
-        if room == "downsample":
+        top, _, rest = name.removeprefix("odesolve.odefunc.").partition(".")
+        if top == "downsample":
             ours[f"stem.{rest}"] = tensor
-        elif room == "fc":
+        elif top == "fc":
             ours[f"classifier.{rest}"] = tensor
-        elif room == "graph" and _is_matrix(tensor):
+        elif top == "graph" and _is_matrix(tensor):
             ours[f"graph.{rest}"] = tensor[:, :, 0, 0]
-        elif isinstance(graph, DynamicGraph) and room in ("norm", "conv"):
-            ours[f"graph.{room}.{rest}"] = tensor
-        elif isinstance(graph, StaticGraph) and room == "norm":
+        elif isinstance(graph, DynamicGraph) and top in ("norm", "conv"):
+            ours[f"graph.{top}.{rest}"] = tensor
+        elif isinstance(graph, StaticGraph) and top == "norm":
             index, _, field = rest.partition(".")
             ours[f"graph.nodes.{index}.norm.{field}"] = tensor
         elif isinstance(graph, StaticGraph) and name == "conv.weight" and tensor.shape[0] == graph.levels.num_sources:
@@ -159,17 +159,17 @@ def _tiny(graph: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _chain(model: GraphChain, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names for the tensors of a chain of graphs; in the original the inputs' convolution stands apart."""
     ours: dict[str, Tensor] = {}
-    rooms = {"conv1": "conv", "bn": "norm", "linear": "classifier"}
+    renamed = {"conv1": "conv", "bn": "norm", "linear": "classifier"}
     for name, tensor in weights.items():
-        room, _, rest = name.partition(".")
+        top, _, rest = name.partition(".")
         if name.startswith("linear.graph.") and _is_matrix(tensor):
             ours["classifier." + name.removeprefix("linear.graph.")] = tensor[:, :, 0, 0]
             continue
-        if room in rooms:
-            ours[f"{rooms[room]}.{rest}"] = tensor
+        if top in renamed:
+            ours[f"{renamed[top]}.{rest}"] = tensor
             continue
         index, _, inner = rest.partition(".")
-        if room != "layers" or not index.isdecimal() or int(index) >= len(model.graphs):
+        if top != "layers" or not index.isdecimal() or int(index) >= len(model.graphs):
             raise _no_place(name, tensor)
         graph = model.graphs[int(index)]
         assert isinstance(graph, StaticGraph)

@@ -1,7 +1,8 @@
 """One self-contained HTML file in which a wiring changes as its network trains.
 
-Contract: the file loads nothing, runs no text that comes from a run, and is written whole. Numbers travel as one block:
-snapshots as differences to the one before, compressed, in base64.
+Contract: the file loads nothing, runs no text that comes from a run, and is written whole: page.html with its style
+(page.css) and its scripts in it. Numbers travel as one block: snapshots as differences to the one before, compressed, in
+base64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from dnw._files import write_whole
-from dnw.view._record import Record
+from dnw.view._layout import BEND, layout_of
+from dnw.view._record import LEVELS_OF_STRENGTH, Record
+
+_SCRIPTS = ("page_run.js", "page_light.js", "page_graph.js", "page_levels.js", "page_beside.js", "page.js")
+"""What a page runs, as one script; the last starts it."""
 
 
 def write_page(records: Sequence[Record], path: Path, *, reload: int | None = None) -> int:
@@ -34,15 +39,35 @@ def write_page(records: Sequence[Record], path: Path, *, reload: int | None = No
         OSError: it cannot be written.
     """
     block = bytearray()
-    described = [_described(one, block) for one in records]
-    data = base64.b64encode(gzip.compress(bytes(block), 6, mtime=0)).decode()
-    header = json.dumps({"runs": described, "reload": reload}, allow_nan=False).replace("<", "\\u003c")
-    template = resources.files("dnw.view").joinpath("page.html").read_text()
-    title = html.escape(" and ".join(dict.fromkeys(one.name for one in records)))
-    parts = {"@TITLE@": title, "@HEADER@": header, "@DATA@": data}
-    content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template).encode(errors="replace")
+    header = {
+        "runs": [_described(one, block) for one in records],
+        "reload": reload,
+        "strongest": LEVELS_OF_STRENGTH,
+        "bend": BEND,
+    }
+    parts = {
+        "@TITLE@": html.escape(" and ".join(dict.fromkeys(one.name for one in records))),
+        "@STYLE@": _inlined("page.css"),
+        "@HEADER@": json.dumps(header, allow_nan=False).replace("<", "\\u003c"),
+        "@DATA@": base64.b64encode(gzip.compress(bytes(block), 6, mtime=0)).decode(),
+        "@SCRIPT@": _inlined(*_SCRIPTS),
+    }
+    content = re.sub("|".join(parts), lambda mark: parts[mark[0]], _file("page.html")).encode(errors="replace")
     write_whole(path, content)
     return len(content)
+
+
+def _file(name: str) -> str:
+    return resources.files("dnw.view").joinpath(name).read_text(encoding="utf-8")
+
+
+def _inlined(*names: str) -> str:
+    """Style or scripts as they may stand in HTML.
+
+    What would end the element, ``</script``, ``</style`` or ``<!--``, can only be in a string or a comment of theirs, where a
+    backslash after the ``<`` changes nothing.
+    """
+    return re.sub(r"<(?=/script|/style|!--)", r"<\\", "\n".join(map(_file, names)), flags=re.IGNORECASE)
 
 
 def _described(one: Record, block: bytearray) -> dict[str, object]:
@@ -54,33 +79,37 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         block.extend(np.ascontiguousarray(values).tobytes())
         return found
 
-    filters = np.diff(one.filters.astype(np.int16), axis=0, prepend=0).astype(np.uint8) if len(one.filters) else one.filters
-    differences = np.diff(one.strengths.astype(np.int16), axis=0, prepend=0).astype(np.uint8)
-    live = np.diff(one.live.astype(np.uint8), axis=0, prepend=0).astype(np.uint8)
+    layout = layout_of(one.graphs)
     return {
         "name": one.name,
         "about": one.about,
-        "graphs": [asdict(graph) for graph in one.graphs],
+        "graphs": [{**asdict(graph), "middle": middle} for graph, middle in zip(one.graphs, layout.middles, strict=True)],
         "steps": one.steps,
         "epochs": one.epochs,
         "omitted": one.omitted,
         "active": one.active,
         "came": one.came,
         "went": one.went,
-        "least": one.least,
-        "largest": one.largest,
         "metrics": [{k: _number(v) for k, v in m.items()} for m in one.metrics if _number(m.get("epoch")) is not None],
+        "x": array(layout.x),
+        "y": array(layout.y),
         "sources": array(one.sources),
         "targets": array(one.targets),
-        "strengths": array(differences),
-        "live": array(live),
-        "filters": array(filters.astype(np.uint8)),
+        "strengths": array(_differences(one.strengths)),
+        "live": array(_differences(one.live)),
+        "filters": array(_differences(one.filters)),
         "images": None if one.images is None else {"shape": one.images.shape, **array(one.images)},
         "maps": [
             {"snapshot": i, "graphs": [{"shape": values.shape, **array(values)} for values in graphs]}
             for i, graphs in one.maps.items()
         ],
     }
+
+
+def _differences(values: np.ndarray) -> np.ndarray:
+    """Of each snapshot to the one before, int8, modulo 256; of the first to nothing."""
+    differences: np.ndarray = np.diff(values.astype(np.int16), axis=0, prepend=0).astype(np.int8)
+    return differences
 
 
 def _number(value: object) -> float | None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dnw.count import graphs_of, live_by_graph, parameter_of
-from dnw.graphs import StaticGraph
+from dnw.graphs._protocol import edge_entries, levels_of
 from dnw.view._snapshots import Snapshot
 
 LEVELS_OF_STRENGTH = 31
@@ -113,38 +113,35 @@ def record(
     """
     graphs = graphs_of(model)
     every = list(snapshots)
-    parameters = {n: parameter_of(n) for n in graphs}
     if not every:
         raise NothingToShowError("there are no snapshots to show; a run writes them while it trains")
-    wired = [n for n in graphs if all(parameters[n] in s.edges for s in every)]
+    parameters = {n: parameter_of(n, graph) for n, graph in graphs.items()}
+    wired = {n: parameter for n, parameter in parameters.items() if all(parameter in s.edges for s in every)}
     if not wired:
         raise NothingToShowError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
-    names = [parameters[n] for n in wired]
-    chosen = [s for s in every if sum(len(s.edges[name]) for name in names) <= _EDGES]
+    chosen = [s for s in every if sum(len(s.edges[parameter]) for parameter in wired.values()) <= _EDGES]
     if not chosen:
         raise NothingToShowError(f"every snapshot has more than {_EDGES:,} edges, too many to show")
-    ever = {n: _ever_active(chosen, parameters[n]) for n in wired}
+    ever = {n: _ever_active(chosen, parameter) for n, parameter in wired.items()}
     chosen = _thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
     for one in chosen:
         _check_beside(one, {n: graphs[n].num_nodes for n in wired})
-    magnitudes = [np.abs(s.weights[parameters[n]].astype(np.float32)) for s in chosen for n in wired]
+    magnitudes = [np.abs(s.weights[parameter].astype(np.float32)) for s in chosen for parameter in wired.values()]
     above = [m[m > 0] for m in magnitudes]
     least = float(min((np.quantile(m, 0.01) for m in above if len(m)), default=1e-3))
     largest = float(max((m.max() for m in above if len(m)), default=1.0))
     sources, targets, strengths, first = [], [], [], 0
-    for n in wired:
+    for n, parameter in wired.items():
         graph, flat = graphs[n], ever[n]
-        places = graph.node_matrix(
-            torch.arange(1, graph.weight.numel() + 1, dtype=torch.float64).view(graph.weight.shape)
-        ).long()
-        to, of = places.nonzero(as_tuple=True)
-        indices = places[to, of].numpy() - 1
+        entries = edge_entries(graph, model.get_parameter(parameter).shape)
+        to, of = entries.nonzero(as_tuple=True)
+        indices = entries[to, of].numpy() - 1
         found = np.searchsorted(flat, indices)
         found[found == len(flat)] = 0
         kept = flat[found] == indices if len(flat) else np.zeros(len(indices), bool)
         sources.append(of.numpy()[kept] + first)
         targets.append(to.numpy()[kept] + first)
-        of_flat = np.stack([_strengths(s, parameters[n], flat, least, largest) for s in chosen])
+        of_flat = np.stack([_strengths(s, parameter, flat, least, largest) for s in chosen])
         strengths.append(of_flat[:, found[kept]])
         first += graph.num_nodes
     return Record(
@@ -159,12 +156,12 @@ def record(
         strengths=np.concatenate(strengths, axis=1),
         least=least,
         largest=max(largest, least),
-        active=tuple(sum(len(s.edges[parameters[n]]) for n in wired) for s in chosen),
-        came=(0, *(_new(a, b, names) for a, b in pairwise(chosen))),
-        went=(0, *(_new(b, a, names) for a, b in pairwise(chosen))),
+        active=tuple(sum(len(s.edges[parameter]) for parameter in wired.values()) for s in chosen),
+        came=(0, *(_new(a, b, wired.values()) for a, b in pairwise(chosen))),
+        went=(0, *(_new(b, a, wired.values()) for a, b in pairwise(chosen))),
         live=np.stack([_live(model, s, wired) for s in chosen]),
         metrics=tuple(metrics),
-        filters=_filters(chosen, wired, first),
+        filters=_filters(chosen, list(wired), first),
         images=next((s.beside["images"] for s in chosen if "images" in s.beside), None),
         maps={
             i: tuple(s.beside[f"maps/{n}"] for n in wired)
@@ -208,8 +205,9 @@ def _new(before: Snapshot, after: Snapshot, parameters: Iterable[str]) -> int:
 
 
 def _shape(name: str, graph: Any) -> GraphShape:
-    if isinstance(graph, StaticGraph):
-        return GraphShape(name, True, (*graph.levels.sizes, graph.levels.num_outputs))
+    levels = levels_of(graph)
+    if levels is not None:
+        return GraphShape(name, True, levels)
     inner = graph.num_nodes - graph.num_inputs - graph.num_outputs
     return GraphShape(name, False, (graph.num_inputs, inner, graph.num_outputs))
 
@@ -240,19 +238,18 @@ def _evenly(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
 def _strengths(snapshot: Snapshot, parameter: str, flat: np.ndarray, least: float, largest: float) -> np.ndarray:
     weights = snapshot.weights[parameter].astype(np.float32)
     scale = np.log(max(largest / least, 1 + 1e-6)) / (LEVELS_OF_STRENGTH - 1)
-    steps = np.log(np.maximum(np.abs(weights), least) / least) / scale
-    values = np.clip(np.round(steps), 0, LEVELS_OF_STRENGTH - 1).astype(np.int8) + 1
+    levels = np.log(np.maximum(np.abs(weights), least) / least) / scale
+    values = np.clip(np.round(levels), 0, LEVELS_OF_STRENGTH - 1).astype(np.int8) + 1
     whole = np.zeros(len(flat), np.int8)
     whole[np.searchsorted(flat, snapshot.edges[parameter])] = np.where(weights < 0, -values, values)
     return whole
 
 
-def _live(model: nn.Module, snapshot: Snapshot, wired: Sequence[str]) -> np.ndarray:
+def _live(model: nn.Module, snapshot: Snapshot, wired: Mapping[str, str]) -> np.ndarray:
+    """Live nodes of graphs, whose parameters are given by their names."""
     active = {}
-    for parameter in map(parameter_of, wired):
-        edges = snapshot.edges[parameter]
-        mask = torch.zeros(model.get_parameter(parameter).shape, dtype=torch.bool)
-        mask.view(-1)[torch.from_numpy(edges)] = True
-        active[parameter] = mask
+    for n, parameter in wired.items():
+        active[n] = torch.zeros(model.get_parameter(parameter).shape, dtype=torch.bool)
+        active[n].view(-1)[torch.from_numpy(snapshot.edges[parameter])] = True
     live = live_by_graph(model, active)
     return np.concatenate([live[n].numpy() for n in wired])

@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 
 from dnw._files import write_whole
-from dnw.view._record import LEVELS_OF_STRENGTH, GraphShape, Record
+from dnw.view._layout import BEND, RADII, Layout, layout_of
+from dnw.view._record import LEVELS_OF_STRENGTH, Record
 
 PLUS, MINUS = "#c76a00", "#1769aa"
+"""Colours of edges, as in the page by day (page.css)."""
 _LINES = 3_000
 """Up to so many edges are lines; more are a density on a raster of so many dots."""
 _RASTER = (1_000, 1_600)
+_TOP, _BOTTOM = -0.04, 1.04
 
 
 def write_still(one: Record, path: Path, snapshot: int = -1) -> int:
     """Draws the graph of one snapshot; returns the number of bytes.
 
-    Edges are orange where their weight is positive and blue where it is negative, the stronger the darker; dead nodes are
-    faint. Above 3,000 edges lines become densities, as in the page.
+    Nodes lie as in the page: inputs at the left, outputs at the right, dynamic graphs as rings. Edges are orange where their
+    weight is positive and blue where it is negative, the stronger the darker; dead nodes are faint. Above 3,000 edges lines
+    become densities, as in the page.
 
     Args:
         one: the run.
@@ -46,11 +50,11 @@ def write_still(one: Record, path: Path, snapshot: int = -1) -> int:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise ValueError(f"{path}: pictures are written as {', '.join(sorted(kinds))}")
-    columns = sum(len(graph.levels) if graph.static else 4 for graph in one.graphs)
-    figure = Figure(figsize=(max(5.0, 1.3 * columns), 5.0), dpi=200, layout="constrained")
+    layout = layout_of(one.graphs)
+    figure = Figure(figsize=(max(5.0, 1.3 * layout.columns), 5.0), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw(one, snapshot % count, axes)
+    _draw(one, layout, snapshot % count, axes)
     axes.set_axis_off()
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "dnw"}):  # the same picture, the same file
@@ -59,39 +63,36 @@ def write_still(one: Record, path: Path, snapshot: int = -1) -> int:
     return len(content.getvalue())
 
 
-def _draw(one: Record, snapshot: int, axes: Any) -> None:
+def _draw(one: Record, layout: Layout, snapshot: int, axes: Any) -> None:
+    """Draws on axes that are measured in columns across and, down, in heights of the picture."""
     from matplotlib.collections import LineCollection
 
-    x, y, middles = _places(one.graphs)
+    nodes = np.stack([layout.x * layout.columns, layout.y], axis=1)
+    rings = [np.nan if graph.static else x * layout.columns for graph, x in zip(one.graphs, layout.middles, strict=True)]
+    middles = np.repeat(rings, [sum(graph.levels) for graph in one.graphs])
     strengths = one.strengths[snapshot].astype(np.float32) / LEVELS_OF_STRENGTH
     order = np.argsort(np.abs(strengths), kind="stable")
     order = order[strengths[order] != 0]
     light = float(np.clip(14 / np.sqrt(len(order) + 1), 0.1, 0.9))
     amounts = light * (0.15 + 0.85 * np.abs(strengths[order]))
-    left, right = x.min() - 0.3, x.max() + 0.3
+    positive = strengths[order] > 0
+    left, right = nodes[:, 0].min() - 0.3, nodes[:, 0].max() + 0.3
     axes.set_xlim(left, right)
-    axes.set_ylim(-0.04, 1.04)
-    if len(order) <= _LINES:
-        lines = [_line(x, y, middles, int(one.sources[e]), int(one.targets[e])) for e in order]
-        colors = [PLUS if strengths[e] > 0 else MINUS for e in order]
-        axes.add_collection(LineCollection(lines, colors=colors, alpha=np.clip(amounts, 0.01, 1), linewidths=0.6))
-    elif len(order):
-        lit = np.stack(
-            [
-                _light(
-                    [_line(x, y, middles, int(one.sources[e]), int(one.targets[e])) for e in order[own]],
-                    amounts[own],
-                    left,
-                    right,
-                )
-                for own in (strengths[order] > 0, strengths[order] < 0)
-            ]
-        )
-        axes.imshow(_colours(lit), extent=(left, right, -0.04, 1.04), aspect="auto", interpolation="none")
+    axes.set_ylim(_BOTTOM, _TOP)
+
+    def lines(edges: np.ndarray) -> list[np.ndarray]:
+        return [_line(nodes[a], nodes[b], middles[a]) for a, b in zip(one.sources[edges], one.targets[edges], strict=True)]
+
+    if len(order) > _LINES:
+        lit = np.stack([_light(lines(order[own]), amounts[own], left, right) for own in (positive, ~positive)])
+        axes.imshow(_exposed(lit), extent=(left, right, _BOTTOM, _TOP), aspect="auto", interpolation="none")
+    elif len(order):  # an empty collection cannot have an alpha for each line
+        colours = np.where(positive, PLUS, MINUS)
+        axes.add_collection(LineCollection(lines(order), colors=colours, alpha=np.clip(amounts, 0.01, 1), linewidths=0.6))
     live = one.live[snapshot]
-    size = float(np.clip(2_000 / len(x), 0.6, 14))
-    axes.scatter(x[~live], y[~live], s=size, c="#b9bcc4", linewidths=0, zorder=3)
-    axes.scatter(x[live], y[live], s=size, c="#22252b", linewidths=0, zorder=3)
+    size = float(np.clip(2_000 / len(nodes), 0.6, 14))
+    axes.scatter(*nodes[~live].T, s=size, c="#b9bcc4", linewidths=0, zorder=3)
+    axes.scatter(*nodes[live].T, s=size, c="#22252b", linewidths=0, zorder=3)
 
 
 def _light(lines: list[np.ndarray], amounts: np.ndarray, left: float, right: float) -> np.ndarray:
@@ -99,23 +100,26 @@ def _light(lines: list[np.ndarray], amounts: np.ndarray, left: float, right: flo
     height, width = _RASTER
     sums = np.zeros(height * width)
     for first in range(0, len(lines), 4_000):
-        dots, shares = [], []
+        dots, parts = [], []
         for amount, line in zip(amounts[first : first + 4_000], lines[first : first + 4_000], strict=True):
-            places = (line - (left, -0.04)) / (right - left, 1.08) * (width - 1, height - 1)
-            ends = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(places, axis=0)).max(1))])
-            steps = np.arange(int(ends[-1]) + 1)
-            columns = np.interp(steps, ends, places[:, 0]).round().astype(np.int64)
-            rows = np.clip(height - 1 - np.interp(steps, ends, places[:, 1]), 0, height - 1.001)
+            points = (line - (left, _TOP)) / (right - left, _BOTTOM - _TOP) * (width - 1, height - 1)
+            ends = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(points, axis=0)).max(1))])
+            along = np.arange(int(ends[-1]) + 1)
+            columns = np.interp(along, ends, points[:, 0]).round().astype(np.int64)
+            rows = np.clip(np.interp(along, ends, points[:, 1]), 0, height - 1.001)
             whole = rows.astype(np.int64)
             dots += [whole * width + columns, (whole + 1) * width + columns]
-            shares += [amount * (1 - rows + whole), amount * (rows - whole)]
+            parts += [amount * (1 - rows + whole), amount * (rows - whole)]
         if dots:
-            sums += np.bincount(np.concatenate(dots), np.concatenate(shares), height * width)
+            sums += np.bincount(np.concatenate(dots), np.concatenate(parts), height * width)
     return sums.reshape(height, width)
 
 
-def _colours(lit: np.ndarray) -> np.ndarray:
-    """Of the light of positive and of negative edges ``[2, height, width]``, exposed so that most lit dots stay readable."""
+def _exposed(lit: np.ndarray) -> np.ndarray:
+    """The colours ``[height, width, 3]`` of light of positive and of negative edges ``[2, height, width]``.
+
+    It is exposed so that nine in ten of the lit dots stay below three quarters of full colour, as in the page.
+    """
     total = lit.sum(0)
     exposure = min(1.6, 1.4 / np.quantile(total[total > 0], 0.9))
     cover = 1 - np.exp(-exposure * total)
@@ -125,40 +129,16 @@ def _colours(lit: np.ndarray) -> np.ndarray:
     return colours
 
 
-def _line(x: np.ndarray, y: np.ndarray, middles: np.ndarray, a: int, b: int) -> np.ndarray:
-    """Places along an edge: straight, or in a ring bent towards its middle; a small loop where it is a node's own."""
-    ends = np.array([[x[a], y[a]], [x[b], y[b]]])
-    if np.isnan(middles[a, 0]):
-        return ends
-    if a == b:
-        turns = np.linspace(0, 2 * np.pi, 12)[:, None]
-        outwards = (ends[0] - middles[a]) / np.linalg.norm(ends[0] - middles[a])
-        return ends[:1] + 0.02 * (outwards + np.concatenate([np.cos(turns), np.sin(turns)], axis=1))
-    bend = ends.mean(0) * 0.45 + middles[a] * 0.55
+def _line(start: np.ndarray, end: np.ndarray, middle: float) -> np.ndarray:
+    """Points along an edge ``[points, 2]``: straight, or in a ring, which has a middle (else NaN), a curve or a small loop."""
+    if np.isnan(middle):
+        return np.stack([start, end])
+    centre = np.array([middle, 0.5])
+    if (start == end).all():
+        angles = np.linspace(0, 2 * np.pi, 24)[:, None]
+        circle: np.ndarray = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return start + 0.025 * (start - centre + RADII * circle)
+    bend = (start + end) / 2 * (1 - BEND) + centre * BEND
     t = np.linspace(0, 1, 14)[:, None]
-    curve: np.ndarray = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * bend + t**2 * ends[1]
+    curve: np.ndarray = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
     return curve
-
-
-def _places(graphs: tuple[GraphShape, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where nodes lie, from left to right and from 0 to 1, and ``[nodes, 2]`` the middles of their rings (NaN: no ring)."""
-    x: list[float] = []
-    y: list[float] = []
-    middles: list[tuple[float, float]] = []
-    column = 0.0
-    for graph in graphs:
-        nodes = sum(graph.levels)
-        if graph.static:
-            for size in graph.levels:
-                x += [column] * size
-                y += [1 - (i + 0.5) / size for i in range(size)]
-                column += 1
-            middles += [(np.nan, np.nan)] * nodes
-        else:  # a ring that begins at the left, with the inputs
-            turns = np.pi - 2 * np.pi * (np.arange(nodes) - graph.levels[0] / 2) / nodes
-            x += list(column + 1.5 + 1.5 * np.cos(turns))
-            y += list(0.5 + 0.48 * np.sin(turns))
-            middles += [(column + 1.5, 0.5)] * nodes
-            column += 4
-        column += 0.5
-    return np.array(x), np.array(y), np.array(middles)

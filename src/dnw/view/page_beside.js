@@ -1,0 +1,308 @@
+/* What stands beside the graphs: numbers, curves, histograms, the adjacency matrix, one node, and the table. */
+
+/* A canvas as large as it is shown, empty, to be drawn on in CSS pixels. */
+function cleared(id) {
+  const canvas = $(id);
+  const { width, height } = canvas.getBoundingClientRect();
+  const scale = devicePixelRatio || 1;
+  canvas.width = width * scale;
+  canvas.height = height * scale;
+  const context = canvas.getContext("2d");
+  context.setTransform(scale, 0, 0, scale, 0, 0);
+  context.font = font(10);
+  return { canvas, context, width, height };
+}
+
+/* Says what a canvas shows: its heading, and the numbers on it. */
+function describe(canvas, text) {
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", canvas.previousElementSibling.textContent + text);
+}
+
+/* The axes of curves and histograms, in CSS pixels. */
+const AXES = { left: 40, right: 4, top: 5, bottom: 15 };
+
+/* A number as an axis has room for it. */
+function short(value) {
+  if (Math.abs(value) >= 1e4) return (value / 1e3).toFixed(0) + "k";
+  return Number.isInteger(value) ? String(value) : value.toFixed(2);
+}
+
+/* The least and the largest number that an axis is to show. */
+function rangeOf(values, zero, outliers) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted[sorted.length >> 1];
+  const low = zero ? 0 : sorted[0];
+  let high = sorted.at(-1);
+  if (outliers && high > 4 * middle) high = 4 * middle; /* else one bad epoch hides all others */
+  return [low, high];
+}
+
+/* Curves over epochs, each with a colour and points [epoch, number], and a line at the present moment. */
+function chart(id, lines, { zero = false, percent = false, outliers = false } = {}) {
+  const points = lines.flatMap(line => line.points);
+  $(id).parentElement.hidden = !points.length && !header.reload;
+  const { canvas, context, width, height } = cleared(id);
+  if (!points.length) {
+    context.fillStyle = colour("faint");
+    context.fillText("no numbers yet", AXES.left, height / 2);
+    return;
+  }
+  const last = Math.max(...points.map(([epoch]) => epoch), times.at(-1), 1e-9);
+  let [low, high] = rangeOf(points.map(([, value]) => value), zero, outliers);
+  const marks = high > low ? [low, high] : [low];
+  if (high <= low) {
+    low -= Math.abs(low) * .1 || 1;
+    high += Math.abs(high) * .1 || 1;
+  }
+  const toX = epoch => AXES.left + epoch / last * (width - AXES.left - AXES.right);
+  const toY = value => AXES.top + (high - Math.min(high, value)) / (high - low) * (height - AXES.top - AXES.bottom);
+  const text = value => percent ? (100 * value).toFixed(high - low < .1 ? 1 : 0) : short(value);
+
+  context.strokeStyle = colour("line");
+  context.fillStyle = colour("faint");
+  context.textAlign = "right";
+  for (const value of marks) {
+    stroke(context, [[AXES.left, toY(value)], [width - AXES.right, toY(value)]]);
+    context.fillText(text(value), AXES.left - 5, toY(value) + (value === high ? 8 : 0));
+  }
+  context.fillText(last.toFixed(last < 2 ? 1 : 0), width - AXES.right, height - 3);
+  context.textAlign = "left";
+  context.fillText("0", AXES.left, height - 3);
+
+  context.lineWidth = 1.6;
+  for (const line of lines) {
+    const path = line.points.map(([epoch, value]) => [toX(epoch), toY(value)]);
+    context.strokeStyle = line.colour;
+    context.fillStyle = line.colour;
+    context.setLineDash(line.dashed ? [4, 3] : []);
+    stroke(context, path);
+    if (path.length < 30) for (const [x, y] of path) fillDot(context, x, y);
+  }
+  const x = toX(times[state.now]);
+  context.setLineDash([]);
+  context.lineWidth = 1;
+  context.strokeStyle = colour("ink");
+  context.globalAlpha = .5;
+  stroke(context, [[x, AXES.top], [x, height - AXES.bottom]]);
+  const latest = lines.map(line => line.points.filter(([epoch]) => epoch <= times[state.now] + 1e-9).at(-1));
+  const now = latest.filter(Boolean).map(([, value]) => text(value));
+  describe(canvas, now.length ? ", now " + now.join(" and ") : "");
+}
+
+function stroke(context, path) {
+  context.beginPath();
+  for (const [x, y] of path) context.lineTo(x, y);
+  context.stroke();
+}
+
+function fillDot(context, x, y) {
+  context.beginPath();
+  context.arc(x, y, 2, 0, 7);
+  context.fill();
+}
+
+/* Histograms beside each other, each with a colour and counts; label(i) names the i-th bar. */
+function bars(id, sets, label) {
+  const { canvas, context, width, height } = cleared(id);
+  const count = Math.max(...sets.map(set => set.counts.length));
+  const high = Math.max(1, ...sets.flatMap(set => set.counts));
+  const each = (width - AXES.left - AXES.right) / count;
+  const thin = each * .84 / sets.length;
+  sets.forEach((set, k) => {
+    context.fillStyle = set.colour;
+    set.counts.forEach((value, i) => {
+      const tall = value / high * (height - AXES.top - AXES.bottom);
+      context.fillRect(AXES.left + i * each + k * thin, height - AXES.bottom - tall, Math.max(1, thin - .5), tall);
+    });
+  });
+  context.fillStyle = colour("faint");
+  context.textAlign = "right";
+  context.fillText(short(high), AXES.left - 5, AXES.top + 8);
+  context.fillText("0", AXES.left - 5, height - AXES.bottom);
+  context.textAlign = "center";
+  for (let i = 0; i < count; i += Math.ceil(count / 9)) {
+    context.fillText(label(i), AXES.left + (i + .42) * each, height - 3);
+  }
+  const texts = sets.map(set => set.counts.map((value, i) => label(i) + ": " + value).join(", "));
+  describe(canvas, ": " + texts.join("; "));
+}
+
+/* A small picture, its pixels given as [red, green, blue], to be drawn larger. */
+function bitmap(width, height, pixel) {
+  const canvas = element("canvas");
+  canvas.width = width;
+  canvas.height = height;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(width, height);
+  image.data.fill(255);
+  for (let i = 0; i < width * height; i++) image.data.set(pixel(i), 4 * i);
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+/* The adjacency matrix, of at most 300 cells a side. */
+function adjacency(run, s) {
+  const { canvas, context, width, height } = cleared("adjacency");
+  const cells = Math.min(run.nodes, 300);
+  const cell = n => Math.floor(n * cells / run.nodes);
+  const plus = new Float32Array(cells * cells);
+  const minus = new Float32Array(cells * cells);
+  run.eachEdge(s, (source, target, strength) => {
+    const layer = strength > 0 ? plus : minus;
+    layer[cell(target) * cells + cell(source)] += .3 + .7 * Math.abs(strength) / header.strongest;
+  });
+  const [ground, warm, cold] = ["panel", "plus", "minus"].map(name => rgb(colour(name)));
+  const typical = Math.max(1, 3 * run.active[s] / (cells * cells));
+  const picture = bitmap(cells, cells, i => {
+    const sum = plus[i] + minus[i];
+    if (!sum) return ground;
+    const cover = 1 - Math.exp(-1.2 * sum / typical);
+    return ground.map((k, j) => k * (1 - cover) + cover * (plus[i] * warm[j] + minus[i] * cold[j]) / sum);
+  });
+  const side = Math.min(width, height);
+  context.imageSmoothingEnabled = cells > 150;
+  context.drawImage(picture, (width - side) / 2, 0, side, side);
+  context.strokeStyle = colour("line");
+  context.strokeRect((width - side) / 2 + .5, .5, side - 1, side - 1);
+  describe(canvas, "");
+}
+
+/* Numbers with their names. */
+function facts(id, pairs) {
+  $(id).replaceChildren(...pairs.map(([name, value]) => element("div", element("b", value), element("span", name))));
+}
+
+/* Of the i-th run, beside the graphs. */
+const tint = i => colour(TINTS[i % TINTS.length]);
+
+/* Draws everything beside the graphs, as it is now. */
+function drawBeside() {
+  const run = runs[0];
+  const s = moment(run);
+  const epoch = times[state.now];
+  $("when").textContent = "epoch " + epoch.toFixed(2) + ", step " + number(run.steps[s]);
+  $("when").setAttribute("aria-live", state.playing ? "off" : "polite");
+  facts("now", [
+    ["edges", number(run.active[s])],
+    ["live", run.alive[s] + " of " + run.nodes],
+    ["come", number(run.came[s])],
+    ["gone", number(run.went[s])],
+    ...latest(run, epoch, "accuracy", "top1", value => (100 * value).toFixed(1) + " %"),
+    ...latest(run, epoch, "loss", "train_loss", value => value.toFixed(3)),
+  ]);
+  const measured = (key, dashed) => runs.map((one, i) => (
+    { colour: tint(i), dashed, points: one.metrics.map(m => [m.epoch, m[key]]).filter(([, value]) => value != null) }
+  ));
+  const counted = key => runs.map((one, i) => ({ colour: tint(i), points: one.epochs.map((e, k) => [e, one[key][k]]) }));
+  const come = counted("came").map(line => ({ ...line, points: line.points.slice(1) }));
+  chart("accuracy", measured("top1"), { percent: true });
+  chart("loss", [...measured("train_loss"), ...measured("test_loss", true)], { outliers: true });
+  chart("swaps", come, { zero: true });
+  chart("alive", counted("alive"));
+  const byDegree = runs.map((one, i) => ({ colour: tint(i), counts: one.degreeCounts(moment(one)) }));
+  const bySkip = runs.map((one, i) => ({ colour: tint(i), counts: one.skipCounts(moment(one)) }));
+  bars("degrees", byDegree, i => i ? String(2 ** (i - 1)) : "0");
+  bars("skips", bySkip, String);
+  adjacency(run, s);
+  drawNodeCard();
+}
+
+/* The latest number of a kind, with its name; nothing where a run has ended and has none. */
+function latest(run, epoch, name, key, text) {
+  const known = run.metrics.filter(m => m[key] != null);
+  if (!known.length && !header.reload) return [];
+  const last = known.filter(m => m.epoch <= epoch + 1e-9).at(-1);
+  return [[name, last ? text(last[key]) : "none yet"]];
+}
+
+/* The node that was picked: its degree over time, and what is inside it. */
+function drawNodeCard() {
+  $("node").hidden = !state.picked;
+  if (!state.picked) return;
+  const { run, node } = state.picked;
+  const s = moment(run);
+  const history = run.epochs.map((epoch, k) => ({ epoch, ...run.degree(k, node) }));
+  const born = run.epochs.findIndex((_, k) => run.isLive(k, node));
+  $("nodeName").textContent = run.nodeName(node);
+  facts("nodeFacts", [
+    ["edges in", history[s].into],
+    ["edges out", history[s].out],
+    ["now", run.isLive(s, node) ? "live" : "dead"],
+    ["first live", born < 0 ? "never" : "epoch " + run.epochs[born].toFixed(2)],
+  ]);
+  const into = { colour: colour("minus"), points: history.map(one => [one.epoch, one.into]) };
+  const out = { colour: colour("plus"), points: history.map(one => [one.epoch, one.out]) };
+  chart("nodeDegree", [into, out], { zero: true });
+  drawInside(run, node, s);
+}
+
+/* The filter of a node, the images, and what they look like there at the stored moment that is nearest. */
+function drawInside(run, node, s) {
+  const at = 9 * (s * run.nodes + node);
+  const filter = run.filters.subarray(at, at + 9); /* empty where none are stored */
+  const far = one => Math.abs(one.snapshot - s);
+  const near = run.maps.reduce((best, one) => !best || far(one) < far(best) ? one : best, null);
+  $("inside").hidden = $("insideTitle").hidden = !filter.length && !near;
+  if ($("inside").hidden) return;
+  const { canvas, context, width } = cleared("inside");
+  const titles = filter.length ? ["3x3 filter"] : [];
+  if (near) {
+    const images = run.images.shape[0] + " test images, epoch " + run.epochs[near.snapshot].toFixed(2);
+    titles.push("what it sends for " + images);
+  }
+  $("insideTitle").textContent = titles.join("; ");
+  describe(canvas, "");
+  context.imageSmoothingEnabled = false;
+  const side = Math.min(58, width / 4.4);
+  const gap = 8;
+  const [ground, warm, cold] = ["ground", "plus", "minus"].map(name => rgb(colour(name)));
+  const signed = value => ground.map((k, j) => k + ((value < 0 ? cold : warm)[j] - k) * Math.min(1, Math.abs(value)));
+  const tile = (w, h, pixel, x, y) => {
+    context.drawImage(bitmap(w, h, pixel), x, y, side, side * h / w);
+    context.strokeStyle = colour("line");
+    context.strokeRect(x + .5, y + .5, side - 1, side * h / w - 1);
+  };
+  if (filter.some(Boolean)) tile(3, 3, i => signed(filter[i] / 127), 0, 0);
+  if (!near) return;
+  const g = run.graphOf[node];
+  const { shape: [, nodes, h, w], values } = near.graphs[g];
+  const { shape: [images, channels, height, across], values: pixels } = run.images;
+  for (let k = 0; k < images; k++) {
+    const x = (k + 1) * (side + gap);
+    const map = (k * nodes + node - run.graphOf.indexOf(g)) * h * w;
+    const plane = j => (k * channels + Math.min(j, channels - 1)) * height * across;
+    tile(across, height, i => [0, 1, 2].map(j => pixels[plane(j) + i]), x, 0);
+    tile(w, h, i => signed((values[map + i] - 128) / 127), x, side + gap);
+  }
+}
+
+/* All numbers of all snapshots, without columns that would be empty. */
+function fillTable() {
+  const digits = (value, count) => value == null ? "" : value.toFixed(count);
+  const columns = {
+    "run": run => run.name + (run.about ? ", " + run.about : ""),
+    "epoch": (run, s) => run.epochs[s].toFixed(2),
+    "step": (run, s) => run.steps[s],
+    "edges": (run, s) => run.active[s],
+    "come": (run, s) => run.came[s],
+    "gone": (run, s) => run.went[s],
+    "live nodes": (run, s) => run.alive[s],
+    "accuracy, %": (run, s, m) => digits(m.top1 == null ? null : 100 * m.top1, 2),
+    "loss, nats": (run, s, m) => digits(m.train_loss, 4),
+    "test loss, nats": (run, s, m) => digits(m.test_loss, 4),
+  };
+  const rows = runs.flatMap(run => run.steps.map((_, s) => {
+    const metrics = run.metrics.find(m => m.epoch === run.epochs[s]) ?? {};
+    return Object.values(columns).map(value => String(value(run, s, metrics)));
+  }));
+  const line = (kind, texts) => {
+    const filled = texts.filter((_, i) => rows.some(row => row[i] !== ""));
+    return element("tr", ...filled.map(text => element(kind, text)));
+  };
+  const top = line("th", Object.keys(columns));
+  for (const cell of top.children) cell.scope = "col";
+  const caption = element("caption", runs.some(run => run.omitted) ? "Snapshots" : "Every snapshot");
+  const body = element("tbody", ...rows.map(row => line("td", row)));
+  $("table").replaceChildren(caption, element("thead", top), body);
+}

@@ -1,0 +1,158 @@
+"""Compacted networks in files: every class of a program comes back as it was, and what older versions wrote is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dnw.compile import Program, load_program, save_program
+from dnw.compile._file import _STORED
+from dnw.compile._program import (
+    Affine,
+    Constant,
+    Convolution,
+    Edges,
+    Graph,
+    InstanceNorm,
+    Instruction,
+    Linear,
+    Mean,
+    Pick,
+    Rectify,
+    Restore,
+)
+
+SIZE = (2, 5, 4)
+
+
+def examples() -> list[tuple[Instruction, tuple[int, int, int]]]:
+    """Every instruction, with the size of what it takes."""
+    torch.manual_seed(0)
+    maps = torch.randn(2, 5, 4)
+    edges = Edges.of(torch.tensor([[0.0, 0.5], [1.5, -1.0]]), Constant.of(maps))
+    node = (Affine(torch.randn(2), torch.randn(2)), Rectify(), Convolution(torch.randn(2, 1, 3, 3), None, (1, 1), (1, 1), 2))
+    outputs = Edges.of(torch.tensor([[0.0, 0.5, 0.25, 0.0]]), None)
+    return [
+        (edges, SIZE),
+        (replace(edges, dense=True), SIZE),
+        (Affine(torch.randn(2), torch.randn(2)), SIZE),
+        (InstanceNorm(torch.randn(2), torch.randn(2), 1e-3), SIZE),
+        (Rectify(), SIZE),
+        (Convolution(torch.randn(3, 2, 3, 1), Constant.of(torch.ones(3, 2, 4)), (2, 1), (0, 0), 1), SIZE),
+        (Mean(1, 4), SIZE),
+        (Linear(torch.randn(3, 2), torch.randn(3)), SIZE),
+        (Graph(node, ((edges, node),), outputs), SIZE),
+        (Pick(torch.tensor([1])), SIZE),
+        (Restore(torch.tensor([2, 0]), torch.randn(3, 5, 4)), SIZE),
+    ]
+
+
+def assert_same(a: object, b: object) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, (Instruction, Constant)):
+        for field in fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    else:
+        assert a == b
+
+
+def test_every_class_of_a_program_comes_back_as_it_was(tmp_path):
+    missing = {kind for kind in Instruction.__subclasses__() if kind.__module__ == Instruction.__module__} - set(
+        _STORED.values()
+    )
+    assert not missing, f"give {missing} a name in _STORED of dnw/compile/_file.py, and an example here"
+    assert {type(instruction) for instruction, _ in examples()} | {Constant} == set(_STORED.values())
+    for instruction, size in examples():
+        before = (Mean(0, 9),) if isinstance(instruction, Linear) else ()
+        program = Program((*before, instruction), size)
+        save_program(program, tmp_path / "net.dnw")
+        found = load_program(tmp_path / "net.dnw")
+        assert_same(found.instructions, program.instructions)
+        assert found.input_size == size
+
+
+@dataclass(frozen=True, eq=False)
+class Twice(Instruction):
+    """An instruction that files do not know."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def check(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        return size
+
+
+@dataclass(frozen=True, eq=False)
+class Named(Affine):
+    name: str = "x"
+
+
+def test_what_files_have_no_words_for_is_not_written(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"a Twice has no name in files; give it one in _STORED"):
+        save_program(Program((Twice(),), SIZE), tmp_path / "net.dnw")
+    monkeypatch.setitem(_STORED, "Named", Named)
+    monkeypatch.setattr("dnw.compile._file._NAMES", {Named: "Named"})
+    with pytest.raises(ValueError, match=r"a str in a compacted network is not stored"):
+        save_program(Program((Named(torch.ones(2), torch.ones(2)),), SIZE), tmp_path / "net.dnw")
+    assert not list(tmp_path.iterdir())
+
+
+def written(header: object, arrays: bytes, path: Path) -> Path:
+    """A file with such a header, made by hand."""
+    text = json.dumps(header).encode()
+    digest = hashlib.sha256(text + arrays).digest()
+    path.write_bytes(struct.pack("<8sIQ32s", b"dnw-prog", 1, len(text), digest) + text + arrays)
+    return path
+
+
+EDGES = {
+    "instruction": "Edges",
+    "starts": {"array": "u2", "shape": [2], "at": 0},
+    "sources": {"array": "u2", "shape": [1], "at": 8},
+    "weight": {"array": "f4", "shape": [1], "at": 16},
+    "num_sources": 2,
+    "constant": None,
+}
+ARRAYS = struct.pack("<2H4xH6xf", 0, 1, 1, 0.5)
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path):
+    """Its edges did not say yet whether they are run as a matrix."""
+    program = load_program(written({"input_size": [2, 1, 1], "instructions": [EDGES]}, ARRAYS, tmp_path / "net.dnw"))
+    assert not program.instructions[0].dense
+    assert program(torch.tensor([[[[3.0]], [[4.0]]]])).tolist() == [[[[2.0]]]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"instruction": "Constant"}, "'Constant' where Instruction belongs"),
+        ({"instruction": "Sums"}, "'Sums' where Instruction belongs"),
+        ({"constant": EDGES}, "'Edges' where Constant belongs"),
+        ({"weight": EDGES["sources"]}, "an array of u2 where weights belong"),
+        ({"sources": EDGES["weight"]}, "an array of f4 where whole numbers belong"),
+        ({"num_sources": 2.0}, "2.0 is no int"),
+        ({"num_sources": True}, "True is no int"),
+        ({"num_sources": 1 << 40}, "1099511627776 is no int"),
+        ({"dense": 1}, "1 is no bool"),
+        ({"dense": [True]}, r"\[True\] is no bool"),
+        ({"more": 1}, "Edges has no 'more'"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(changed, message, tmp_path):
+    file = written({"input_size": [2, 1, 1], "instructions": [{**EDGES, **changed}]}, ARRAYS, tmp_path / "net.dnw")
+    with pytest.raises(ValueError, match=rf"net\.dnw: not a valid compiled network \(.*{message}"):
+        load_program(file)
