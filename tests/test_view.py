@@ -362,10 +362,10 @@ def generators() -> tuple[object, ...]:
     return bytes(torch.get_rng_state().numpy()), bytes(words), position, random.getstate()
 
 
-def test_a_picture_neither_seeds_nor_draws_from_a_generator_of_the_caller(run, tmp_path):
+def test_a_picture_neither_seeds_nor_draws_from_a_generator_of_the_caller(page_of, tmp_path):
     pytest.importorskip("matplotlib")
+    run, page = page_of
     one, trained = run_record(run), load_trained(run)
-    page = Page(RunDirectory(run), trained.config, trained.model)
     images = torch.randn(2, 1, 8, 8)
     torch.rand(3)
     np.random.rand(3)
