@@ -86,9 +86,8 @@ class Page:
         except Exception as error:  # a picture is not worth a training run
             if not self._warned:
                 self._warned = True
-                reason = (
-                    error if isinstance(error, (OSError, ValueError)) else repr(error)
-                )  # of others the text alone says little
+                # of other errors the text alone says little
+                reason = error if isinstance(error, (OSError, ValueError)) else repr(error)
                 warnings.warn(f"no page of this run: {reason}", stacklevel=2)
         self._written = time.monotonic()
         self._cost = self._written - started
