@@ -1,6 +1,7 @@
 """Runs: equal when resumed, killed, or shared by two processes; clear when something is wrong."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import shutil
@@ -13,13 +14,31 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SHARED
+from pages import table
 from test_data import write_cifar, write_mnist, write_tree
 
 import dnw
 from dnw.cli import main
+from dnw.data import Streaming, list_folder
 from dnw.recipes import RECIPES, digits
-from dnw.train import RunDirectory, TrainingStoppedError, evaluate, override, resume, train
+from dnw.train import (
+    RunDirectory,
+    TrainingStoppedError,
+    compile_run,
+    count_config,
+    count_run,
+    evaluate,
+    load_trained,
+    override,
+    results_table,
+    resume,
+    run_record,
+    train,
+    view_runs,
+)
 from dnw.train._checkpoint import read_checkpoint
+from dnw.train._network import load_network
+from dnw.train._run import FILES
 from dnw.view import read_snapshots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric", "ignore::FutureWarning")
@@ -96,6 +115,80 @@ def test_what_a_run_leaves_behind(unbroken):
     assert all(m["entered"] == 0 for m in metrics(unbroken / "baseline"))
     environment = json.loads((unbroken / "environment.json").read_text())
     assert {"dnw", "commit", "torch", "python", "machine", "data_dir"} <= environment.keys()
+    for member in (unbroken, unbroken / "baseline"):
+        assert RunDirectory(member).environment()["num_classes"] == 10
+
+
+def test_the_files_of_a_run_are_those_of_the_list_and_of_the_docs(unbroken, tmp_path):
+    whole = shutil.copytree(unbroken, tmp_path / "whole")
+    complete = train(
+        short("epochs=1", "rule=complete", "num_edges=null", "baseline=null"), data_dir=Path("data"), out=tmp_path / "complete"
+    )
+    ticket = ["rule=frozen", "edges=ticket", f"ticket.run={complete}", "baseline=null"]
+    begun = train(short("epochs=1", *ticket), data_dir=Path("data"), out=tmp_path / "ticket")
+    view_runs([complete, begun])
+    found = {str(p.relative_to(run)) for run in (whole, complete, begun) for p in run.rglob("*") if p.is_file()}
+    found = {name.removeprefix("baseline/") for name in found}
+    unlisted = {name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)}
+    assert not unlisted, f"add {unlisted} to FILES in dnw/train/_run.py"
+    unseen = {pattern for pattern in FILES if pattern != "lock" and not fnmatch.filter(found, pattern)}
+    assert not unseen, f"no run has left {unseen}, which FILES in dnw/train/_run.py names"
+    rows = {row["file"].strip("`"): row["what it is"] for row in table("docs/runs.md", "file", "what it is")}
+    assert rows == FILES, "the table of docs/runs.md is not FILES of dnw/train/_run.py"
+
+
+# --- what reads a run draws nothing ---
+
+READERS = {
+    "eval": evaluate,
+    "load": load_trained,
+    "count": count_run,
+    "count a recipe": lambda run: count_config(digits()),
+    "compile": compile_run,
+    "record": run_record,
+    "view": lambda run: view_runs([run]),
+    "results": lambda run: results_table([run], RECIPES),
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+def test_reading_a_run_draws_from_no_generator_of_the_caller(way, unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    READERS[way](run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_decoding_images_draws_from_no_generator_of_the_caller(tmp_path):
+    write_tree(tmp_path, size=12, num=2, wide=0)
+    batches = Streaming(
+        *list_folder(tmp_path),
+        size=8,
+        batch_size=2,
+        seed=0,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=torch.device("cpu"),
+        workers=0,
+    )
+    before = torch.get_rng_state()
+    assert len([*batches.test(), *batches.train(0)]) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_has_the_classes_of_its_data(tmp_path):
+    write_tree(tmp_path / "tree", size=40, num=6, wide=8)
+    folder = ["data.name=folder", "data.workers=0", "batch_size=4", "epochs=1", "device=cpu"]
+    run = RunDirectory(train(override(RECIPES["cifar10"](), folder), data_dir=tmp_path / "tree", out=tmp_path / "run"))
+    classes = len(list_folder(tmp_path / "tree")[0].classes)
+    assert classes != 10
+    assert run.environment()["num_classes"] == classes
+    for checkpoint in ("best", "last", None):
+        network = load_network(run, run.config(), checkpoint)
+        assert network.num_classes == network.model.classifier.out_features == classes
+    assert (load_trained(run.path).epoch, load_network(run, run.config(), None).epoch) == (1, 0)
+    assert run_record(run.path).steps[0] == 0
 
 
 def test_snapshots_of_a_run(unbroken):
@@ -118,12 +211,12 @@ def test_a_saved_model_holds_the_sparse_weights(unbroken):
 
 @pytest.mark.parametrize("broken_at", [0, 1, 3])
 def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, broken_at):
-    import dnw.train._state as state
+    import dnw.train._network as network
 
     class Killed(Exception):
         pass
 
-    real, calls = state.write_checkpoint, []
+    real, calls = network.write_checkpoint, []
 
     def write(path, content):
         if path.name == "last.pt" and "baseline" not in str(path):
@@ -132,10 +225,10 @@ def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, b
                 raise Killed  # metrics, snapshot and best checkpoint of this epoch are written, the last one is not
         real(path, content)
 
-    monkeypatch.setattr(state, "write_checkpoint", write)
+    monkeypatch.setattr(network, "write_checkpoint", write)
     with pytest.raises(Killed):
         train(short("epochs=4"), data_dir=Path("data"), out=tmp_path / "run")
-    monkeypatch.setattr(state, "write_checkpoint", real)
+    monkeypatch.setattr(network, "write_checkpoint", real)
     resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
     assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
@@ -282,17 +375,17 @@ def test_processes_that_disagree_stop_the_run():
 
     model = torch.nn.Linear(3, 3)
     wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.5)
-    loop._check_agreement(TwoProcesses(0.0), wiring, 0)
+    loop.check_agreement(TwoProcesses(0.0), wiring, 0)
     with pytest.raises(TrainingStoppedError, match="the processes hold different wirings"):
-        loop._check_agreement(TwoProcesses(1e-9), wiring, 0)
+        loop.check_agreement(TwoProcesses(1e-9), wiring, 0)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model=tiny_cifar10"], "model=tiny_cifar10 does not take images of 1x8x8"),
-        (["data.mean=0.1,0.2", "data.std=1,1"], "the images have 1 colours"),
-        (["data.std=1,1"], "give one of each per colour"),
+        (["data.mean=0.1,0.2", "data.std=1,1"], "the images have 1 channels"),
+        (["data.std=1,1"], "give one of each per channel"),
         (["num_edges=100000"], "from 1 to 5,504"),
         (["processes=2", "batch_size=1"], "2 processes need at least one image each"),
         (["device=cuda", "processes=20"], "CUDA devices; use device=cpu"),

@@ -21,8 +21,9 @@ from dnw.graphs import DiscreteTimeGraph
 from dnw.models import GraphChain, Stage, tiny_cifar10, tiny_digits
 from dnw.recipes import digits
 from dnw.train import EpochMetrics, RunDirectory, load_trained, override, resume, run_record, train, view_runs
-from dnw.train._build import load_data, make_batches, make_model
+from dnw.train._images import load_data, make_batches
 from dnw.train._log import Log
+from dnw.train._network import make_model
 from dnw.train._view import Page
 from dnw.view import (
     NothingToShowError,
