@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import Dropping
+from helpers import OPTIMIZERS, Dropping
 from processes import on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -326,13 +326,6 @@ def _sharded(model: nn.Sequential) -> nn.Sequential:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-}
 
 
 def _fsdp(rank: int, optimizer: str, rule: dnw.Rule, budget: dict, dormant: dnw.Dormant | None) -> None:
