@@ -1,8 +1,9 @@
-"""Fewer threads per test process, so that those that run side by side do not fight over the cores; torchvision, if at hand."""
+"""One thread per process, so that those that run side by side do not fight over the cores; torchvision, if at hand."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 ASIDE = Path(sys.prefix) / "torchvision"
 """Where the set-up puts torchvision: aside, because other libraries import it wherever they find it, and a build for CUDA

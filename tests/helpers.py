@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,29 @@ def reference(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the recorded fixture {name} is not at hand (set DNW_SHARED)")
     return path
+
+
+def pairs(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combinations of one value of each factor, few of them, in which any two values of two factors meet.
+
+    As many as the two largest factors have, or a few more: what goes wrong goes wrong for a value or for two together, and
+    hardly ever for three alone.
+    """
+    places = [[(factor, value) for value in range(len(values))] for factor, values in enumerate(factors)]
+    missing = {frozenset(two) for a, b in itertools.combinations(places, 2) for two in itertools.product(a, b)}
+    if len(factors) < 2:
+        return [(value,) for values in factors for value in values]
+    order, found = sorted(missing, key=sorted), []
+    for first in order:
+        if first not in missing:
+            continue
+        chosen = set(first)
+        for place in places:
+            if not chosen & set(place):
+                chosen.add(max(place, key=lambda value: sum(frozenset((value, other)) in missing for other in chosen)))
+        missing -= {frozenset(two) for two in itertools.combinations(chosen, 2)}
+        found.append(tuple(factors[factor][value] for factor, value in sorted(chosen)))
+    return found
 
 
 _OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {

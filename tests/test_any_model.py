@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import MaskInForward, small_net
-from processes import on_processes
+from processes import GROUP, on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
@@ -246,7 +246,7 @@ def _ddp(rank: int, kind: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
+@GROUP
 def test_ddp(kind):
     first, second = on_processes(2, _ddp, kind)
     assert set(first) == set(second) == WIRED[kind]

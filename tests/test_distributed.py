@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import OPTIMIZERS, Dropping
-from processes import on_processes
+from processes import GROUP, on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dnw
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.slow, GROUP]
 
 
 def net(seed: int) -> nn.Sequential:
