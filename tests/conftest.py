@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of this process and of those that tests start
 import torch
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 ASIDE = Path(sys.prefix) / "torchvision"
 """Where the set-up puts torchvision: aside, because other libraries import it wherever they find it, and a build for CUDA
