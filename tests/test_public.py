@@ -9,12 +9,8 @@ from collections.abc import Callable, Iterator
 import dnw
 
 KNOWN = {
-    "Shape": "what a budget and a rule of one's own are asked with: a layer's name, shape and candidates; read, never made",
-    "Layout": "which side of a weight its targets are on: read from the layer, passed on as it is",
-    "Shard": "the part of a parameter that this process holds: an attribute of layers, None where a parameter is whole",
-    "SummaryRow": "a row of wiring.summary(), read by its attributes",
-    "LeftOut": "a parameter that stays dense and why, in wiring.summary(), read by its attributes",
     "Defaults": "the type of dnw.DEFAULTS, which is public",
+    "Exchange": "what a wiring gives the parameters that it hands out; nobody else makes one",
     "WiredLayer": "what dnw.wire gives the wiring that it makes; nobody else makes one",
     "Instruction": "what compiled networks consist of: read from one, made by the compiler alone",
     "Chain": "the attributes of dnw.models.GraphChain, so that counting need not import models",
