@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,16 +31,17 @@ def reference(name: str) -> Path:
     return path
 
 
-def pairs(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+def pairs(*values: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Combinations of one value of each factor, few of them, in which any two values of two factors meet.
 
     As many as the two largest factors have, or a few more: what goes wrong goes wrong for a value or for two together, and
     hardly ever for three alone.
     """
-    places = [[(factor, value) for value in range(len(values))] for factor, values in enumerate(factors)]
+    factors = [list(each) for each in values]
+    if len(factors) == 1:
+        return [(value,) for value in factors[0]]
+    places = [[(factor, value) for value in range(len(each))] for factor, each in enumerate(factors)]
     missing = {frozenset(two) for a, b in itertools.combinations(places, 2) for two in itertools.product(a, b)}
-    if len(factors) < 2:
-        return [(value,) for values in factors for value in values]
     order, found = sorted(missing, key=sorted), []
     for first in order:
         if first not in missing:

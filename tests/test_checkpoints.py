@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import OPTIMIZERS, RULES, case, same, saved, small_net, train_steps, wired
+from helpers import OPTIMIZERS, RULES, case, pairs, same, saved, small_net, train_steps, wired
 
 import dnw
 from dnw._wiring.state import FORMAT
@@ -14,9 +14,7 @@ from dnw._wiring.state import FORMAT
 # --- resuming ---
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw_fused"])
+@pytest.mark.parametrize(("rule", "at", "optimizer"), pairs(RULES, [0, 3], ["sgd", "momentum", "adamw_fused"]))
 def test_resume_is_bit_exact(rule, at, optimizer):
     model, base, wiring = wired(rule, optimizer)
     train_steps(model, base, range(at))
@@ -200,10 +198,10 @@ def test_a_damaged_state_changes_nothing(key, value, message):
 # --- torch.distributed.checkpoint ---
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
-@pytest.mark.parametrize("rule", ["dnw", "random", "dropping"])
+@pytest.mark.parametrize(
+    ("rule", "optimizer", "at", "flatten"),
+    pairs(["dnw", "random", "dropping"], ["sgd", "momentum", "adamw"], [0, 3], [False, True]),
+)
 def test_distributed_checkpoint_state_dicts(rule, optimizer, at, flatten):
     from torch.distributed.checkpoint import state_dict as dcp
 

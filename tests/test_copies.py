@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import RULES, same, small_net, train_steps, wired
+from helpers import RULES, pairs, same, small_net, train_steps, wired
 
 import dnw
 
@@ -16,10 +16,9 @@ def copies(how: str, things: tuple) -> tuple:
     return copy.deepcopy(things) if how == "deepcopy" else pickle.loads(pickle.dumps(things))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw_fused"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "optimizer", "at", "how"), pairs(RULES, ["sgd", "momentum", "adamw_fused"], [0, 3], ["deepcopy", "pickle"])
+)
 def test_a_copy_of_all_three_trains_on_by_itself(rule, optimizer, at, how):
     model, base, wiring = wired(rule, optimizer)
     train_steps(model, base, range(at))

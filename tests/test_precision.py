@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OPTIMIZERS, RULES, MaskInForward, batch, case, slow_top_k, small_net
+from helpers import OPTIMIZERS, RULES, MaskInForward, batch, case, pairs, slow_top_k, small_net
 from torch import nn
 
 import dnw
@@ -29,9 +29,7 @@ def half_net(dtype: torch.dtype, seed: int = 0) -> nn.Sequential:
     return small_net(seed).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("latent_dtype", [None, torch.float32])
-@pytest.mark.parametrize("rule", ["dnw", "random", "dropping"])
+@pytest.mark.parametrize(("rule", "latent_dtype", "dtype"), pairs(["dnw", "random", "dropping"], [None, torch.float32], HALVES))
 def test_half_precision_parameters_keep_exactly_k_edges(rule, latent_dtype, dtype):
     model = half_net(dtype)
     optimizer = OPTIMIZERS["momentum"](model.parameters())
