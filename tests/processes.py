@@ -1,12 +1,13 @@
 """Runs functions, commands and scripts in processes of their own.
 
 They are forked from a server in which everything heavy is imported already: to import it anew for each takes most of their
-time. What is about how a process starts (``python -m dnw``, torchrun) starts one as a user does.
+time. What is about how a process starts starts one as a user does.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import multiprocessing.forkserver
 import os
 import runpy
@@ -47,6 +48,11 @@ _PRELOADED = [
     "dnw.train._view",
 ]
 """Where one is not installed the server goes without it."""
+
+
+def needs(library: str) -> pytest.MarkDecorator:
+    """Skips a test where a library is not installed, without importing it where only the processes need it."""
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"{library} is not installed")
 
 
 def _context() -> Any:
@@ -90,18 +96,26 @@ def command(*arguments: str, folder: Path, before: Callable[[], None] | None = N
     return Child(_command, arguments, before, folder=folder)
 
 
+def commands(processes: int, *arguments: str, folder: Path) -> list[Child]:
+    """The same as torchrun starts it, on some processes."""
+    return [Child(_command, arguments, None, folder=folder, **rank) for rank in _ranks(processes)]
+
+
 def script(path: Path, *options: object, processes: int = 0, folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    """A script run as ``__main__``: alone, or by some processes, each of which knows its rank as torchrun tells it."""
-    ranks: list[dict[str, str]] = [{}]
-    if processes:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        world |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": 0}
-        ranks = [{k: str(v) for k, v in {**world, "RANK": r, "LOCAL_RANK": r}.items()} for r in range(processes)]
+    """A script run as ``__main__``: alone, or on some processes as torchrun starts them."""
+    ranks = _ranks(processes) if processes else [{}]
     children = [Child(_script, path, tuple(map(str, options)), folder=folder, **rank) for rank in ranks]
     return [child.wait() for child in children]
+
+
+def _ranks(world: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes, in their environments."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+    return [{k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(world)]
 
 
 def _run(function: Callable[..., Any], arguments: tuple, folder: Path, environment: dict[str, str], files: list[Path]) -> None:

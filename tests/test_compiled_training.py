@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import batch, small_net, train_steps, wired
+from helpers import OPTIMIZERS, RULES, batch, case, small_net, train_steps, wired
 
 import dnw
 
@@ -58,3 +59,24 @@ def test_compiled_optimizer_step_keeps_dormant_latents():
             step()
     train_steps(eager, eager_base, range(3))
     assert all(torch.allclose(wiring[n].latent, eager_wiring[n].latent, atol=1e-6) for n in wiring)
+
+
+@pytest.mark.slow
+def test_every_rule_trains_a_compiled_model_as_it_trains_an_eager_one():
+    """A wiring works around a step, not in the forward pass: one compiled model serves all rules, each from the same start."""
+    torch._dynamo.reset()
+    eager, inside = small_net(), small_net()
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    start = copy.deepcopy(eager.state_dict())
+    for name in RULES:
+        found = []
+        for used, model in ((eager, eager), (compiled, inside)):
+            model.load_state_dict(start)
+            base = OPTIMIZERS["momentum"](model.parameters())
+            wiring = dnw.wire(used, base, rule=case(name).rule, **case(name).budget)
+            train_steps(used, base, range(6))
+            with wiring.settled():
+                found.append([p.detach().clone() for p in model.parameters()])
+            wiring.remove()
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

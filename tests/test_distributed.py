@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import OPTIMIZERS, Dropping, pairs
-from processes import GROUP, on_processes
+from processes import GROUP, needs, on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -215,8 +215,8 @@ def _fabric(rank: int) -> dict:
     return state_of(wiring)
 
 
+@needs("lightning_fabric")
 def test_fabric():
-    pytest.importorskip("lightning_fabric")
     assert_equal(*on_processes(2, _fabric))
 
 
@@ -239,8 +239,8 @@ def _accelerate(rank: int) -> dict:
     return state_of(wiring)
 
 
+@needs("accelerate")
 def test_accelerate():
-    pytest.importorskip("accelerate")
     assert_equal(*on_processes(2, _accelerate))
 
 

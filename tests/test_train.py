@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SHARED
-from processes import GROUP, command
+from processes import GROUP, command, commands
 from test_data import write_cifar, write_mnist, write_tree
 
 import dnw
@@ -392,12 +392,9 @@ def test_recipes_and_config_on_the_command_line(capsys):
 @pytest.mark.slow
 @GROUP
 def test_torchrun(tmp_path):
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "dnw"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"
+    done = [process.wait() for process in commands(2, *arguments, folder=tmp_path)]
+    assert [one.returncode for one in done] == [0, 0], done
     assert metrics(tmp_path / "run")[0]["active"] == 100
 
 
