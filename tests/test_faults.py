@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import GROUP
 from torch import nn
 
 from dnw.cli import main
@@ -79,12 +82,18 @@ def same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def cut_back(run: Path, epochs: int = 1) -> None:
-    """Makes a finished run one that was killed after some epochs, from a run of as many."""
-    fresh = run.with_name("fresh")
-    stop_after(epochs, lambda: train(RunDirectory(run).config(), data_dir=Path("data"), out=fresh))
+@functools.cache
+def killed() -> tempfile.TemporaryDirectory[str]:
+    """Holds a run that was killed after its first epoch, made once."""
+    folder = tempfile.TemporaryDirectory()
+    stop_after(1, lambda: train(short(), data_dir=Path("data"), out=Path(folder.name) / "run"))
+    return folder
+
+
+def cut_back(run: Path) -> None:
+    """Makes a finished run one that was killed after its first epoch."""
     shutil.rmtree(run)
-    fresh.rename(run)
+    shutil.copytree(Path(killed().name) / "run", run)
 
 
 def stop_after(epochs: int, function: Callable[[], object]) -> None:
@@ -550,6 +559,7 @@ def test_a_decoding_process_that_dies_is_one_line(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+@GROUP
 def test_a_training_process_that_dies_is_one_line_and_the_run_goes_on(tmp_path):
     arguments = ["train", "digits", "epochs=300", "processes=2", *SETTINGS[1:], "--out", "run"]
     process = subprocess.Popen(

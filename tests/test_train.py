@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import SHARED
 from pages import table
+from processes import GROUP, command, commands
 from test_data import write_cifar, write_mnist, write_tree
 
 import dnw
@@ -42,7 +43,7 @@ from dnw.train._run import FILES
 from dnw.view import read_snapshots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric", "ignore::FutureWarning")
-SHORT = ["device=cpu"]
+SHORT = ["device=cpu", "batch_size=128"]
 
 
 def short(*overrides: str):
@@ -81,17 +82,11 @@ def assert_same_runs(a: Path, b: Path) -> None:
         assert all((x.edges[n] == y.edges[n]).all() and (x.weights[n] == y.weights[n]).all() for n in x.edges)
 
 
-def command(*arguments: str, cwd: Path, **more) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "dnw", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-        **more,
-    )
+def started(run: Path) -> None:
+    """Waits until a run has written its first snapshot."""
+    deadline = time.monotonic() + 120
+    while not (run / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -241,43 +236,37 @@ def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
 
 
 @pytest.mark.slow
+@GROUP
 @pytest.mark.parametrize("delay", [0.0, 0.15, 0.4])
 def test_sigkill_at_any_moment(unbroken, tmp_path, delay):
-    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = command("train", "digits", "epochs=4", *SHORT, "--out", "run", folder=tmp_path)
+    started(tmp_path / "run")
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
+    resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
     assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
 
 
 @pytest.mark.slow
+@GROUP
 def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
-    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
     process = subprocess.Popen(
-        arguments,
+        [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    started(tmp_path / "run")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped; continue with: dnw resume run" in out
     assert err == ""
-    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
 
 
@@ -327,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     def explode(logits, labels, **more):
         steps.append(None)
         loss = real(logits, labels, **more)
-        return loss * torch.inf if len(steps) == 60 else loss
+        return loss * torch.inf if len(steps) == 15 else loss
 
     monkeypatch.setattr(loop.F, "cross_entropy", explode)
     with pytest.raises(TrainingStoppedError, match=r"not finite in epoch 2 .*last good checkpoint is .*last.pt \(epoch 1\)"):
@@ -338,16 +327,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 
 @pytest.mark.slow
+@GROUP
 def test_two_processes_agree_and_end_where_one_does(unbroken, tmp_path):
     # Batch norm sees half batches, so results differ from one process; after each epoch the run itself compares the
     # latent weights of its processes, and stops where they differ.
-    done = command("train", "digits", "epochs=2", "processes=2", *SHORT, "--out", "run", cwd=tmp_path)
+    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=2", "processes=2", *SHORT, "--out", "run"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 2  # the run and its baseline, each said once
     lines = metrics(tmp_path / "run")
     assert [m["active"] for m in lines] == [100, 100]
     assert lines[-1]["step"] == metrics(unbroken)[1]["step"]
-    assert command("eval", "run", cwd=tmp_path).returncode == 0
+    assert main(["eval", str(tmp_path / "run")]) == 0
 
 
 # --- the command's errors: one line, exit code not 0, nothing half-written ---
@@ -452,22 +443,25 @@ def test_data_of_every_kind_trains(tmp_path, monkeypatch):
     assert main(["eval", "c"]) == 0
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+def files_of_30_kilobytes() -> None:
     """A limit on file size makes the checkpoint fail as a full disk does."""
     import resource
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=2", *SHORT, "--out", "run"]
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+
+@pytest.mark.slow
+@GROUP
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+    arguments = "train", "digits", "epochs=2", *SHORT, "--out", "run"
+    done = command(*arguments, folder=tmp_path, before=files_of_30_kilobytes).wait()
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert "best.pt: File too large" in done.stderr
     assert not list((tmp_path / "run").rglob("*.part"))
     assert not (tmp_path / "run" / "last.pt").exists()
-    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    resume(tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 def test_recipes_and_config_on_the_command_line(capsys):
@@ -489,24 +483,31 @@ def test_recipes_and_config_on_the_command_line(capsys):
 
 
 @pytest.mark.slow
+@GROUP
 def test_torchrun(tmp_path):
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "dnw"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"
+    done = [process.wait() for process in commands(2, *arguments, folder=tmp_path)]
+    assert [one.returncode for one in done] == [0, 0], done
     assert metrics(tmp_path / "run")[0]["active"] == 100
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_real_mnist(tmp_path):
+def test_real_mnist(tmp_path, monkeypatch):
+    """The files are read whole; a sixth of the images is trained on."""
+    import dnw.train._loop as loop
+
+    def fewer(*arguments):
+        for part, num in zip(load_data(*arguments), (10_000, 2_000), strict=True):
+            yield dataclasses.replace(part, images=part.images[:num], labels=part.labels[:num])
+
+    load_data = loop.load_data
     unpack = SHARED / "data" / "unpack"
     if not unpack.exists():
         pytest.skip("the real data sets are not at hand (set DNW_SHARED)")
+    monkeypatch.setattr(loop, "load_data", fewer)
     subprocess.run([sys.executable, unpack, tmp_path, "mnist"], check=True, capture_output=True)
     config = override(RECIPES["mnist"](), ["epochs=1", "device=cpu"])
     run = train(config, data_dir=tmp_path, out=tmp_path / "run")
     assert metrics(run)[0]["active"] == 600
-    assert metrics(run)[0]["top1"] > 0.9
+    assert metrics(run)[0]["top1"] > 0.8
