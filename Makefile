@@ -1,4 +1,5 @@
-# make demo: set up and train the digits. make test: set up and run tests, lint and types. make sanitize: kernels under sanitizers.
+# make demo: set up and train the digits. make test: set up and run tests, lint and types. make check: the same of the core alone,
+# while one works on it. make sanitize: kernels under sanitizers.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip finds builds of torch without CUDA, if not in its usual index: see "Installing" in the README.
@@ -6,12 +7,18 @@ TORCH_INDEX ?=
 PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/
 
-.PHONY: demo test lint types unit sanitize format clean
+.PHONY: demo test check lint types unit sanitize format clean
 
 demo: $(VENV)/.train
 	$(RUN)dnw train digits
 
 test: lint types unit
+
+CORE = averages checkpoints copies edges floors graphs house in_place kinds_of_steps layout optimizers parameters parametrized \
+	public rules rules_and_papers select stats steps wiring writes
+
+check: lint types
+	$(RUN)pytest -q -n auto --dist loadgroup $(CORE:%=tests/test_%.py)
 
 unit: $(VENV)/.dev
 	$(RUN)pytest -q -n auto --dist loadgroup

@@ -1,12 +1,15 @@
-"""Fewer threads per test process, so that those that run side by side do not fight over the cores; torchvision, if at hand."""
+"""One thread per process, so that those that run side by side do not fight over the cores; torchvision, if at hand."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of this process and of those that tests start
 import torch
 
 torch.set_num_threads(1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,63 @@ def reference(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the recorded fixture {name} is not at hand (set DNW_SHARED)")
     return path
+
+
+def pairs(*values: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Combinations of one value of each factor, few of them, in which any two values of two factors meet.
+
+    As many as the two largest factors have, or a few more: what goes wrong goes wrong for a value or for two together, and
+    hardly ever for three alone.
+    """
+    factors = [list(each) for each in values]
+    if len(factors) == 1:
+        return [(value,) for value in factors[0]]
+    places = [[(factor, value) for value in range(len(each))] for factor, each in enumerate(factors)]
+    missing = {frozenset(two) for a, b in itertools.combinations(places, 2) for two in itertools.product(a, b)}
+    order, found = sorted(missing, key=sorted), []
+    for first in order:
+        if first not in missing:
+            continue
+        chosen = set(first)
+        for place in places:
+            if not chosen & set(place):
+                chosen.add(max(place, key=lambda value: sum(frozenset((value, other)) in missing for other in chosen)))
+        missing -= {frozenset(two) for two in itertools.combinations(chosen, 2)}
+        found.append(tuple(factors[factor][value] for factor, value in sorted(chosen)))
+    return found
+
+
+_OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 0.1}),
+    "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+    "maximize": ("SGD", {"lr": 1e-3, "momentum": 0.9, "dampening": 0.1, "maximize": True}),
+    "nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True}),
+    "sgd_fused": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "fused": True}),
+    "adam": ("Adam", {"lr": 0.01, "weight_decay": 1e-2}),
+    "adam_amsgrad": ("Adam", {"lr": 0.01, "amsgrad": True}),
+    "adam_fused": ("Adam", {"lr": 0.01, "fused": True}),
+    "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    "adamw_amsgrad": ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    "adamw_foreach": ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "foreach": True}),
+    "adamw_fused": ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "fused": True}),
+    "rmsprop": ("RMSprop", {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    "adafactor": ("Adafactor", {"lr": 0.02}),
+    "nadam": ("NAdam", {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": ("RAdam", {"lr": 0.01}),
+    "adamax": ("Adamax", {"lr": 0.01}),
+    "adagrad": ("Adagrad", {"lr": 0.05, "initial_accumulator_value": 0.1}),
+    "adagrad_fused": ("Adagrad", {"lr": 0.05, "fused": True}),
+    "adadelta": ("Adadelta", {"lr": 1.0}),
+    "asgd": ("ASGD", {"lr": 0.1, "t0": 5}),
+    "rprop": ("Rprop", {"lr": 0.01}),
+    "muon": ("Muon", {"lr": 0.02}),
+}
+OPTIMIZERS = {
+    name: partial(getattr(torch.optim, kind), **settings)
+    for name, (kind, settings) in _OPTIMIZERS.items()
+    if hasattr(torch.optim, kind)
+}
+"""Every optimizer of torch.optim that takes dense gradients and steps once: call one with parameters, and other settings."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +185,41 @@ def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+RULES = list(rule_cases(small_net()))
+
+
+def case(rule: str) -> RuleCase:
+    """A rule by its name, and its budget."""
+    return rule_cases(small_net())[rule]
+
+
+def wired(
+    rule: str = "dnw", optimizer: str = "momentum", seed: int = 0
+) -> tuple[nn.Sequential, torch.optim.Optimizer, dnw.Wiring]:
+    """A network of :func:`small_net`, its optimizer (one with momentum where the rule needs it), and its wiring."""
+    model, chosen = small_net(seed), case(rule)
+    base = OPTIMIZERS["momentum" if chosen.rule.needs_momentum and optimizer == "sgd" else optimizer](model.parameters())
+    return model, base, dnw.wire(model, base, rule=chosen.rule, **chosen.budget)
+
+
+def saved(*things: Any) -> list[dict[str, Any]]:
+    """State dicts after a trip through a file."""
+    buffer = io.BytesIO()
+    torch.save([thing.state_dict() for thing in things], buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def same(a: dnw.Wiring, b: dnw.Wiring) -> bool:
+    """Whether two wirings hold the same edges and weights, bit for bit."""
+    return all(
+        torch.equal(a[n].latent, b[n].latent)
+        and torch.equal(a[n].active, b[n].active)
+        and torch.equal(a[n].weight, b[n].weight)
+        for n in a
+    )
 
 
 def slow_top_k(magnitudes: list[float], k: int, candidates: list[bool]) -> list[bool]:

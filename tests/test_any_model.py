@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MaskInForward, small_net
-from processes import on_processes
+from helpers import MaskInForward, pairs, small_net
+from processes import GROUP, on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
@@ -160,8 +160,7 @@ def kind(request):
     return request.param
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16-autocast"])
-@pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw-fused"])
+@pytest.mark.parametrize(("kind", "optimizer", "amp"), pairs(MODELS, [sgd, adamw], [False, True]))
 def test_sgd_adamw_and_autocast_equal_mask_in_forward(kind, optimizer, amp):
     model, textbook = make(kind), make(kind)
     base = optimizer(model)
@@ -246,7 +245,7 @@ def _ddp(rank: int, kind: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
+@GROUP
 def test_ddp(kind):
     first, second = on_processes(2, _ddp, kind)
     assert set(first) == set(second) == WIRED[kind]

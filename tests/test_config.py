@@ -1,12 +1,23 @@
 """Configs, overrides and their messages."""
 
+import dataclasses
+import json
 import re
+from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from pydantic import BaseModel
 
-from dnw.recipes import RECIPES, digits
-from dnw.train import Config, changes, config_from_json, override
+import dnw
+from dnw.data import DATASETS
+from dnw.graphs._ode import ADAPTIVE, EQUAL_STEPS
+from dnw.recipes import RECIPES, cifar10, digits
+from dnw.train import Config, DataConfig, OptimConfig, config_from_json, override
+from dnw.train import _settings as settings
+from dnw.train._config import changes
+from dnw.train._counts import config_of_model
+from dnw.train._network import MODELS, make_model
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -49,7 +60,13 @@ def test_overrides():
         ("density=0.5", "given are num_edges=100, density=0.5; take one off, as in num_edges=null"),
         ("baseline=dnw", "baseline=dnw: is the rule of the run itself"),
         ("width=0.5", "width=0.5: model=tiny_digits has no width"),
-        ("rule=random_original", "rule random_original is for model=tiny_cifar10 with rank_all_entries=true"),
+        ("rule=random_original", "rule: random_original is no rule, .* write rule=frozen edges=random_original"),
+        ("rule=ticket", "rule: ticket is no rule, .* write rule=frozen edges=ticket"),
+        ("baseline=ticket", "baseline: ticket is no rule"),
+        ("baseline=frozen", "baseline=frozen: edges that are given make a run of their own"),
+        ("rule=frozen", "rule=frozen: give its edges, one of 'ticket', 'random_original', as in edges=ticket"),
+        ("edges=ticket", "edges=ticket: rule=dnw finds its own edges; rule=frozen takes given ones"),
+        ("edges=none_of_ours", r"edges: .*'ticket' or 'random_original' \(given: 'none_of_ours'\)"),
         ("solver=rk5", "solver: .*'dopri5'"),
         ("optim.milestones=0.75,0.5", "increasing shares of the run"),
         ("recipe=../x", "recipe: "),
@@ -146,3 +163,130 @@ def test_learning_rates():
 def test_complete_needs_no_budget():
     values = digits().model_dump() | {"rule": "complete", "baseline": None, "num_edges": None}
     assert Config.model_validate(values).num_edges is None
+
+
+# --- a variant is one place ---
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("RuleName", dnw.RULES),
+        ("ModelName", MODELS),
+        ("SolverName", (*EQUAL_STEPS, *ADAPTIVE)),
+        ("DataName", DATASETS),
+    ],
+)
+def test_the_names_that_a_config_knows_are_those_that_there_are(name, table):
+    known = get_args(getattr(settings, name))
+    missing, unknown = [x for x in table if x not in known], [x for x in known if x not in table]
+    assert not missing, f"add {missing} to {name} in dnw/train/_settings.py"
+    assert not unknown, f"{name} in dnw/train/_settings.py has {unknown}, which there are no more"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_by_its_name_is_a_config(name, request):
+    if "resnet" in name:
+        request.getfixturevalue("torchvision")
+    config = config_of_model(name)
+    assert (config.model, config.rule) == (name, "complete")
+    images = torch.zeros(2, *config.data.input_size)
+    assert make_model(config, 7).eval()(images).shape == (2, 7)
+    assert config_of_model(name, (1, 20, 30)).data.input_size == (1, 20, 20)
+
+
+def own_settings(rule: str) -> dict[str, object]:
+    """The types of what can be set of a rule, by its class; the edges of rule frozen have a setting of their own."""
+    kind = dnw.RULES[rule]
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name != "edges"}
+
+
+@pytest.mark.parametrize("rule", dnw.RULES)
+def test_the_settings_of_a_rule_are_those_of_its_class(rule):
+    expected = own_settings(rule)
+    listed = settings.RULE_SETTINGS.get(rule, ())
+    where = "of dnw/train/_settings.py"
+    assert set(listed) == set(expected), f"RULE_SETTINGS {where} has {listed} of {rule}, its class {tuple(expected)}"
+    fixed = "belongs into" if dnw.RULES[rule].fixed else "does not belong into"
+    assert dnw.RULES[rule].fixed == (rule in settings.FIXED_RULES), f"{rule} {fixed} FIXED_RULES {where}"
+    for name, kind in expected.items():
+        assert name in settings.RuleConfig.model_fields, f"add {name} ({kind}) to RuleConfig {where}"
+        field = settings.RuleConfig.model_fields[name]
+        assert field.default is None, f"{name} of RuleConfig {where} has a default of its own; leave it to the rule"
+        found = set(get_args(field.annotation)) - {type(None)}
+        wanted = set(get_args(kind)) - {type(None)} or {kind}
+        if name in settings.SHARES_OF_THE_RUN:
+            assert (found, wanted) == ({float}, {int}), f"{name} is given as a part of the run, and counts steps"
+            continue
+        assert found == wanted, f"{name} of RuleConfig {where} is {found}, that of {rule} is {wanted}"
+        for bound in (getattr(entry, end, None) for entry in field.metadata for end in ("ge", "le")):
+            if bound is not None:
+                dnw.RULES[rule](**{name: bound})  # is allowed there as well
+
+
+def test_every_setting_of_rules_belongs_to_one():
+    used = {name for names in settings.RULE_SETTINGS.values() for name in names}
+    assert set(settings.RuleConfig.model_fields) == used
+    assert set(settings.RULE_SETTINGS) <= set(dnw.RULES)
+
+
+# --- given edges, and configs of earlier versions ---
+
+
+@pytest.mark.parametrize("edges", get_args(settings.EdgesName))
+def test_a_stored_config_that_names_given_edges_as_its_rule_is_translated(edges):
+    recipe = {"ticket": "cifar10_mobilenet_lottery_x225", "random_original": "cifar10_random_original"}[edges]
+    config = RECIPES[recipe]()
+    assert (config.rule, config.edges, config.method) == ("frozen", edges, edges)
+    values = json.loads(config.to_json())
+    del values["edges"]
+    assert config_from_json(json.dumps(values | {"rule": edges}), "config.json") == config
+    with pytest.raises(ValueError, match=f"c.json: baseline: {edges} is no rule"):
+        config_from_json(json.dumps(values | {"rule": "dnw", "baseline": edges}), "c.json")
+
+
+def test_random_edges_as_the_authors_draw_them_are_for_their_network():
+    with pytest.raises(ValueError, match="edges=random_original is for model=tiny_cifar10 with rank_all_entries=true and num"):
+        override(cifar10(), ["rule=frozen", "edges=random_original"])
+    assert override(cifar10(), ["rule=frozen", "edges=random_original", "rank_all_entries=true"]).method == "random_original"
+
+
+# --- variants ---
+
+
+def test_a_variant_is_checked_like_any_config():
+    config = digits()
+    assert config.model_copy(update={"num_edges": 50}) == override(config, ["num_edges=50"])
+    assert config.model_copy() == config
+    for change, message in [
+        ({"num_edges": 0}, "num_edges: .*greater than or equal to 1"),
+        ({"num_edge": 50}, "num_edge: .*did you mean 'num_edges'"),
+        ({"density": 0.5}, "take one off"),
+        ({"optim": {"lr": -1}}, "optim.lr: .*greater than 0"),
+        ({"rule": "complete", "baseline": "complete"}, "is the rule of the run itself"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            config.model_copy(update=change)
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="OptimConfig: lr: .*greater than 0"):
+        OptimConfig().model_copy(update={"lr": 0})
+    with pytest.raises(ValueError, match="DataConfig: .*give one of each per channel"):
+        DataConfig(name="digits", image_size=8, mean=(0.1,), std=(1.0,)).model_copy(update={"std": (1.0, 1.0)})
+
+
+def test_the_single_runs_of_a_config():
+    config = override(digits(), ["seeds=3,4", "rule=rigl", "rule_settings.every=5", "density_schedule.end=0.5"])
+    singles = config.singles()
+    assert list(singles) == ["seed-3", "seed-3/baseline", "seed-4", "seed-4/baseline"]
+    assert [(one.seed, one.rule, one.baseline) for one in singles.values()] == [
+        (seed, rule, None) for seed in (3, 4) for rule in ("rigl", "random")
+    ]
+    assert singles["seed-3"].rule_settings.every == 5
+    assert singles["seed-3/baseline"].rule_settings.every is None
+    assert singles["seed-3/baseline"].density_schedule.end is None
+    assert list(digits().singles()) == [".", "./baseline"]
+    complete = override(digits(), ["pattern=channels", "num_edges=null", "density=0.5", "baseline=complete"]).singles()
+    assert (complete["."].pattern, complete["./baseline"].pattern) == ("channels", None)
+    with pytest.raises(ValueError, match="rule=l1_anneal prunes on a schedule"):
+        override(digits(), ["baseline=l1_anneal"])

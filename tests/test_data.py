@@ -19,14 +19,13 @@ from dnw.data import (
     InMemory,
     Streaming,
     crop_and_flip,
-    epoch_order,
     list_folder,
     load,
     read_cifar10,
     read_digits,
     read_mnist,
 )
-from dnw.data._batches import _Decoder, deal
+from dnw.data._batches import _Decoder, deal, epoch_order
 
 CPU = torch.device("cpu")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import Dropping
-from processes import on_processes
+from helpers import OPTIMIZERS, Dropping, pairs
+from processes import GROUP, needs, on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dnw
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.slow, GROUP]
 
 
 def net(seed: int) -> nn.Sequential:
@@ -215,8 +215,8 @@ def _fabric(rank: int) -> dict:
     return state_of(wiring)
 
 
+@needs("lightning_fabric")
 def test_fabric():
-    pytest.importorskip("lightning_fabric")
     assert_equal(*on_processes(2, _fabric))
 
 
@@ -239,8 +239,8 @@ def _accelerate(rank: int) -> dict:
     return state_of(wiring)
 
 
+@needs("accelerate")
 def test_accelerate():
-    pytest.importorskip("accelerate")
     assert_equal(*on_processes(2, _accelerate))
 
 
@@ -272,13 +272,13 @@ class Weights(nn.Module):
         self.weights = nn.ParameterList([nn.Parameter(v) for v in values])
 
 
-def _selections(rank: int, mesh_shape: tuple[int, ...], placements: list, budget: object) -> int:
+def _selections(rank: int, mesh_shape: tuple[int, ...], placements: list, cases: list[tuple[str, object]]) -> int:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b")[: len(mesh_shape)])
     seen = 0
-    for kind in KINDS:
+    for kind, budget in cases:
         values = [_scores(kind, shape) for shape in SHAPES]
         plain = Weights([v.clone() for v in values])
         sharded = Weights([distribute_tensor(v.clone(), mesh, placements) for v in values])
@@ -290,7 +290,7 @@ def _selections(rank: int, mesh_shape: tuple[int, ...], placements: list, budget
             other = wirings[1][name]
             assert other.num_active == one.num_active  # asked on one process after another: no messages
             assert other.num_candidates == one.num_candidates
-            assert torch.equal(whole(other.active), one.active), (kind, name)
+            assert torch.equal(whole(other.active), one.active), (kind, budget, name)
             assert torch.equal(whole(other.weight), one.weight)
             assert other.edges().to_list() == one.edges().to_list()
             seen += 1
@@ -304,14 +304,17 @@ def _placements(names: str) -> list:
     return [Replicate() if n == "r" else Shard(int(n)) for n in names]
 
 
-@pytest.mark.parametrize(
-    ("world", "mesh", "placements"),
-    [(2, (2,), "0"), (3, (3,), "0"), (2, (2,), "1"), (4, (2, 2), "r0"), (4, (2, 2), "01"), (4, (2, 2), "00")],
-)
-@pytest.mark.parametrize("budget", [0.3, dnw.Global(0.2)], ids=["uniform", "global"])
-def test_sharded_selection_equals_that_of_one_process(world, mesh, placements, budget):
-    seen = on_processes(world, _selections, mesh, _placements(placements), budget)
-    assert seen == [len(KINDS) * len(SHAPES)] * world
+MESHES = [(2, (2,), "0"), (3, (3,), "0"), (2, (2,), "1"), (4, (2, 2), "r0"), (4, (2, 2), "01"), (4, (2, 2), "00")]
+SELECTIONS = pairs(MESHES, KINDS, [0.3, dnw.Global(0.2)])
+
+
+@pytest.mark.parametrize("place", MESHES, ids=lambda place: f"{place[0]}-{place[2]}")
+def test_sharded_selection_equals_that_of_one_process(place):
+    world, mesh, placements = place
+    cases = [(kind, budget) for where, kind, budget in SELECTIONS if where == place]
+    assert {kind for kind, _ in cases} == set(KINDS)
+    seen = on_processes(world, _selections, mesh, _placements(placements), cases)
+    assert seen == [len(cases) * len(SHAPES)] * world
 
 
 # --- sharded: training ---
@@ -328,20 +331,13 @@ def _sharded(model: nn.Sequential) -> nn.Sequential:
     return fully_shard(model, mesh=mesh)
 
 
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-}
-
-
 def _fsdp(rank: int, optimizer: str, rule: dnw.Rule, budget: dict, dormant: dnw.Dormant | None) -> None:
     """Two processes, each with the same batch: sums and means over two are exact, so everything stays bit-equal."""
     plain, model = net(0), _sharded(net(0))
     plain_optimizer, sharded_optimizer = OPTIMIZERS[optimizer](plain.parameters()), OPTIMIZERS[optimizer](model.parameters())
     plain_wiring = dnw.wire(plain, plain_optimizer, rule=rule, dormant=dormant, **budget)
     wiring = dnw.wire(model, sharded_optimizer, rule=rule, dormant=dormant, **budget)
-    for step in range(30):
+    for step in range(21):  # one after the last step of the schedules below
         steps(plain, plain_optimizer, range(step, step + 1), rank=0)
         steps(model, sharded_optimizer, range(step, step + 1), rank=0)
         assert_equal(state_of(wiring), state_of(plain_wiring))
@@ -417,11 +413,9 @@ def _fsdp_resume(rank: int, folder: str, optimizer: str, flatten: bool, full: bo
     return state_of(wiring)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
-@pytest.mark.parametrize(("flatten", "full"), [(False, False), (True, False), (False, True)])
-def test_fsdp2_resumes_through_distributed_checkpoint(optimizer, flatten, full, tmp_path):
-    for at in (0, 3):
-        assert_equal(*on_processes(2, _fsdp_resume, str(tmp_path / str(at)), optimizer, flatten, full, at))
+@pytest.mark.parametrize(("optimizer", "form", "at"), pairs(["sgd", "momentum", "adamw"], ["nested", "flat", "whole"], [0, 3]))
+def test_fsdp2_resumes_through_distributed_checkpoint(optimizer, form, at, tmp_path):
+    assert_equal(*on_processes(2, _fsdp_resume, str(tmp_path / "x"), optimizer, form == "flat", form == "whole", at))
 
 
 def _reshard(rank: int, folder: str, world: int) -> dict:

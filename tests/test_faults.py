@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import GROUP
 from torch import nn
 
 from dnw.cli import main
@@ -23,8 +26,8 @@ from dnw.recipes import RECIPES, digits
 from dnw.train import (
     RunDirectory,
     TrainingStoppedError,
-    _build,
     _loop,
+    _network,
     count_run,
     evaluate,
     load_trained,
@@ -37,7 +40,7 @@ from dnw.train import (
 )
 from dnw.train._checkpoint import read_checkpoint, write_checkpoint
 from dnw.train._log import Log
-from dnw.train._state import State
+from dnw.train._network import Network
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric", "ignore::FutureWarning")
 SETTINGS = ("epochs=2", "baseline=null", "device=cpu", "first_epoch_snapshots=0", "batch_size=128")
@@ -58,6 +61,19 @@ def run(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def ticketed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ticketed")
+    first = train(short("epochs=1", "rule=complete", "num_edges=null"), data_dir=folder, out=folder / "complete")
+    return train(short("rule=frozen", "edges=ticket", f"ticket.run={first}"), data_dir=folder, out=folder / "run")
+
+
+@pytest.fixture
+def with_ticket(ticketed, tmp_path) -> Path:
+    """A copy of a finished run of a ticket, to be damaged."""
+    return shutil.copytree(ticketed, tmp_path / "run")
+
+
 def same(a: object, b: object) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
@@ -66,27 +82,33 @@ def same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def cut_back(run: Path, epochs: int = 1) -> None:
-    """Makes a finished run one that was killed after some epochs, from a run of as many."""
-    fresh = run.with_name("fresh")
-    stop_after(epochs, lambda: train(RunDirectory(run).config(), data_dir=Path("data"), out=fresh))
+@functools.cache
+def killed() -> tempfile.TemporaryDirectory[str]:
+    """Holds a run that was killed after its first epoch, made once."""
+    folder = tempfile.TemporaryDirectory()
+    stop_after(1, lambda: train(short(), data_dir=Path("data"), out=Path(folder.name) / "run"))
+    return folder
+
+
+def cut_back(run: Path) -> None:
+    """Makes a finished run one that was killed after its first epoch."""
     shutil.rmtree(run)
-    fresh.rename(run)
+    shutil.copytree(Path(killed().name) / "run", run)
 
 
 def stop_after(epochs: int, function: Callable[[], object]) -> None:
-    check = _loop._check_agreement
+    check = _loop.check_agreement
 
     def stop(fabric: object, wiring: object, epoch: int) -> None:
         if epoch == epochs:
             raise KeyboardInterrupt
 
-    _loop._check_agreement = stop
+    _loop.check_agreement = stop
     try:
         with pytest.raises(KeyboardInterrupt):
             function()
     finally:
-        _loop._check_agreement = check
+        _loop.check_agreement = check
 
 
 WAYS: dict[str, Callable[[Path], object]] = {
@@ -160,18 +182,21 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults(run
 
 
 def test_runs_of_older_versions_are_read_and_resumed(run, finished):
-    """Without checksums, and without config, classes and threads beside the rest."""
+    """Without checksums, and without config, number of classes and threads beside the rest."""
     cut_back(run)
     for name in ("last.pt", "best.pt"):
         content = read_checkpoint(run / name)
         write_checkpoint(run / name, {k: v for k, v in content.items() if k not in ("config", "num_classes")})
     environment = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(
-        json.dumps({k: v for k, v in environment.items() if k not in ("threads", "config", "check")})
+        json.dumps({k: v for k, v in environment.items() if k not in ("threads", "num_classes", "config", "check")})
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps({k: v for k, v in m.items() if k != "check"}) + "\n" for m in lines))
     assert count_run(run).active > 100
+    assert evaluate(run, data_dir=Path("data"))[1].top1 == RunDirectory(run).metrics()[-1].top1
+    assert len(run_record(run).steps) == 2
+    assert _network.num_classes_of_run(RunDirectory(run)) == 10
     resume(run)
     assert same(read_checkpoint(run / "last.pt"), read_checkpoint(finished / "last.pt"))
 
@@ -313,12 +338,43 @@ def test_what_a_checkpoint_says_of_the_optimizer_s_settings_does_not_count(run, 
 
 
 @pytest.mark.parametrize(
-    "content", [{"model": {}}, {"edges": {}, "model": 3}, {"edges": {"graph.weight": torch.zeros(2)}, "model": {}}]
+    "content",
+    [
+        {"model": {}},
+        {"edges": {}, "model": 3},
+        {"edges": {"graph.weight": torch.zeros(2)}, "model": {}},
+        {"edges": {}, "model": {}},
+    ],
 )
-def test_a_crafted_ticket_is_one_error_that_names_the_file(content, run):
-    write_checkpoint(run / "ticket.pt", content)
+def test_a_crafted_ticket_is_one_error_that_names_the_file(content, with_ticket):
+    write_checkpoint(with_ticket / "ticket.pt", content)
     with pytest.raises(ValueError, match=r"ticket\.pt: "):
-        load_trained(run)
+        load_trained(with_ticket)
+
+
+def test_a_ticket_that_is_gone_is_named(with_ticket):
+    (with_ticket / "ticket.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ticket\.pt: no such file"):
+        load_trained(with_ticket)
+
+
+def test_runs_that_name_given_edges_as_a_rule_are_read_and_resumed(with_ticket):
+    """As the first versions stored them: in config.json, in environment.json and in the checkpoints."""
+    before = {name: str(WAYS[name](with_ticket)) for name in ("eval", "count", "results")}
+    for file, inner in (("config.json", lambda v: v), ("environment.json", lambda v: v["config"])):
+        values = json.loads((with_ticket / file).read_text())
+        assert inner(values).pop("edges") == "ticket"
+        inner(values)["rule"] = "ticket"
+        values.pop("check", None)
+        (with_ticket / file).write_text(json.dumps(values))
+    for file in ("last.pt", "best.pt"):
+        content = read_checkpoint(with_ticket / file)
+        del content["config"]["edges"]
+        write_checkpoint(with_ticket / file, content | {"config": content["config"] | {"rule": "ticket"}})
+    config = RunDirectory(with_ticket).config()
+    assert (config.rule, config.edges, config.method) == ("frozen", "ticket", "ticket")
+    assert {name: str(WAYS[name](with_ticket)) for name in before} == before
+    resume(with_ticket)
 
 
 def test_other_data_than_a_run_was_trained_on_is_noticed(run, monkeypatch):
@@ -383,7 +439,7 @@ def test_pictures_that_cannot_be_made_are_said_once(tmp_path, monkeypatch, capsy
 
 def test_a_network_without_graphs_has_no_live_nodes_and_no_snapshots(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
-        _build.MODELS,
+        _network.MODELS,
         "tiny_digits",
         lambda c, classes: nn.Sequential(nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, classes)),
     )
@@ -435,13 +491,13 @@ def test_what_killed_runs_leave_half_written_is_removed_and_nothing_else(run):
 def test_a_resumed_run_computes_with_the_threads_that_it_was_started_with(tmp_path, monkeypatch, capsys):
     before = torch.get_num_threads()
     used: set[int] = set()
-    real = State.is_finite
+    real = Network.is_finite
 
-    def noting(state: State) -> bool:
+    def noting(network: Network) -> bool:
         used.add(torch.get_num_threads())
-        return real(state)
+        return real(network)
 
-    monkeypatch.setattr(State, "is_finite", noting)
+    monkeypatch.setattr(Network, "is_finite", noting)
     try:
         torch.set_num_threads(2)
         stop_after(1, lambda: train(short(), data_dir=tmp_path, out=tmp_path / "run"))
@@ -458,15 +514,15 @@ def test_a_resumed_run_computes_with_the_threads_that_it_was_started_with(tmp_pa
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     calls: list[None] = []
+    real = Network.is_finite
 
-    class Spoiled(State):
-        def is_finite(self) -> bool:
-            calls.append(None)
-            if len(calls) == 2:
-                self.model.state_dict()["graph.weight"].view(-1)[0] = torch.nan
-            return super().is_finite()
+    def spoiled(network: Network) -> bool:
+        calls.append(None)
+        if len(calls) == 2:
+            network.model.state_dict()["graph.weight"].view(-1)[0] = torch.nan
+        return real(network)
 
-    monkeypatch.setattr(_loop, "State", Spoiled)
+    monkeypatch.setattr(Network, "is_finite", spoiled)
     with pytest.raises(TrainingStoppedError, match=r"not finite in epoch 2 .*last.pt \(epoch 1\)"):
         train(short(), data_dir=tmp_path, out=tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
@@ -503,6 +559,7 @@ def test_a_decoding_process_that_dies_is_one_line(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+@GROUP
 def test_a_training_process_that_dies_is_one_line_and_the_run_goes_on(tmp_path):
     arguments = ["train", "digits", "epochs=300", "processes=2", *SETTINGS[1:], "--out", "run"]
     process = subprocess.Popen(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MaskInForward, batch, small_net, train_steps
+from helpers import MaskInForward, batch, pairs, small_net, train_steps
 from test_foreign_optimizers import Averaged
 from torch import nn
 
@@ -42,9 +42,9 @@ def start_anew(net: nn.Sequential, optimizer: torch.optim.Optimizer, wiring: dnw
     wiring.restart()
 
 
-@pytest.mark.parametrize("write", [write_model, write_latents, start_anew])
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("name", "write", "kind"), pairs(RULES, [write_model, write_latents, start_anew], [torch.optim.SGD, torch.optim.AdamW])
+)
 def test_a_write_leaves_no_momentum_that_would_bring_edges_back(name, write, kind):
     net = small_net()
     optimizer = kind(net.parameters(), lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))

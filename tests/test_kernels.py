@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compiled import lively, small_program, thinned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_compile import lively, small_program, thinned
 from torch import Tensor
 
 from dnw.compile import Program, Runtime, _measure, load_program, measured, plan, save_program

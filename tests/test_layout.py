@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import on_processes
+from processes import GROUP, on_processes
 from torch import Tensor, nn
 
 import dnw
@@ -167,7 +167,7 @@ def _sums(rank: int, kind: str, dim: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
+@GROUP
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("kind", ["targets_first", "transposed", "transposed_grouped", "experts_transposed"])
 def test_sums_by_target_of_sharded_parameters(kind, dim):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_compile import small_program
+from compiled import small_program
 
 import dnw
 from dnw.compile import Runtime, _lower

@@ -14,8 +14,7 @@ from helpers import reference
 
 from dnw.cli import main
 from dnw.recipes import RECIPES
-from dnw.train import RunDirectory, count_config, count_run, import_original, override, results_table, train
-from dnw.train._build import make_model, wire_model
+from dnw.train import RunDirectory, count_config, count_run, import_original, load_trained, override, results_table, train
 
 
 def stored(name: str, tmp_path, masks: bool = False):
@@ -29,20 +28,6 @@ def stored(name: str, tmp_path, masks: bool = False):
     path = tmp_path / "best.pt"
     torch.save({"model": weights}, path)
     return path, rest
-
-
-def logits_of(run, x):
-    """What the imported run's network gives, built from its stored config as dnw eval does."""
-    config = run.config()
-    content = torch.load(run.last, weights_only=True)
-    model = make_model(config, x[1])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    wiring = wire_model(config, model, optimizer)
-    optimizer.load_state_dict(content["optimizer"])
-    model.load_state_dict(content["model"])
-    wiring.project()
-    with torch.no_grad():
-        return model.eval()(x[0])
 
 
 IMPORTS = {
@@ -64,7 +49,10 @@ def test_an_imported_run_gives_the_recorded_logits(name, tmp_path):
         pytest.importorskip("torchdiffeq")
     file, recorded = stored(name, tmp_path)
     run = RunDirectory(import_original(file, RECIPES[recipe](), data_dir=tmp_path, out=tmp_path / "run"))
-    found = logits_of(run, (recorded["x"], classes))
+    network = load_trained(run.path)
+    assert network.num_classes == run.environment()["num_classes"] == classes
+    with torch.no_grad(), network.wiring.settled():
+        found = network.model(recorded["x"])
     assert (found - recorded["logits_eval"]).norm() / recorded["logits_eval"].norm() < 1e-4
     assert count_run(run.path).active < count_run(run.path).parameters
 
@@ -118,7 +106,7 @@ def test_counts_on_the_command_line(arguments, expected, capsys):
 
 def test_bad_counts_on_the_command_line(capsys, tmp_path):
     for arguments, message in (
-        (["digits", "--input", "3x32"], "--input 3x32: expected colours, height and width, such as 3x224x224"),
+        (["digits", "--input", "3x32"], "--input 3x32: expected channels, height and width, such as 3x224x224"),
         (["digits", "--input", "3x32x32"], "the model does not take an input of 3x32x32"),
         (["digitz"], "no recipe 'digitz'; did you mean 'digits'"),
         ([str(tmp_path)], "not a run directory"),
@@ -146,14 +134,14 @@ def test_edges_that_reach_no_output_are_refused_where_they_never_change(tmp_path
 def test_evaluations_of_an_ode_are_reported_per_epoch(tmp_path, capsys, monkeypatch):
     from dnw.graphs import ContinuousTimeGraph
     from dnw.models import GraphClassifier, Window
-    from dnw.train import _build
+    from dnw.train import _network
 
     def small(config, classes):
         graph = ContinuousTimeGraph(20, 4, 4, solver=config.solver, solver_steps=config.solver_steps)
         stem, head = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Linear(4, classes)
         return GraphClassifier(stem, graph, Window(0, 8), head)
 
-    monkeypatch.setitem(_build.MODELS, "tiny_digits", small)
+    monkeypatch.setitem(_network.MODELS, "tiny_digits", small)
     config = RECIPES["digits"]().model_copy(
         update={"epochs": 1, "baseline": None, "num_edges": 60, "solver": "rk4", "solver_steps": 3}
     )

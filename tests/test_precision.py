@@ -8,22 +8,12 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MaskInForward, RuleCase, batch, rule_cases, slow_top_k, small_net
+from helpers import OPTIMIZERS, RULES, MaskInForward, batch, case, pairs, slow_top_k, small_net
 from torch import nn
 
 import dnw
 
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
-}
 HALVES = [torch.bfloat16, torch.float16]
-
-
-def case(rule: str) -> RuleCase:
-    return rule_cases(small_net())[rule]
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
@@ -39,9 +29,7 @@ def half_net(dtype: torch.dtype, seed: int = 0) -> nn.Sequential:
     return small_net(seed).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("latent_dtype", [None, torch.float32])
-@pytest.mark.parametrize("rule", ["dnw", "random", "dropping"])
+@pytest.mark.parametrize(("rule", "latent_dtype", "dtype"), pairs(["dnw", "random", "dropping"], [None, torch.float32], HALVES))
 def test_half_precision_parameters_keep_exactly_k_edges(rule, latent_dtype, dtype):
     model = half_net(dtype)
     optimizer = OPTIMIZERS["momentum"](model.parameters())
@@ -90,7 +78,7 @@ def test_float32_latents_keep_small_updates():
     assert drift[torch.float32] == pytest.approx([-0.01] * 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw", "adamw_fused"])
 def test_float32_latents_train_as_a_float32_master_copy_does(optimizer):
     """By hand: float32 weights and optimizer, rounded to bfloat16 and masked for each forward pass."""
     model = half_net(torch.bfloat16)
@@ -122,7 +110,7 @@ def test_float32_latents_train_as_a_float32_master_copy_does(optimizer):
         assert all(v.dtype == torch.float32 for k, v in state.items() if k in ("momentum_buffer", "exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw", "adamw_fused"])
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("how", ["file", "deepcopy"])
 def test_float32_latents_resume_bit_exactly(optimizer, at, how):
@@ -213,7 +201,7 @@ def test_a_state_with_other_latents_is_refused():
 # --- autocast and gradient scaling ---
 
 
-@pytest.mark.parametrize("rule", list(rule_cases(small_net())))
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw_fused"])
 def test_grad_scaler_with_skipped_steps_equals_training_without_them(optimizer, rule):
     """Powers of two scale exactly, so the scaled run must equal the plain one bit for bit, skipped steps left out."""

@@ -9,22 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_net, train_steps
+from helpers import OPTIMIZERS, small_net, train_steps
 from torch import Tensor, nn
 
 import dnw
 
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
-}
-if hasattr(torch.optim, "Muon"):  # it mixes the entries of a gradient
-    OPTIMIZERS["muon"] = lambda p: torch.optim.Muon(p, lr=0.05, weight_decay=0.1)
+MOMENTUMS = ["momentum", "nesterov", "adam", "adamw", *(["muon"] if "muon" in OPTIMIZERS else [])]
 
 
-def linear(latent: list[list[float]], rule: dnw.Rule, optimizer: str = "sgd", **arguments: object):
+def linear(latent: list[list[float]], rule: dnw.Rule, optimizer: str = "momentum", **arguments: object):
     """A linear layer with the given latent weights, wired."""
     layer = nn.Linear(len(latent[0]), len(latent), bias=False)
     with torch.no_grad():
@@ -48,7 +41,7 @@ def backward_set(wiring: dnw.Wiring) -> Tensor:
     return torch.zeros_like(size, dtype=torch.bool).scatter(0, order, True).view(20, 30)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", MOMENTUMS)
 def test_no_weight_outside_the_backward_set_moves(name):
     torch.manual_seed(0)
     layer, base, wiring = linear(torch.randn(20, 30).tolist(), dnw.TopKAST(backward=2), name, density=0.1)
@@ -65,7 +58,7 @@ def test_no_weight_outside_the_backward_set_moves(name):
     assert came_back  # else nothing was seen of weights that have momentum and leave the set
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_what_comes_back_into_the_backward_set_has_no_momentum(name):
     torch.manual_seed(0)
     layer, base, wiring = linear(torch.randn(20, 30).tolist(), dnw.TopKAST(backward=2), name, density=0.1)
@@ -73,12 +66,12 @@ def test_what_comes_back_into_the_backward_set_has_no_momentum(name):
         inside = backward_set(wiring)
         random_step(layer, base, number)
         state = base.state[layer.weight]
-        momentum = state["momentum_buffer" if name == "sgd" else "exp_avg"]
+        momentum = state["momentum_buffer" if name == "momentum" else "exp_avg"]
         assert not momentum[~inside].any()
         assert momentum[inside].all()
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_training_with_a_backward_set_resumes_bit_for_bit(name):
     def make():
         model = small_net()
@@ -197,7 +190,7 @@ def test_set_by_sign_takes_no_pattern():
 
 
 @pytest.mark.parametrize("rule", [dnw.RigL(every=3), dnw.SET(every=3), dnw.MagnitudePruning(), dnw.L1Anneal()])
-@pytest.mark.parametrize("name", ["sgd", *(["muon"] if "muon" in OPTIMIZERS else [])])
+@pytest.mark.parametrize("name", ["momentum", *(["muon"] if "muon" in OPTIMIZERS else [])])
 def test_between_exchanges_the_edges_stay_and_dormant_weights_are_zero(rule, name):
     torch.manual_seed(0)
     layer, base, wiring = linear(torch.randn(20, 30).tolist(), rule, name, density=0.2)

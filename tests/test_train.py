@@ -1,6 +1,7 @@
 """Runs: equal when resumed, killed, or shared by two processes; clear when something is wrong."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import shutil
@@ -13,17 +14,36 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SHARED
+from pages import table
+from processes import GROUP, command, commands
 from test_data import write_cifar, write_mnist, write_tree
 
 import dnw
 from dnw.cli import main
+from dnw.data import Streaming, list_folder
 from dnw.recipes import RECIPES, digits
-from dnw.train import RunDirectory, TrainingStoppedError, evaluate, override, resume, train
+from dnw.train import (
+    RunDirectory,
+    TrainingStoppedError,
+    compile_run,
+    count_config,
+    count_run,
+    evaluate,
+    load_trained,
+    override,
+    results_table,
+    resume,
+    run_record,
+    train,
+    view_runs,
+)
 from dnw.train._checkpoint import read_checkpoint
+from dnw.train._network import load_network
+from dnw.train._run import FILES
 from dnw.view import read_snapshots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric", "ignore::FutureWarning")
-SHORT = ["device=cpu"]
+SHORT = ["device=cpu", "batch_size=128"]
 
 
 def short(*overrides: str):
@@ -62,17 +82,11 @@ def assert_same_runs(a: Path, b: Path) -> None:
         assert all((x.edges[n] == y.edges[n]).all() and (x.weights[n] == y.weights[n]).all() for n in x.edges)
 
 
-def command(*arguments: str, cwd: Path, **more) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "dnw", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-        **more,
-    )
+def started(run: Path) -> None:
+    """Waits until a run has written its first snapshot."""
+    deadline = time.monotonic() + 120
+    while not (run / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +110,80 @@ def test_what_a_run_leaves_behind(unbroken):
     assert all(m["entered"] == 0 for m in metrics(unbroken / "baseline"))
     environment = json.loads((unbroken / "environment.json").read_text())
     assert {"dnw", "commit", "torch", "python", "machine", "data_dir"} <= environment.keys()
+    for member in (unbroken, unbroken / "baseline"):
+        assert RunDirectory(member).environment()["num_classes"] == 10
+
+
+def test_the_files_of_a_run_are_those_of_the_list_and_of_the_docs(unbroken, tmp_path):
+    whole = shutil.copytree(unbroken, tmp_path / "whole")
+    complete = train(
+        short("epochs=1", "rule=complete", "num_edges=null", "baseline=null"), data_dir=Path("data"), out=tmp_path / "complete"
+    )
+    ticket = ["rule=frozen", "edges=ticket", f"ticket.run={complete}", "baseline=null"]
+    begun = train(short("epochs=1", *ticket), data_dir=Path("data"), out=tmp_path / "ticket")
+    view_runs([complete, begun])
+    found = {str(p.relative_to(run)) for run in (whole, complete, begun) for p in run.rglob("*") if p.is_file()}
+    found = {name.removeprefix("baseline/") for name in found}
+    unlisted = {name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)}
+    assert not unlisted, f"add {unlisted} to FILES in dnw/train/_run.py"
+    unseen = {pattern for pattern in FILES if pattern != "lock" and not fnmatch.filter(found, pattern)}
+    assert not unseen, f"no run has left {unseen}, which FILES in dnw/train/_run.py names"
+    rows = {row["file"].strip("`"): row["what it is"] for row in table("docs/runs.md", "file", "what it is")}
+    assert rows == FILES, "the table of docs/runs.md is not FILES of dnw/train/_run.py"
+
+
+# --- what reads a run draws nothing ---
+
+READERS = {
+    "eval": evaluate,
+    "load": load_trained,
+    "count": count_run,
+    "count a recipe": lambda run: count_config(digits()),
+    "compile": compile_run,
+    "record": run_record,
+    "view": lambda run: view_runs([run]),
+    "results": lambda run: results_table([run], RECIPES),
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+def test_reading_a_run_draws_from_no_generator_of_the_caller(way, unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    READERS[way](run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_decoding_images_draws_from_no_generator_of_the_caller(tmp_path):
+    write_tree(tmp_path, size=12, num=2, wide=0)
+    batches = Streaming(
+        *list_folder(tmp_path),
+        size=8,
+        batch_size=2,
+        seed=0,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=torch.device("cpu"),
+        workers=0,
+    )
+    before = torch.get_rng_state()
+    assert len([*batches.test(), *batches.train(0)]) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_has_the_classes_of_its_data(tmp_path):
+    write_tree(tmp_path / "tree", size=40, num=6, wide=8)
+    folder = ["data.name=folder", "data.workers=0", "batch_size=4", "epochs=1", "device=cpu"]
+    run = RunDirectory(train(override(RECIPES["cifar10"](), folder), data_dir=tmp_path / "tree", out=tmp_path / "run"))
+    classes = len(list_folder(tmp_path / "tree")[0].classes)
+    assert classes != 10
+    assert run.environment()["num_classes"] == classes
+    for checkpoint in ("best", "last", None):
+        network = load_network(run, run.config(), checkpoint)
+        assert network.num_classes == network.model.classifier.out_features == classes
+    assert (load_trained(run.path).epoch, load_network(run, run.config(), None).epoch) == (1, 0)
+    assert run_record(run.path).steps[0] == 0
 
 
 def test_snapshots_of_a_run(unbroken):
@@ -118,12 +206,12 @@ def test_a_saved_model_holds_the_sparse_weights(unbroken):
 
 @pytest.mark.parametrize("broken_at", [0, 1, 3])
 def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, broken_at):
-    import dnw.train._state as state
+    import dnw.train._network as network
 
     class Killed(Exception):
         pass
 
-    real, calls = state.write_checkpoint, []
+    real, calls = network.write_checkpoint, []
 
     def write(path, content):
         if path.name == "last.pt" and "baseline" not in str(path):
@@ -132,10 +220,10 @@ def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path, monkeypatch, b
                 raise Killed  # metrics, snapshot and best checkpoint of this epoch are written, the last one is not
         real(path, content)
 
-    monkeypatch.setattr(state, "write_checkpoint", write)
+    monkeypatch.setattr(network, "write_checkpoint", write)
     with pytest.raises(Killed):
         train(short("epochs=4"), data_dir=Path("data"), out=tmp_path / "run")
-    monkeypatch.setattr(state, "write_checkpoint", real)
+    monkeypatch.setattr(network, "write_checkpoint", real)
     resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
     assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
@@ -148,43 +236,37 @@ def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
 
 
 @pytest.mark.slow
+@GROUP
 @pytest.mark.parametrize("delay", [0.0, 0.15, 0.4])
 def test_sigkill_at_any_moment(unbroken, tmp_path, delay):
-    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = command("train", "digits", "epochs=4", *SHORT, "--out", "run", folder=tmp_path)
+    started(tmp_path / "run")
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
+    resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
     assert_same_runs(unbroken / "baseline", tmp_path / "run" / "baseline")
 
 
 @pytest.mark.slow
+@GROUP
 def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
-    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"]
     process = subprocess.Popen(
-        arguments,
+        [sys.executable, "-m", "dnw", "train", "digits", "epochs=4", *SHORT, "--out", "run"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "snapshots" / "step-00000000.npz").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    started(tmp_path / "run")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped; continue with: dnw resume run" in out
     assert err == ""
-    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    resume(tmp_path / "run")
     assert_same_runs(unbroken, tmp_path / "run")
 
 
@@ -206,8 +288,9 @@ def test_eval_repeats_the_metrics(unbroken):
 def test_several_seeds(tmp_path, capsys):
     train(short("epochs=2", "seeds=0,3", "baseline=null"), data_dir=Path("data"), out=tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "environment.json", "seed-0", "seed-3"}
-    tops = [metrics(tmp_path / "run" / f"seed-{s}")[-1]["top1"] for s in (0, 3)]
-    assert tops[0] != tops[1]
+    last = [metrics(tmp_path / "run" / f"seed-{s}")[-1] for s in (0, 3)]
+    assert last[0]["train_loss"] != last[1]["train_loss"]
+    tops = [row["top1"] for row in last]
     mean, deviation = (
         torch.tensor(tops, dtype=torch.float64).mean().item(),
         torch.tensor(tops, dtype=torch.float64).std().item(),
@@ -234,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     def explode(logits, labels, **more):
         steps.append(None)
         loss = real(logits, labels, **more)
-        return loss * torch.inf if len(steps) == 60 else loss
+        return loss * torch.inf if len(steps) == 15 else loss
 
     monkeypatch.setattr(loop.F, "cross_entropy", explode)
     with pytest.raises(TrainingStoppedError, match=r"not finite in epoch 2 .*last good checkpoint is .*last.pt \(epoch 1\)"):
@@ -245,16 +328,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 
 @pytest.mark.slow
+@GROUP
 def test_two_processes_agree_and_end_where_one_does(unbroken, tmp_path):
     # Batch norm sees half batches, so results differ from one process; after each epoch the run itself compares the
     # latent weights of its processes, and stops where they differ.
-    done = command("train", "digits", "epochs=2", "processes=2", *SHORT, "--out", "run", cwd=tmp_path)
+    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=2", "processes=2", *SHORT, "--out", "run"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 2  # the run and its baseline, each said once
     lines = metrics(tmp_path / "run")
     assert [m["active"] for m in lines] == [100, 100]
     assert lines[-1]["step"] == metrics(unbroken)[1]["step"]
-    assert command("eval", "run", cwd=tmp_path).returncode == 0
+    assert main(["eval", str(tmp_path / "run")]) == 0
 
 
 # --- the command's errors: one line, exit code not 0, nothing half-written ---
@@ -282,17 +367,17 @@ def test_processes_that_disagree_stop_the_run():
 
     model = torch.nn.Linear(3, 3)
     wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.5)
-    loop._check_agreement(TwoProcesses(0.0), wiring, 0)
+    loop.check_agreement(TwoProcesses(0.0), wiring, 0)
     with pytest.raises(TrainingStoppedError, match="the processes hold different wirings"):
-        loop._check_agreement(TwoProcesses(1e-9), wiring, 0)
+        loop.check_agreement(TwoProcesses(1e-9), wiring, 0)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model=tiny_cifar10"], "model=tiny_cifar10 does not take images of 1x8x8"),
-        (["data.mean=0.1,0.2", "data.std=1,1"], "the images have 1 colours"),
-        (["data.std=1,1"], "give one of each per colour"),
+        (["data.mean=0.1,0.2", "data.std=1,1"], "the images have 1 channels"),
+        (["data.std=1,1"], "give one of each per channel"),
         (["num_edges=100000"], "from 1 to 5,504"),
         (["processes=2", "batch_size=1"], "2 processes need at least one image each"),
         (["device=cuda", "processes=20"], "CUDA devices; use device=cpu"),
@@ -359,22 +444,25 @@ def test_data_of_every_kind_trains(tmp_path, monkeypatch):
     assert main(["eval", "c"]) == 0
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+def files_of_30_kilobytes() -> None:
     """A limit on file size makes the checkpoint fail as a full disk does."""
     import resource
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    arguments = [sys.executable, "-m", "dnw", "train", "digits", "epochs=2", *SHORT, "--out", "run"]
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+
+@pytest.mark.slow
+@GROUP
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+    arguments = "train", "digits", "epochs=2", *SHORT, "--out", "run"
+    done = command(*arguments, folder=tmp_path, before=files_of_30_kilobytes).wait()
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert "best.pt: File too large" in done.stderr
     assert not list((tmp_path / "run").rglob("*.part"))
     assert not (tmp_path / "run" / "last.pt").exists()
-    assert command("resume", "run", cwd=tmp_path).returncode == 0
+    resume(tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 def test_recipes_and_config_on_the_command_line(capsys):
@@ -396,24 +484,31 @@ def test_recipes_and_config_on_the_command_line(capsys):
 
 
 @pytest.mark.slow
+@GROUP
 def test_torchrun(tmp_path):
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "dnw"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = "train", "digits", "epochs=1", "processes=2", "baseline=null", *SHORT, "--out", "run"
+    done = [process.wait() for process in commands(2, *arguments, folder=tmp_path)]
+    assert [one.returncode for one in done] == [0, 0], done
     assert metrics(tmp_path / "run")[0]["active"] == 100
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_real_mnist(tmp_path):
+def test_real_mnist(tmp_path, monkeypatch):
+    """The files are read whole; a sixth of the images is trained on."""
+    import dnw.train._loop as loop
+
+    def fewer(*arguments):
+        parts = zip(load_data(*arguments), (10_000, 2_000), strict=True)
+        return tuple(dataclasses.replace(part, images=part.images[:num], labels=part.labels[:num]) for part, num in parts)
+
+    load_data = loop.load_data
     unpack = SHARED / "data" / "unpack"
     if not unpack.exists():
         pytest.skip("the real data sets are not at hand (set DNW_SHARED)")
+    monkeypatch.setattr(loop, "load_data", fewer)
     subprocess.run([sys.executable, unpack, tmp_path, "mnist"], check=True, capture_output=True)
-    config = override(RECIPES["mnist"](), ["epochs=1", "device=cpu"])
+    config = override(RECIPES["mnist"](), ["epochs=1", "batch_size=32", "device=cpu"])
     run = train(config, data_dir=tmp_path, out=tmp_path / "run")
     assert metrics(run)[0]["active"] == 600
-    assert metrics(run)[0]["top1"] > 0.9
+    assert metrics(run)[0]["top1"] > 0.8

@@ -21,8 +21,9 @@ from dnw.graphs import DiscreteTimeGraph
 from dnw.models import GraphChain, Stage, tiny_cifar10, tiny_digits
 from dnw.recipes import digits
 from dnw.train import EpochMetrics, RunDirectory, load_trained, override, resume, run_record, train, view_runs
-from dnw.train._build import load_data, make_batches, make_model
+from dnw.train._images import load_data, make_batches
 from dnw.train._log import Log
+from dnw.train._network import make_model
 from dnw.train._view import Page
 from dnw.view import (
     NothingToShowError,
@@ -362,10 +363,10 @@ def generators() -> tuple[object, ...]:
     return bytes(torch.get_rng_state().numpy()), bytes(words), position, random.getstate()
 
 
-def test_a_picture_neither_seeds_nor_draws_from_a_generator_of_the_caller(run, tmp_path):
+def test_a_picture_neither_seeds_nor_draws_from_a_generator_of_the_caller(page_of, tmp_path):
     pytest.importorskip("matplotlib")
+    run, page = page_of
     one, trained = run_record(run), load_trained(run)
-    page = Page(RunDirectory(run), trained.config, trained.model)
     images = torch.randn(2, 1, 8, 8)
     torch.rand(3)
     np.random.rand(3)

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from dnw import __version__
 from dnw._checks import did_you_mean, listing
@@ -174,13 +174,13 @@ def _count(parsed: argparse.Namespace) -> None:
 
     A network by its name is counted complete, a recipe as it starts, a run with the edges of its last checkpoint.
     """
-    from dnw.train import MODEL_NAMES, config_of_model, count_config, count_run, override
+    from dnw.train import count_config, count_run, override
+    from dnw.train._counts import config_of_model
+    from dnw.train._settings import ModelName
 
     size = _input_size(parsed.input) if parsed.input else None
-    if parsed.target in MODEL_NAMES:
-        size = size or _INPUTS.get(parsed.target, (3, 224, 224))
-        colours, height, _ = size
-        _say(str(count_config(override(config_of_model(parsed.target, colours, height), parsed.overrides), size)))
+    if parsed.target in get_args(ModelName):
+        _say(str(count_config(override(config_of_model(parsed.target, size), parsed.overrides), size)))
     elif Path(parsed.target).is_dir():
         if parsed.overrides:
             raise ValueError(f"{parsed.overrides[0]!r}: a run is counted as it is; settings can be changed of a recipe")
@@ -264,9 +264,9 @@ def _view(parsed: argparse.Namespace) -> None:
 def _input_size(text: str) -> tuple[int, int, int]:
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(p.isdecimal() and len(p) < 6 and 0 < int(p) <= 4096 for p in parts):
-        raise ValueError(f"--input {text:.40}: expected colours, height and width, such as 3x224x224, each from 1 to 4096")
-    colours, height, width = map(int, parts)
-    return colours, height, width
+        raise ValueError(f"--input {text:.40}: expected channels, height and width, such as 3x224x224, each from 1 to 4096")
+    channels, height, width = map(int, parts)
+    return channels, height, width
 
 
 def _import(parsed: argparse.Namespace) -> None:
@@ -289,7 +289,8 @@ def _sweep(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--over {parsed.over}: expected a setting and its values, such as density=0.1,0.2,0.3")
     _quiet()
     from dnw.recipes import RECIPES
-    from dnw.train import check_plot, plot_sweep, results_table, sweep
+    from dnw.train import plot_sweep, results_table, sweep
+    from dnw.train._sweep import check_plot
 
     check_plot()
     out = parsed.out or Path("runs") / f"sweep-{config.recipe}"
@@ -302,7 +303,8 @@ def _sweep(parsed: argparse.Namespace) -> None:
 def _results(parsed: argparse.Namespace) -> None:
     """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row; or put it in a page."""
     from dnw.recipes import RECIPES
-    from dnw.train import insert_table, results_table
+    from dnw.train import results_table
+    from dnw.train._results import insert_table
 
     if (parsed.into is None) != (parsed.table is None):
         raise ValueError("--into PAGE and --table NAME go together: the page, and the place in it")
@@ -361,9 +363,6 @@ def _is_users(error: Exception) -> bool:
     return type(error).__name__ == "TrainingStoppedError"
 
 
-_INPUTS = {"tiny_digits": (1, 8, 8), "tiny_mnist": (1, 28, 28), "resnet18_cifar": (3, 32, 32)}
-_INPUTS |= {f"tiny_cifar10{kind}": (3, 32, 32) for kind in ("", "_discrete", "_continuous")}
-"""Of networks by their names; those that are not here are counted for 224 px."""
 _EXTRAS = {
     "matplotlib": "plot",
     "networkx": "edges",

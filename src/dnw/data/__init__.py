@@ -5,7 +5,7 @@ bytes on the training device.
 """
 
 from dnw.data._augment import Augment, crop_and_flip
-from dnw.data._batches import Batches, InMemory, Streaming, epoch_order
+from dnw.data._batches import Batches, InMemory, Streaming
 from dnw.data._folder import FolderImages, list_folder
 from dnw.data._images import Images
 from dnw.data._load import DATASETS, load
@@ -20,7 +20,6 @@ __all__ = [
     "InMemory",
     "Streaming",
     "crop_and_flip",
-    "epoch_order",
     "list_folder",
     "load",
     "read_cifar10",

@@ -26,7 +26,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, augment: Augment) -> Tensor:
     """Crops and mirrors each image of a batch by its own draws.
 
     Args:
-        images: ``[batch, colours, height, width]``, any dtype.
+        images: ``[batch, channels, height, width]``, any dtype.
         draws: uniform draws in [0, 1), ``[batch, 3]``: row offset, column offset, mirror.
         augment: what to do.
 

@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches(Protocol):
-    """Training and test batches: images float ``[batch, colours, height, width]``, labels int64 ``[batch]``."""
+    """Training and test batches: images float ``[batch, channels, height, width]``, labels int64 ``[batch]``."""
 
     @property
     def num_batches(self) -> int:
@@ -66,7 +66,7 @@ class InMemory:
         batch_size: images per step over all processes.
         seed: of the order and the draws.
         augment: what training images go through.
-        mean, std: per colour, in units of the full range.
+        mean, std: per channel, in units of the full range.
         device: where images are kept and batches are made.
         rank, world: this process among how many.
     """
@@ -201,7 +201,8 @@ class Streaming:
         return self._load(_Decoder(self._test, self._size, training=False), batches)
 
     def _load(self, dataset: _Decoder, batches: list[list[tuple[int, list[float]]]]) -> Iterator[Batch]:
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=self._workers)
+        draws_nothing = torch.Generator()  # the loader seeds its workers with it, and would with the user's
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=self._workers, generator=draws_nothing)
         try:
             for images, labels in loader:
                 images, labels = images.to(self._device), labels.to(self._device)

@@ -13,7 +13,7 @@ class Images:
     """Decoded images and their labels.
 
     Attributes:
-        images: uint8 ``[n, colours, height, width]``.
+        images: uint8 ``[n, channels, height, width]``.
         labels: int64 ``[n]``.
         classes: name of each class, in the order of the labels.
     """

@@ -21,12 +21,12 @@ def _mnist(folder: Path, size: int) -> Pair:
 
 
 def _cifar10(folder: Path, size: int) -> Pair:
-    for place in (folder / "cifar-10-batches-py", folder):
-        if (place / "data_batch_1").is_file():
-            return read_cifar10(place)
-    for place in (folder / "cifar10", folder):
-        if (place / "train").is_dir():
-            return _folder(place, size)
+    for inner in (folder / "cifar-10-batches-py", folder):
+        if (inner / "data_batch_1").is_file():
+            return read_cifar10(inner)
+    for inner in (folder / "cifar10", folder):
+        if (inner / "train").is_dir():
+            return _folder(inner, size)
     raise ValueError(
         f"no CIFAR-10 in {folder}: expected cifar-10-batches-py/data_batch_1 to 5 and test_batch, or an image tree "
         "cifar10/train/<class>/ and cifar10/test/<class>/; name the folder with --data-dir"

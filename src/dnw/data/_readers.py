@@ -42,14 +42,14 @@ def read_mnist(folder: Path) -> tuple[Images, Images]:
         ValueError: a missing, cut-off or foreign file, one without images, one that says it holds more than a gigabyte, or
             a label above 9; the file is named.
     """
-    places = [folder / "MNIST" / "raw", folder / "raw", folder]
+    folders = [folder / "MNIST" / "raw", folder / "raw", folder]
     parts = []
     for part in ("train", "t10k"):
-        path = _find(places, f"{part}-images-idx3-ubyte")
+        path = _find(folders, f"{part}-images-idx3-ubyte")
         images = _idx(path, 3)
         if not images.size:
             raise ValueError(f"{path}: holds no images (its header says {sizes_text(images.shape)})")
-        path = _find(places, f"{part}-labels-idx1-ubyte")
+        path = _find(folders, f"{part}-labels-idx1-ubyte")
         labels = _idx(path, 1)
         if len(images) != len(labels):
             raise ValueError(f"MNIST in {folder}: {len(images):,} {part} images but {len(labels):,} labels")
@@ -59,12 +59,12 @@ def read_mnist(folder: Path) -> tuple[Images, Images]:
     return parts[0], parts[1]
 
 
-def _find(places: list[Path], name: str) -> Path:
-    for place in places:
-        for path in (place / name, place / f"{name}.gz"):
+def _find(folders: list[Path], name: str) -> Path:
+    for folder in folders:
+        for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
-    tried = ", ".join(str(p) for p in dict.fromkeys(places))
+    tried = ", ".join(str(p) for p in dict.fromkeys(folders))
     raise ValueError(f"no MNIST file {name} (or {name}.gz) in {tried}; name the folder with --data-dir")
 
 

@@ -13,7 +13,7 @@ _IMAGENET = DataConfig(name="folder", image_size=224, mean=(0.485, 0.456, 0.406)
 
 
 def _variant(config: Config, recipe: str, **changes: object) -> Config:
-    return Config.model_validate({**config.model_dump(), "recipe": recipe, **changes})
+    return config.model_copy(update={"recipe": recipe, **changes})
 
 
 def digits() -> Config:
@@ -66,7 +66,7 @@ def cifar10_random() -> Config:
 
 def cifar10_random_original() -> Config:
     """The same with a random graph as the authors draw it, of whose edges about 27,000 can be used (published: 76.1 %)."""
-    return _variant(cifar10(), "cifar10_random_original", rule="random_original", rank_all_entries=True)
+    return _variant(cifar10(), "cifar10_random_original", rule="frozen", edges="random_original", rank_all_entries=True)
 
 
 def cifar10_discrete() -> Config:
@@ -141,14 +141,15 @@ def cifar10_mobilenet_complete() -> Config:
 
 def cifar10_mobilenet_lottery_x225() -> Config:
     """The one-shot lottery ticket of a run of the complete graph: give ticket.run=RUN (published: 87.9 %)."""
-    return _variant(cifar10_mobilenet_dnw_x225(), "cifar10_mobilenet_lottery_x225", rule="ticket")
+    return _variant(cifar10_mobilenet_dnw_x225(), "cifar10_mobilenet_lottery_x225", rule="frozen", edges="ticket")
 
 
 def cifar10_mobilenet_fine_tune_x225() -> Config:
     """The largest weights of a run of the complete graph, trained on at a learning rate of 0.01: give ticket.run=RUN."""
     base = cifar10_mobilenet_dnw_x225()
-    optim = base.optim.model_copy(update={"lr": 0.01}).model_dump()
-    return _variant(base, "cifar10_mobilenet_fine_tune_x225", rule="ticket", ticket={"rewind": False}, optim=optim)
+    optim = base.optim.model_copy(update={"lr": 0.01})
+    ticket = {"rewind": False}
+    return _variant(base, "cifar10_mobilenet_fine_tune_x225", rule="frozen", edges="ticket", ticket=ticket, optim=optim)
 
 
 # --- the field's rules on the same network, budget and schedule ---

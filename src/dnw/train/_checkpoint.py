@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run after an epoch, in one file of plain tensors.
+"""Checkpoints: what a run begins with, and how it stands after an epoch, in files of plain tensors.
 
 Contract: what is read has been checked: it is whole, of a format that we know, made with the run's config, and its numbers
 are possible. Whatever is wrong is one ``ValueError`` that names the file.
@@ -7,6 +7,7 @@ are possible. Whatever is wrong is one ``ValueError`` that names the file.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dnw._files import read_tensors, write_whole
-from dnw.train._config import MOST_EPOCHS, Config, check_unchanged, short
+from dnw.train._config import Config, check_unchanged
+from dnw.train._settings import MOST_EPOCHS, short
 
 FORMAT = 1
 
@@ -34,8 +36,8 @@ def read_checkpoint(path: Path, config: Config | None = None) -> dict[str, Any]:
         config: of the single run that it belongs to, which must be the one that it was made with.
 
     Returns:
-        ``model`` and ``optimizer`` (state dicts), ``epoch`` and ``step`` (done) and, where the file is not of an older version,
-        ``num_classes`` and ``config``.
+        ``model`` and ``optimizer`` (state dicts), ``epoch`` and ``step`` (done), ``num_classes`` and, where the file is not of
+        an older version, ``config``.
 
     Raises:
         ValueError: no checkpoint of ours, a damaged one, one of a newer version, or one that was made with another config.
@@ -52,29 +54,48 @@ def read_checkpoint(path: Path, config: Config | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: is of epoch {epoch}, but the run has {most} epochs")
     if (step and not epoch) or step % max(1, epoch):
         raise ValueError(f"{path}: step {step} is not the end of epoch {epoch}")
-    return content
+    return {**content, "num_classes": _num_classes(path, content)}
 
 
-def num_classes_of(path: Path, content: dict[str, Any]) -> int:
-    """The number of classes of a checkpoint's network; of older files, which do not say it, the outputs of the last layer."""
-    if "num_classes" in content:
-        return max(1, _whole(path, content, "num_classes"))
-    heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
-    if not heads:
-        raise ValueError(f"{path}: does not say how many classes there are")
-    return heads[-1].shape[0]
-
-
-def read_weights(path: Path, *keys: str) -> dict[str, dict[str, Tensor]]:
-    """Reads weights that stand in a file of their own; under each key tensors by name.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads the weights that a run began with.
 
     Raises:
         ValueError: a damaged file, or one without them.
     """
-    content = _read(path, keys)
-    for key in keys:
-        _check_weights(path, content[key])
-    return {key: content[key] for key in keys}
+    weights = _read(path, ("model",))["model"]
+    _check_weights(path, weights)
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a run begins with, where its seed and its rule do not say it.
+
+    Attributes:
+        weights: of the model, by name.
+        edges: masks by parameter name; None for those that the rule chooses.
+        source: where they come from, for messages.
+    """
+
+    weights: dict[str, Tensor]
+    edges: dict[str, Tensor] | None
+    source: str
+
+
+def read_ticket(path: Path) -> Start:
+    """Reads the ticket that a run begins with.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a damaged file, or another one.
+    """
+    content = _read(path, ("model", "edges"))
+    for weights in (content["model"], content["edges"]):
+        _check_weights(path, weights)
+    if any(mask.dtype != torch.bool for mask in content["edges"].values()):
+        raise ValueError(f"{path}: not a ticket (its edges are no masks)")
+    return Start(content["model"], content["edges"], str(path))
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -94,7 +115,17 @@ def _whole(path: Path, content: dict[str, Any], key: str) -> int:
     return value
 
 
-def _check_weights(path: Path, weights: object) -> None:
+def _num_classes(path: Path, content: dict[str, Any]) -> int:
+    """The number of classes of a network; of older files, which do not say it, the outputs of its last layer."""
+    if "num_classes" in content:
+        return max(1, _whole(path, content, "num_classes"))
+    heads = [w for n, w in content["model"].items() if n.endswith("weight") and w.ndim == 2 and "graph" not in n]
+    if not heads:
+        raise ValueError(f"{path}: does not say how many classes there are")
+    return heads[-1].shape[0]
+
+
+def _check_weights(path: Path, weights: Any) -> None:
     if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items()):
         raise ValueError(f"{path}: not a checkpoint of a run (it holds no weights by name)")
     wrong = [

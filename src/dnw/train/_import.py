@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from dnw._rules.fixed import Frozen
-from dnw._wiring.wire import wire
 from dnw.models import GraphChain, GraphClassifier, load_original, read_original
-from dnw.train._build import make_model, parameter_groups, wire_model
-from dnw.train._checkpoint import write_checkpoint
+from dnw.train._checkpoint import Start
 from dnw.train._config import Config
+from dnw.train._network import make_model, make_network
 from dnw.train._run import RunDirectory
 
 
@@ -36,49 +32,37 @@ def import_original(file: Path, config: Config, *, data_dir: Path, out: Path | N
     changes: dict[str, object] = {"seeds": config.seeds[:1], "baseline": None, "rank_all_entries": True}
     if config.model == "tiny_cifar10_continuous":
         changes["rectify_in_place"] = True
-    if config.rule == "random_original":
-        changes["rule"] = "random"
-    config = Config.model_validate({**config.model_dump(), **changes})
+    if config.edges == "random_original":
+        changes |= {"rule": "random", "edges": None}
+    config = config.model_copy(update=changes)
     content = read_original(file)
     heads = [w for n, w in content.weights.items() if n in ("fc.weight", "linear.weight", "linear.graph.weight")]
     if len(heads) != 1:
         raise ValueError(f"{file}: no classifier among its weights, so it is no network of the authors' code")
-    model = make_model(config, heads[0].shape[0])
+    num_classes = heads[0].shape[0]
+    model = make_model(config, num_classes)
     if not isinstance(model, (GraphClassifier, GraphChain)):
         raise ValueError(f"model={config.model}: the authors' code has no checkpoints of it")
     try:
         edges = load_original(model, content.weights)
     except ValueError as error:
         raise ValueError(f"{file} does not fit recipe {config.recipe}: {error}") from None
-    optimizer = torch.optim.SGD(parameter_groups(model, config.optim), lr=config.optim.lr, momentum=config.optim.momentum)
+    if edges and config.rule != "random":
+        raise ValueError(f"{file}: it holds a fixed edge set, so choose the recipe of a random graph (rule={config.method})")
+    if not edges and config.rule != "dnw":
+        raise ValueError(
+            f"{file}: it holds no fixed edge set, so choose the recipe of the learned wiring, not rule={config.method}"
+        )
+    network = make_network(config, num_classes, Start(model.state_dict(), edges or None, str(file)))
     if edges:
-        if config.rule != "random":
-            raise ValueError(f"{file}: it holds a fixed edge set, so choose the recipe of a random graph (rule={config.rule})")
-        wire(model, optimizer, rule=Frozen(edges), include=list(edges))
-        check = make_model(config, heads[0].shape[0])  # the budget of the config must be that of the file
-        wire_model(config, check, other := torch.optim.SGD(parameter_groups(check, config.optim), lr=1.0))
-        try:
-            other.load_state_dict(optimizer.state_dict())
+        try:  # the budget of the config must be that of the file
+            make_network(config, num_classes).optimizer.load_state_dict(network.optimizer.state_dict())
         except ValueError as error:
             raise ValueError(f"{file} does not fit recipe {config.recipe}: {error}") from None
-    elif config.rule == "dnw":
-        wire_model(config, model, optimizer)
-    else:
-        raise ValueError(
-            f"{file}: it holds no fixed edge set, so choose the recipe of the learned wiring, not rule={config.rule}"
-        )
     epoch = content.epoch or 0
     if not 0 <= epoch <= config.epochs:
         raise ValueError(f"{file}: is of epoch {epoch}, but recipe {config.recipe} has {config.epochs}; give epochs={epoch}")
-    run = RunDirectory.create(config, data_dir, out)
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "step": 0,
-        "num_classes": heads[0].shape[0],
-        "config": config.model_dump(mode="json"),
-    }
-    for path in (run.best, run.last):
-        write_checkpoint(path, state)
+    run = RunDirectory.create(config, data_dir, num_classes, out)
+    for checkpoint in (run.best, run.last):
+        network.save(checkpoint, epoch, step=0)
     return run.path

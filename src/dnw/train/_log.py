@@ -27,10 +27,10 @@ class Log:
             self._console.print(text, markup=False)
 
     def start(self, config: Config, path: Path, summary: Summary, done: int) -> None:
-        share = summary.active / summary.candidates
+        density = summary.active / summary.candidates
         self.line(
-            f"{config.recipe}: rule {config.rule}, seed {config.seeds[0]}, {summary.active:,} of {summary.candidates:,} "
-            f"candidate edges ({share:.1%}), {config.epochs} epochs in {path}"
+            f"{config.recipe}: rule {config.method}, seed {config.seed}, {summary.active:,} of {summary.candidates:,} "
+            f"candidate edges ({density:.1%}), {config.epochs} epochs in {path}"
         )
         if done:
             self.line(f"continuing after epoch {done}")

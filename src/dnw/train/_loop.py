@@ -7,11 +7,9 @@ seed and epoch, a checkpoint is written after every epoch, and a resumed run end
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,34 +17,30 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from dnw._wiring.wiring import Wiring
 from dnw.count import num_live_nodes
-from dnw.data import Batches
 from dnw.graphs import ContinuousTimeGraph
-from dnw.train._build import ImageData, check_fit, load_data, make_batches, num_steps
-from dnw.train._checkpoint import read_checkpoint, write_checkpoint
+from dnw.train._checkpoint import write_checkpoint
 from dnw.train._config import Config
+from dnw.train._evaluate import test
+from dnw.train._fit import check_fit
+from dnw.train._images import ImageData, load_data, make_batches, num_classes_of, num_steps
 from dnw.train._lock import held
 from dnw.train._log import Log
+from dnw.train._network import Network, load_network
 from dnw.train._pictures import Pictures
+from dnw.train._processes import (
+    check_agreement,
+    check_launcher,
+    launch,
+    lost_processes_named,
+    part,
+    sum_over_processes,
+    threads_of,
+)
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError
-from dnw.train._state import State
-from dnw.train._ticket import draw_ticket, keep_ticket
+from dnw.train._ticket import check_tickets, keep_ticket
 
 _STEPS_BETWEEN_CHECKS = 50
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Top-1 and top-5 accuracy of one checkpoint of one run on the test images, as shares."""
-
-    run: Path
-    rule: str
-    seed: int
-    checkpoint: str
-    epoch: int
-    top1: float
-    top5: float
 
 
 def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log | None = None) -> Path:
@@ -66,17 +60,16 @@ def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log |
         TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
         ChildProcessError: a process that trains or decodes along with this one has died; the run can be resumed.
     """
-    _check_launcher(config)
+    check_launcher(config)
     data = load_data(config, data_dir)
     check_fit(config, data)
-    for seed in config.seeds if config.rule == "ticket" else ():  # before anything is written
-        draw_ticket(config.model_copy(update={"seeds": (seed,)}), len(data[0].classes))
-    fabric = _launch(config)
-    with _lost_processes_named(out or Path("runs")):
-        path = str(RunDirectory.create(config, data_dir, out).path) if fabric.is_global_zero else ""
-        run = RunDirectory(fabric.broadcast(path))
-    _run_members(run, fabric, data, data_dir, log or Log())
-    _part(fabric, run.path)
+    check_tickets(config, num_classes_of(data))
+    fabric = launch(config, config.processes)
+    with lost_processes_named(out or Path("runs")):
+        created = RunDirectory.create(config, data_dir, num_classes_of(data), out) if fabric.is_global_zero else None
+        run = RunDirectory(fabric.broadcast("" if created is None else str(created.path)))
+    _train_members(run, data, data_dir, fabric, log or Log())
+    part(fabric, run.path)
     return run.path
 
 
@@ -89,166 +82,83 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     """
     run = RunDirectory(path)
     config = run.config()
-    _check_launcher(config)
+    check_launcher(config)
     data_dir = run.data_dir() if data_dir is None else data_dir
     data = load_data(config, data_dir)
     check_fit(config, data)
-    fabric = _launch(config)
+    fabric = launch(config, config.processes)
     log = log or Log()
-    with _threads(run, log if fabric.is_global_zero else None):
-        _run_members(run, fabric, data, data_dir, log)
-    _part(fabric, run.path)
+    with threads_of(run, log if fabric.is_global_zero else None):
+        _train_members(run, data, data_dir, fabric, log)
+    part(fabric, run.path)
 
 
-def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
-    """Tests the best and the last checkpoint of every single run in a run directory.
-
-    Raises:
-        ValueError: this is no run directory, or it has no checkpoint yet.
-    """
-    run = RunDirectory(path)
-    config = run.config()
-    data = load_data(config, run.data_dir() if data_dir is None else data_dir)
-    fabric = _launch(config.model_copy(update={"processes": 1}))
-    scores = []
-    with _threads(run), _lost_processes_named(path):
-        for member, one in run.members():
-            for file in (member.best, member.last):
-                if not file.exists():
-                    raise ValueError(f"{member.path}: no {file.name} yet; dnw resume {path} trains on")
-                content = read_checkpoint(file, one)
-                batches = make_batches(one, data, fabric.device, 0, 1)
-                state = State(one, len(data[0].classes), num_steps(one, batches), member, fabric)
-                state.load(file, content)
-                top1, top5, _ = _test(fabric, state, batches)
-                scores.append(Scores(member.path, one.rule, one.seeds[0], file.stem, content["epoch"], top1, top5))
-    return scores
-
-
-def _check_launcher(config: Config) -> None:
-    """Raises ``ValueError`` where torchrun has started another number of processes: each would train a run of its own."""
-    started = os.environ.get("WORLD_SIZE", "") if "TORCHELASTIC_RUN_ID" in os.environ else ""
-    if started and started != str(config.processes):
-        raise ValueError(
-            f"torchrun has started {started} processes, but processes={config.processes}; give processes={started} as well"
-        )
-
-
-def _launch(config: Config) -> Fabric:
-    if config.device == "cuda" and torch.cuda.device_count() < config.processes:
-        raise ValueError(
-            f"device=cuda, processes={config.processes}: this machine shows {torch.cuda.device_count()} CUDA devices; use "
-            "device=cpu or fewer processes"
-        )
-    fabric = Fabric(
-        accelerator=config.device,
-        devices=config.processes,
-        strategy="ddp" if config.processes > 1 else "auto",
-        precision=config.precision,
-    )
-    fabric.launch()
-    return fabric
-
-
-@contextmanager
-def _threads(run: RunDirectory, log: Log | None = None) -> Iterator[None]:
-    """Computes with as many threads as the run was started with, where it says so."""
-    before = torch.get_num_threads()
-    wanted = run.environment().get("threads") or before
-    if log is not None and wanted != before:
-        log.line(f"{wanted} threads, as this run was started with")
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _lost_processes_named(path: Path) -> Iterator[None]:
-    """Says in one line what PyTorch says in many when a process has died that works along with this one."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if "DataLoader worker" in text:
-            who = "a process that decodes images (data.workers)"
-        elif isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
-            who = "another process of this run"
-        else:
-            raise
-        raise ChildProcessError(
-            f"{who} has died; nothing of a finished epoch is lost: continue with dnw resume {path}"
-        ) from None
-
-
-def _part(fabric: Fabric, path: Path) -> None:
-    """Ends the group of processes together: one that goes first makes the others abort on their way out."""
-    with _lost_processes_named(path):
-        fabric.barrier()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _run_members(run: RunDirectory, fabric: Fabric, data: ImageData, data_dir: Path, log: Log) -> None:
+def _train_members(run: RunDirectory, data: ImageData, data_dir: Path, fabric: Fabric, log: Log) -> None:
+    """Trains the single runs of a run, one after the other."""
     log.enabled = fabric.is_global_zero
     members = list(run.members())
     try:
         with ExitStack() as stack:
-            stack.enter_context(_lost_processes_named(run.path))
+            stack.enter_context(lost_processes_named(run.path))
             if fabric.is_global_zero:
                 _prepare(run, members, data, data_dir, stack)
             fabric.barrier()
             for member, config in members:
-                batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
-                _train_one(config, fabric, member, batches, data, log)
+                _train_one(member, config, data, fabric, log)
     except KeyboardInterrupt:
         log.line(f"stopped; continue with: dnw resume {run.path}")
         raise
     if fabric.is_global_zero:
-        log.results([(config.rule, config.seeds[0], member.metrics()) for member, config in members])
+        log.results([(config.method, config.seed, member.metrics()) for member, config in members])
     log.line(f"run: {run.path}   (dnw eval {run.path} tests its best and last checkpoint again)")
 
 
 def _prepare(
-    run: RunDirectory, members: list[tuple[RunDirectory, Config]], data: ImageData, data_dir: Path, stack: ExitStack
+    run: RunDirectory, members: Sequence[tuple[RunDirectory, Config]], data: ImageData, data_dir: Path, stack: ExitStack
 ) -> None:
     """Holds the directories of a run for this process, clears up after one that was killed, writes what is missing."""
     stack.enter_context(held(run.path))
     for member, config in members:
-        if not (member.path / "config.json").exists():
-            member.start(config, data_dir)
+        if not member.exists:
+            member.start(config, data_dir, num_classes_of(data))
         if member.path != run.path:
             stack.enter_context(held(member.path))
         member.remove_parts()
-        keep_ticket(member.path, config, len(data[0].classes))
+        keep_ticket(member, config, num_classes_of(data))
     run.remove_parts()
 
 
-def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batches, data: ImageData, log: Log) -> None:
-    state = State(config, len(data[0].classes), num_steps(config, batches), run, fabric)
-    model, optimizer, wiring = state.wrapped_model, state.wrapped_optimizer, state.wiring
-    (seed,) = config.seeds
-    done, step, metrics = _continue(config, run, state, batches)
-    pictures = Pictures(run, config, state, step, log) if fabric.is_global_zero else None
-    if done == config.epochs:
+def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabric, log: Log) -> None:
+    batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
+    network = load_network(
+        run,
+        config,
+        "last" if run.last.exists() else None,
+        num_classes=num_classes_of(data),
+        steps=num_steps(config, batches),
+        fabric=fabric,
+    )
+    model, optimizer, wiring, step = network.wrapped_model, network.wrapped_optimizer, network.wiring, network.step
+    metrics = _metrics_until(network, run)
+    pictures = Pictures(run, network, log) if fabric.is_global_zero else None
+    if network.epoch == config.epochs:
         if pictures:
             pictures.refresh(last=True)
         return
-    log.start(config, run.path, wiring.summary(), done)
+    log.start(config, run.path, wiring.summary(), network.epoch)
     if pictures and step == 0:
         if config.rule == "complete":
-            write_checkpoint(run.first, {"model": state.model.state_dict()})
+            write_checkpoint(run.first, {"model": network.model.state_dict()})
         pictures.snapshot(0, 0.0, batches)
     early = {batches.num_batches * (i + 1) // (config.first_epoch_snapshots + 1) for i in range(config.first_epoch_snapshots)}
 
-    for epoch in range(done, config.epochs):
+    for epoch in range(network.epoch, config.epochs):
         started = time.perf_counter()
-        torch.manual_seed((seed * 1_000_003 + epoch + 1) % (1 << 63))
+        torch.manual_seed((config.seed * 1_000_003 + epoch + 1) % (1 << 63))
         edges_before = {name: wiring[name].active for name in wiring}
         sums = torch.zeros(3, device=fabric.device)  # of losses, of right answers, of images
         lr = config.optim.lr
-        solves_before = _solves(state.model)
+        solves_before = _solves(network.model)
         model.train()
         with log.progress(batches.num_batches, epoch, config.epochs) as advance:
             for i, (images, labels) in enumerate(batches.train(epoch)):
@@ -271,13 +181,13 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
                 if pictures and epoch == 0 and i + 1 in early and i + 1 < batches.num_batches:
                     pictures.snapshot(step, (i + 1) / batches.num_batches)
                 advance()
-        next_loss = sums[0] if state.is_finite() else sums[0] * torch.nan  # weights that are not finite are not saved
+        next_loss = sums[0] if network.is_finite() else sums[0] * torch.nan  # weights that are not finite are not saved
         _check_finite(fabric, next_loss, epoch, step, lr, run)
-        _check_agreement(fabric, wiring, epoch)
-        sums = _sum_over_processes(fabric, sums)
-        top1, top5, test_loss = _test(fabric, state, batches)
+        check_agreement(fabric, wiring, epoch)
+        sums = sum_over_processes(fabric, sums)
+        top1, top5, test_loss = test(network, batches, fabric)
         entered = sum(int((wiring[name].active & ~edges_before[name]).count_nonzero()) for name in wiring)
-        live, nodes = num_live_nodes(state.model, wiring)
+        live, nodes = num_live_nodes(network.model, wiring)
         epoch_metrics = EpochMetrics(
             epoch=epoch + 1,
             step=step,
@@ -291,7 +201,7 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
             entered=entered,
             live=live,
             nodes=nodes,
-            evaluations=_evaluations_per_pass(solves_before, _solves(state.model)),
+            evaluations=_evaluations_per_pass(solves_before, _solves(network.model)),
             seconds=round(time.perf_counter() - started, 3),
         )
         is_best = all(top1 > m.top1 for m in metrics if m.active <= wiring.num_active)  # before a schedule's end none counts
@@ -299,31 +209,20 @@ def _train_one(config: Config, fabric: Fabric, run: RunDirectory, batches: Batch
         if pictures:
             pictures.snapshot(step, epoch + 1.0, batches if epoch + 1 in (1, config.epochs) else None)
             if is_best:
-                state.save(run.best, epoch + 1, step)
+                network.save(run.best, epoch + 1, step)
             run.write_metrics(metrics)
-            state.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
+            network.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
             pictures.refresh(last=epoch + 1 == config.epochs)
         log.epoch(epoch_metrics, config.epochs)
 
 
-def _continue(config: Config, run: RunDirectory, state: State, batches: Batches) -> tuple[int, int, list[EpochMetrics]]:
-    """Takes over a run's last checkpoint, where it has one; returns the epochs and steps done, and their metrics."""
-    if not run.last.exists():
-        return 0, 0, []
-    content = read_checkpoint(run.last, config)
-    done, step = content["epoch"], content["step"]
-    if step and step != done * batches.num_batches:
-        raise ValueError(
-            f"{run.last}: it was trained on {step // done:,} batches an epoch, and the data now gives {batches.num_batches:,}; "
-            "continue with the same images and number of processes"
-        )
-    state.load(run.last, content)
-    metrics = [m for m in run.metrics() if m.epoch <= done]
-    if step and (len(metrics) != done or metrics[-1].step != step):
-        raise ValueError(
-            f"{run.path / 'metrics.jsonl'}: does not hold the {done} epochs of {run.last.name}; put it back from a copy"
-        )
-    return done, step, metrics
+def _metrics_until(network: Network, run: RunDirectory) -> list[EpochMetrics]:
+    """The metrics of the epochs that a network has been trained for."""
+    metrics = [m for m in run.metrics() if m.epoch <= network.epoch] if network.epoch else []
+    if network.step and (len(metrics) != network.epoch or metrics[-1].step != network.step):
+        file, epochs = run.path / "metrics.jsonl", network.epoch
+        raise ValueError(f"{file}: does not hold the {epochs} epochs of {run.last.name}; put it back from a copy")
+    return metrics
 
 
 def _solves(model: nn.Module) -> tuple[int, int]:
@@ -337,46 +236,8 @@ def _evaluations_per_pass(before: tuple[int, int], after: tuple[int, int]) -> fl
     return round((after[1] - before[1]) / solves, 2) if solves else 0.0
 
 
-@torch.no_grad()
-def _test(fabric: Fabric, state: State, batches: Batches) -> tuple[float, float, float]:
-    """Top-1, top-5 and mean loss on the test images, with the weights that the rule evaluates with."""
-    sums = torch.zeros(4, device=fabric.device)
-    model: nn.Module = state.wrapped_model
-    model.eval()
-    with state.wiring.settled():
-        for images, labels in batches.test():
-            sums += _batch_scores(model(images), labels)
-    right1, right5, loss, images_seen = _sum_over_processes(fabric, sums).tolist()
-    return right1 / images_seen, right5 / images_seen, loss / images_seen
-
-
-def _batch_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Right at first, right among five, sum of losses, number of images."""
-    logits = logits.float()
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([ranked[:, 0].sum().float(), ranked.sum().float(), loss, loss.new_tensor(len(labels))])
-
-
-def _sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
-    reduced = fabric.all_reduce(values, reduce_op="sum")
-    assert isinstance(reduced, Tensor)
-    return reduced
-
-
-def _check_agreement(fabric: Fabric, wiring: Wiring, epoch: int) -> None:
-    """Raises where processes that train together have come to hold different latent weights or edges."""
-    if fabric.world_size == 1:
-        return
-    digest = [f(wiring[n]).double().sum() for n in wiring for f in (lambda p: p.latent, lambda p: p.latent * p.active)]
-    everywhere = fabric.all_gather(torch.stack(digest))
-    assert isinstance(everywhere, Tensor)
-    if not bool((everywhere == everywhere[0]).all()):
-        raise TrainingStoppedError(f"after epoch {epoch + 1} the processes hold different wirings; nothing of it was saved")
-
-
 def _check_finite(fabric: Fabric, loss: Tensor, epoch: int, step: int, lr: float, run: RunDirectory) -> None:
-    if not bool(torch.isfinite(_sum_over_processes(fabric, loss.clone()))):
+    if not bool(torch.isfinite(sum_over_processes(fabric, loss.clone()))):
         raise _not_finite("the loss", epoch, step, lr, run)
 
 

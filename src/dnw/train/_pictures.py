@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 from dnw.count import graphs_of
 from dnw.data import Batches
-from dnw.train._config import Config
 from dnw.train._log import Log
+from dnw.train._network import Network
 from dnw.train._run import RunDirectory
-from dnw.train._state import State
 from dnw.train._view import Page
 from dnw.view import SnapshotWriter, inside
 
@@ -25,30 +24,29 @@ class Pictures:
 
     Args:
         run: where they are written.
-        config: of the single run.
-        state: what they show.
-        step: optimizer steps done; snapshots of later ones are replaced.
+        network: what they show; snapshots of steps after its own are replaced.
         log: where it is said that something cannot be made.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, state: State, step: int, log: Log) -> None:
-        self._config, self._state, self._log = config, state, log
+    def __init__(self, run: RunDirectory, network: Network, log: Log) -> None:
+        self._network, self._log = network, log
         self._failed: set[str] = set()
         self._writer: SnapshotWriter | None = None
         self._page: Page | None = None
-        if graphs_of(state.model):
+        if graphs_of(network.model):
             with self._unless_it_fails("snapshots"):
-                self._writer = SnapshotWriter(run.snapshots, step)
-            self._page = Page(run, config, state.model)
+                self._writer = SnapshotWriter(run.snapshots, network.step)
+            self._page = Page(run, network.config, network.model)
 
     def snapshot(self, step: int, epoch: float, batches: Batches | None = None) -> None:
         """Writes the wiring as it is now with the nodes' filters; given batches, what the first test images look like there."""
         if self._writer is None:
             return
-        with self._unless_it_fails("snapshots"), self._state.wiring.settled():
+        with self._unless_it_fails("snapshots"), self._network.wiring.settled():
             images = None if batches is None else next(iter(batches.test()))[0][:_IMAGES_SEEN]
-            beside = inside(self._state.model, images, self._config.data.mean, self._config.data.std)
-            self._writer.write(self._state.wiring, step, epoch, beside)
+            data = self._network.config.data
+            beside = inside(self._network.model, images, data.mean, data.std)
+            self._writer.write(self._network.wiring, step, epoch, beside)
 
     def refresh(self, *, last: bool) -> None:
         """Writes the page again, where that takes little of the time."""
@@ -60,7 +58,7 @@ class Pictures:
     def _unless_it_fails(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever kind: the training state is in the checkpoints
+        except Exception as error:  # of whatever kind: training does not depend on it
             if what not in self._failed:
                 self._log.line(f"no {what} of this run, training goes on: {' '.join(str(error).split())}")
             self._failed.add(what)

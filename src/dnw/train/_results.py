@@ -12,7 +12,8 @@ from dnw._files import write_whole
 from dnw.train._config import Config, changes
 from dnw.train._run import EpochMetrics, RunDirectory, runs_inside
 
-_SHOWN = ("recipe", "rule", "baseline", "epochs", "seeds", "first_epoch_snapshots")  # in columns of their own, or no matter
+_SHOWN = ("recipe", "rule", "edges", "baseline", "epochs", "seeds", "first_epoch_snapshots")
+"""Settings that stand in columns of their own, or do not matter."""
 
 
 def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Config]]) -> str:
@@ -59,9 +60,9 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
         live = f"{round(statistics.mean(end.live for end in ends))} of {ends[0].nodes}{evaluations}" if ends[0].nodes else ""
         cells = (
             f"`{config.recipe}`" + (f" `{only}`" if only else ""),
-            config.rule,
+            config.method,
             str(config.epochs),
-            ", ".join(map(str, sorted(one.seeds[0] for _, one, _ in runs))),
+            ", ".join(map(str, sorted(one.seed for _, one, _ in runs))),
             _accuracy([end.top1 for end in ends]),
             _accuracy([max(m.top1 for m in metrics if m.active == metrics[-1].active) for _, _, metrics in runs]),
             f"{ends[0].active:,}",
@@ -76,7 +77,7 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
     for runs in rows.values():
         for member, config, _ in runs:
             names = by_source.setdefault(_source(member, config), [])
-            name = f"`{config.recipe}` {config.rule}"
+            name = f"`{config.recipe}` {config.method}"
             if name not in names:
                 names.append(name)
     for source, names in by_source.items():
@@ -88,7 +89,7 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
 
 def _runs(path: Path) -> list[Path]:
     """The run, or those of a sweep."""
-    return [path] if (path / "config.json").is_file() else runs_inside(path) or [path]
+    return [path] if RunDirectory(path).exists else runs_inside(path) or [path]
 
 
 def insert_table(page: Path, name: str, table: str) -> None:

@@ -1,10 +1,8 @@
 """Run directories: what a run leaves behind and continues from.
 
-Contract: every file is whole or not there, and one in which a bit has changed is found. A run directory holds
-``config.json`` (the resolved config), ``environment.json`` (versions, machine, threads, commit, where the data lies, and the
-config once more), ``metrics.jsonl`` (one line per epoch), ``last.pt`` and ``best.pt`` (checkpoints of plain tensors) and, of a
-network with graphs, ``snapshots/`` (the wiring over time). A run of several seeds holds one such directory per seed,
-``seed-0`` and so on; a run with a baseline holds it in ``baseline``.
+Contract: every file is whole or not there, and one in which a bit has changed is found. A run directory holds the files of
+``FILES``. One of several seeds holds such a directory for each seed, ``seed-0`` and so on; one with a baseline holds it in
+``baseline``.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,29 @@ import torch
 
 from dnw import __version__
 from dnw._files import PART, read_text, write_whole
-from dnw.train._config import MOST_BYTES, Config, check_unchanged, config_from_json, short
+from dnw.train._config import MOST_BYTES, Config, check_unchanged, config_from_json
 from dnw.train._lock import NAME as LOCK
 from dnw.train._lock import held
 from dnw.train._sealed import sealed, unsealed
+from dnw.train._settings import short
 
+FILES = {
+    "config.json": "what the run is: every setting",
+    "environment.json": "what it was started in: versions, machine, threads, commit, where the data lies, how many classes it "
+    "has, and the config once more",
+    "metrics.jsonl": "a line per epoch: losses, accuracies, edges, seconds",
+    "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
+    "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
+    "first.pt": "of `rule=complete`: the weights that it begins with, to which a ticket is rewound",
+    "ticket.pt": "of `edges=ticket`: the edges and the weights that it begins with",
+    "snapshots/step-*.npz": "of a network with graphs: its wiring over time",
+    "view.html": "of a network with graphs: a page of the snapshots, as `dnw view` writes it",
+    "view-beside-*.html": "the same of two runs",
+    LOCK: "while it is trained: by which process",
+}
+"""What a run directory may hold, and what it is; a star stands for more of the name."""
 _LARGEST_METRICS = 2**26
-_MOST_THREADS = 4096
-_WRITTEN = re.compile(r"(config|environment|metrics|last|best|first|ticket|view|step-)[^/]*" + re.escape(PART))
-"""What files of ours are called while they are written."""
+_LARGEST = {"threads": 4096, "num_classes": 2**31}
 
 
 class TrainingStoppedError(Exception):
@@ -48,8 +60,8 @@ class EpochMetrics:
         step: optimizer steps done.
         lr: learning rate at the end of the epoch.
         train_loss, test_loss: mean cross-entropy, in nats.
-        train_top1: share of training images right, on the fly and as augmented.
-        top1, top5: share of test images right.
+        train_top1: accuracy on the training images, from 0 to 1, on the fly and as augmented.
+        top1, top5: accuracy on the test images, from 0 to 1.
         active, entered: active edges, and how many of them were not active an epoch ago.
         live, nodes: live nodes and all nodes of the graphs.
         seconds: wall-clock time of the epoch, testing included.
@@ -97,11 +109,25 @@ class RunDirectory:
         return self.path / "first.pt"
 
     @property
+    def ticket(self) -> Path:
+        """The edges and weights that a run of a lottery ticket begins with."""
+        return self.path / "ticket.pt"
+
+    @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
 
+    @property
+    def page(self) -> Path:
+        return self.path / "view.html"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started there."""
+        return (self.path / "config.json").is_file()
+
     @classmethod
-    def create(cls, config: Config, data_dir: Path, out: Path | None) -> RunDirectory:
+    def create(cls, config: Config, data_dir: Path, num_classes: int, out: Path | None) -> RunDirectory:
         """Makes a new run directory: ``out``, or the first free ``runs/<recipe>-<number>``.
 
         Raises:
@@ -117,13 +143,14 @@ class RunDirectory:
         run = cls(path)
         with held(path):
             _check_new(path)  # again: another process may have been first
-            run.start(config, data_dir)
+            run.start(config, data_dir, num_classes)
         return run
 
-    def start(self, config: Config, data_dir: Path) -> None:
+    def start(self, config: Config, data_dir: Path, num_classes: int) -> None:
         """Writes what a run starts with."""
         self.path.mkdir(parents=True, exist_ok=True)
-        environment = sealed({**_environment(data_dir), "config": config.model_dump(mode="json")})
+        stored = {"num_classes": num_classes, "config": config.model_dump(mode="json")}
+        environment = sealed({**_environment(data_dir), **stored})
         write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
         write_whole(self.path / "config.json", config.to_json().encode())
 
@@ -134,7 +161,7 @@ class RunDirectory:
             ValueError: this is no run directory, or its config is not valid, or another than the run was started with.
         """
         path = self.path / "config.json"
-        if not path.is_file():
+        if not self.exists:
             inside = runs_inside(self.path)
             hint = f"; {inside[0]} is one" if inside else ""
             raise ValueError(f"{self.path}: not a run directory (it has no config.json){hint}")
@@ -145,7 +172,9 @@ class RunDirectory:
         return config
 
     def environment(self) -> dict[str, Any]:
-        """What a run was started in; empty where nothing says so, and without ``threads`` and ``config`` for older runs.
+        """What a run was started in; empty where nothing says so.
+
+        Older runs are without ``threads``, ``num_classes`` or ``config``.
 
         Raises:
             ValueError: a damaged ``environment.json``.
@@ -161,8 +190,9 @@ class RunDirectory:
             wrong = [key for key, value in values.items() if not isinstance(value, _ENVIRONMENT[key] | None)]
             if wrong:
                 raise ValueError(f"{wrong[0]} is of another kind")
-            if not 1 <= values.get("threads", 1) <= _MOST_THREADS:
-                raise ValueError(f"threads={short(values['threads'])}: allowed is a whole number from 1 to {_MOST_THREADS}")
+            for key, largest in _LARGEST.items():
+                if values.get(key) is not None and not 1 <= values[key] <= largest:
+                    raise ValueError(f"{key}={short(values[key])}: allowed is a whole number from 1 to {largest}")
             return values
         except ValueError as error:
             raise ValueError(
@@ -180,18 +210,13 @@ class RunDirectory:
         """Removes what a process that was killed has left half-written; for the one that holds the run."""
         for folder in (self.path, self.snapshots):
             for part in folder.glob(f"*{PART}"):
-                if _WRITTEN.fullmatch(part.name):
+                if _is_part(part.name):
                     part.unlink(missing_ok=True)
 
     def members(self) -> Iterator[tuple[RunDirectory, Config]]:
         """The single runs: one per seed, each with its baseline after it."""
-        config = self.config()
-        for seed in config.seeds:
-            path = self.path if len(config.seeds) == 1 else self.path / f"seed-{seed}"
-            one = config.model_copy(update={"seeds": (seed,), "baseline": None})
-            yield RunDirectory(path), one
-            if config.baseline is not None:
-                yield RunDirectory(path / "baseline"), one.of_rule(config.baseline)
+        for folder, config in self.config().singles().items():
+            yield RunDirectory(self.path / folder), config
 
     def metrics(self) -> list[EpochMetrics]:
         """The epochs done so far.
@@ -236,9 +261,14 @@ def _check_new(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_dir() or any(
-        entry.name not in ("environment.json", LOCK) and not _WRITTEN.fullmatch(entry.name) for entry in path.iterdir()
+        entry.name not in ("environment.json", LOCK) and not _is_part(entry.name) for entry in path.iterdir()
     ):
         raise ValueError(f"{path}: exists already; name a new directory with --out, or continue it with dnw resume")
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of ours is called so while it is written."""
+    return name.endswith(PART) and any(fnmatchcase(name, f"{own.rpartition('/')[2]}.*") for own in FILES)
 
 
 def _new_numbered(parent: Path, name: str) -> Path:
@@ -263,6 +293,7 @@ _ENVIRONMENT: dict[str, type] = {
     "threads": int,
     "accelerator": str,
     "data_dir": str,
+    "num_classes": int,
     "config": dict,
 }
 

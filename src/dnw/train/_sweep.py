@@ -49,18 +49,17 @@ def sweep(
                 f"--over {key}={value}: a value names a directory, so only letters, digits and _ . + - are allowed"
             )
     configs = {value: override(config, [f"{key}={value}"]) for value in values}
-    for value in values:
-        path = out / f"{key}-{value}"
-        if (path / "config.json").exists() and RunDirectory(path).config() != configs[value]:
-            raise ValueError(f"{path}: a run with other settings is there already; name another directory with --out")
+    runs = {value: RunDirectory(out / f"{key}-{value}") for value in values}
+    for value, run in runs.items():
+        if run.exists and run.config() != configs[value]:
+            raise ValueError(f"{run.path}: a run with other settings is there already; name another directory with --out")
     log = log or Log()
-    for value in values:
-        path = out / f"{key}-{value}"
+    for value, run in runs.items():
         try:
-            if (path / "config.json").exists():
-                resume(path, data_dir=data_dir, log=log)
+            if run.exists:
+                resume(run.path, data_dir=data_dir, log=log)
             else:
-                train(configs[value], data_dir=data_dir, out=path, log=log)
+                train(configs[value], data_dir=data_dir, out=run.path, log=log)
         except TrainingStoppedError as error:
             log.line(f"{key}={value}: {error}")
     there = {path.name.removeprefix(f"{key}-"): path for path in sorted(out.glob(f"{key}-*")) if _is_finished(path)}
@@ -68,9 +67,8 @@ def sweep(
 
 
 def _is_finished(path: Path) -> bool:
-    if not (path / "config.json").exists():
-        return False
-    return all(len(member.metrics()) == config.epochs for member, config in RunDirectory(path).members())
+    run = RunDirectory(path)
+    return run.exists and all(len(member.metrics()) == config.epochs for member, config in run.members())
 
 
 def check_plot() -> None:
@@ -97,7 +95,7 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
     numbers = [_number(value) for value in paths]
     numeric = min(numbers) > 0
     at = numbers if numeric else list(range(len(numbers)))
-    place = dict(zip(paths, at, strict=True))
+    position = dict(zip(paths, at, strict=True))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for curve, found in accuracies.items():
@@ -105,12 +103,12 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
         below = [mean - min(runs) for mean, runs in zip(means, found.values(), strict=True)]
         above = [max(runs) - mean for mean, runs in zip(means, found.values(), strict=True)]
         style = "-" if numeric else ""
-        axes.errorbar([place[v] for v in found], means, [below, above], marker="o", linestyle=style, capsize=3, label=curve)
+        axes.errorbar([position[v] for v in found], means, [below, above], marker="o", linestyle=style, capsize=3, label=curve)
     if numeric:
         axes.set_xscale("log")
     axes.set_xticks(at, list(paths), minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("density (share of the weights that is kept)" if key == "density" else key)
+    axes.set_xlabel("density (part of the weights that is kept)" if key == "density" else key)
     axes.set_ylabel("test accuracy after the last epoch, %")
     axes.grid(alpha=0.3)
     if len(accuracies) > 1:
@@ -128,7 +126,7 @@ def accuracies_of(paths: Mapping[str, Path], key: str) -> dict[str, dict[str, li
     for value, path in paths.items():
         for member, config in RunDirectory(path).members():
             if key != "rule" or config.rule == value:  # a baseline is no value of the setting
-                curve = "" if key == "rule" else str(config.rule)
+                curve = "" if key == "rule" else config.method
                 found.setdefault(curve, {}).setdefault(value, []).append(100 * member.metrics()[-1].top1)
     return found
 

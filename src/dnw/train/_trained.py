@@ -1,59 +1,25 @@
-"""The network of a run, with the edges and weights of one of its checkpoints; what is done with it afterwards."""
+"""The network of a run as one of its checkpoints has it, and the same compiled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
-from torch import nn
-
-from dnw._wiring.wiring import Wiring
 from dnw.compile import Plan, Program, plan
-from dnw.train._checkpoint import num_classes_of, read_checkpoint
-from dnw.train._config import Config
+from dnw.train._network import Checkpoint, Network, load_network
 from dnw.train._run import RunDirectory
-from dnw.train._state import State
-
-Checkpoint = Literal["last", "best"]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A network of a run.
-
-    Attributes:
-        model: in eval mode, with the weights that its rule trains with; ``with wiring.settled()`` for those it evaluates with.
-        wiring: of the model.
-        config: of the single run.
-    """
-
-    model: nn.Module
-    wiring: Wiring
-    config: Config
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that it was trained on."""
-        return len(self.config.data.mean), self.config.data.image_size, self.config.data.image_size
-
-
-def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Trained:
-    """The network of a run directory; the first seed's, where there are several.
+def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Network:
+    """The network of a run directory, in eval mode; the first seed's, where there are several.
 
     Raises:
         ValueError: this is no run directory, or it has no checkpoint yet, or a damaged one.
     """
-    run = RunDirectory(path)
-    member, config = next(iter(run.members()))
-    file = member.best if checkpoint == "best" else member.last
-    if not file.exists():
-        raise ValueError(f"{member.path}: no {file.name} yet; dnw resume {path} trains on")
-    content = read_checkpoint(file, config)
-    steps = content["step"] * config.epochs // content["epoch"] if content["step"] else None
-    state = State(config, num_classes_of(file, content), steps, member)
-    state.load(file, content)
-    return Trained(state.model.eval(), state.wiring, config)
+    member, config = next(iter(RunDirectory(path).members()))
+    network = load_network(member, config, checkpoint)
+    network.model.eval()
+    return network
 
 
 def compile_run(
@@ -80,7 +46,7 @@ def compile_run(
                 f"{path}: expected a run directory or its best.pt or last.pt (dnw import makes runs of foreign files)"
             )
         path, checkpoint = path.parent, cast(Checkpoint, named)
-    trained = load_trained(path, checkpoint or "last")
-    with trained.wiring.settled():
-        found = plan(trained.model, input_size or trained.input_size)
-        return found, found.apply(trained.model)
+    network = load_trained(path, checkpoint or "last")
+    with network.wiring.settled():
+        found = plan(network.model, input_size or network.input_size)
+        return found, found.apply(network.model)

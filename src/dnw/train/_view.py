@@ -8,16 +8,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dnw.count import graphs_of, parameter_of
-from dnw.train._build import MODELS
 from dnw.train._config import Config
+from dnw.train._network import make_model, num_classes_of_run
 from dnw.train._run import RunDirectory
 from dnw.view import NothingToShowError, Record, read_snapshots, record, write_page
 
-_SHARE = 0.05
+_MOST_TIME = 0.05
 """Of the time of a training run, what refreshing its page may take."""
 _SECONDS_TO_RELOAD = 30
 
@@ -37,7 +36,7 @@ def view_runs(paths: Sequence[Path], out: Path | None = None, *, reload: int | N
         OSError: the file cannot be written.
     """
     if len(paths) == 1:
-        out = out or paths[0] / "view.html"
+        out = out or RunDirectory(paths[0]).page
         records = _with_baseline(RunDirectory(paths[0]))
     else:
         out = out or paths[0] / f"view-beside-{paths[1].resolve().name}.html"
@@ -65,56 +64,52 @@ class Page:
     """
 
     def __init__(self, run: RunDirectory, config: Config, model: nn.Module) -> None:
-        self._run, self._config = run, config
+        self._run, self._config, self._model = run, config, model
         self._has_graphs = bool(graphs_of(model))
         self._cost, self._written, self._warned = 0.0, -1e9, False
 
     def refresh(self, *, last: bool) -> None:
         """After an epoch; the last time in any case. Whatever befalls a page, training goes on; once, a warning says what."""
         started = time.monotonic()
-        if not self._has_graphs or (not last and started - self._written < self._cost / _SHARE):
+        if not self._has_graphs or (not last and started - self._written < self._cost / _MOST_TIME):
             return
-        path = self._run.path
+        path, above = self._run.path, RunDirectory(self._run.path.parent)
         reload = None if last else _SECONDS_TO_RELOAD
         try:
-            if path.name == "baseline" and (path.parent / "view.html").exists():
-                view_runs([path.parent], reload=reload)
+            if path.name == "baseline" and above.page.exists():
+                view_runs([above.path], reload=reload)
             if last and (path / "baseline").is_dir():
                 reload = _SECONDS_TO_RELOAD  # the baseline comes now
-            write_page([_record(self._run, self._config)], path / "view.html", reload=reload)
+            write_page([_record(self._run, self._config, self._model)], self._run.page, reload=reload)
         except NothingToShowError:
             pass
         except Exception as error:  # a picture is not worth a training run
             if not self._warned:
                 self._warned = True
-                reason = (
-                    error if isinstance(error, (OSError, ValueError)) else repr(error)
-                )  # of others the text alone says little
+                # of other errors the text alone says little
+                reason = error if isinstance(error, (OSError, ValueError)) else repr(error)
                 warnings.warn(f"no page of this run: {reason}", stacklevel=2)
         self._written = time.monotonic()
         self._cost = self._written - started
 
 
 def _with_baseline(run: RunDirectory) -> list[Record]:
-    members = list(run.members())
-    seed = members[0][1].seeds
-    shown = [member for member in members if member[1].seeds == seed]
-    others = [(member, config) for member, config in shown[1:] if any(member.snapshots.glob("step-*.npz"))]
-    return [_record(*shown[0]), *(_record(*other) for other in others)]
+    first, *others = run.members()
+    beside = [other for other in others if other[1].seed == first[1].seed and any(other[0].snapshots.glob("step-*.npz"))]
+    return [_record(*first), *(_record(*other) for other in beside)]
 
 
-def _record(member: RunDirectory, config: Config) -> Record:
-    (seed,) = config.seeds
+def _record(member: RunDirectory, config: Config, model: nn.Module | None = None) -> Record:
+    """Of a single run; of its model, whose weights do not matter, the graphs are shown."""
     top = member.path.resolve()
-    while top.name in ("baseline", f"seed-{seed}"):
+    while top.name in ("baseline", f"seed-{config.seed}"):
         top = top.parent
-    with torch.random.fork_rng(devices=[]):  # its weights do not matter, and nobody's generator moves on for them
-        model = MODELS[config.model](config, 10)
+    model = make_model(config, num_classes_of_run(member)) if model is None else model
     sizes = {parameter_of(name): graph.weight.numel() for name, graph in graphs_of(model).items()}
     snapshots = list(read_snapshots(member.snapshots, sizes))
     metrics = [dataclasses.asdict(m) for m in member.metrics()]
     try:
-        return record(model, snapshots, name=top.name, about=f"{config.rule}, seed {seed}", metrics=metrics)
+        return record(model, snapshots, name=top.name, about=f"{config.method}, seed {config.seed}", metrics=metrics)
     except NothingToShowError as error:
         raise NothingToShowError(f"{member.path}: {error}") from None
     except (ValueError, RuntimeError, IndexError) as error:

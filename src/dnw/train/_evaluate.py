@@ -1,0 +1,71 @@
+"""What a network gets right on the test images, while it is trained and afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from dnw.data import Batches
+from dnw.train._images import load_data, make_batches, num_classes_of
+from dnw.train._network import Checkpoint, Network, load_network
+from dnw.train._processes import launch, lost_processes_named, sum_over_processes, threads_of
+from dnw.train._run import RunDirectory
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Top-1 and top-5 accuracy of one checkpoint of one run on the test images, from 0 to 1."""
+
+    run: Path
+    rule: str
+    seed: int
+    checkpoint: str
+    epoch: int
+    top1: float
+    top5: float
+
+
+def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
+    """Tests the best and the last checkpoint of every single run in a run directory.
+
+    Raises:
+        ValueError: this is no run directory, or it has no checkpoint yet.
+    """
+    run = RunDirectory(path)
+    config = run.config()
+    data = load_data(config, run.data_dir() if data_dir is None else data_dir)
+    fabric = launch(config, processes=1)
+    scores = []
+    with threads_of(run), lost_processes_named(path):
+        for member, single in run.members():
+            for checkpoint in get_args(Checkpoint):
+                network = load_network(member, single, checkpoint, num_classes=num_classes_of(data), fabric=fabric)
+                top1, top5, _ = test(network, make_batches(single, data, fabric.device), fabric)
+                scores.append(Scores(member.path, single.method, single.seed, checkpoint, network.epoch, top1, top5))
+    return scores
+
+
+@torch.no_grad()
+def test(network: Network, batches: Batches, fabric: Fabric) -> tuple[float, float, float]:
+    """Top-1, top-5 and mean loss on the test images, with the weights that the rule evaluates with."""
+    sums = torch.zeros(4, device=fabric.device)
+    model = network.wrapped_model.eval()
+    with network.wiring.settled():
+        for images, labels in batches.test():
+            sums += _batch_scores(model(images), labels)
+    right1, right5, loss, images_seen = sum_over_processes(fabric, sums).tolist()
+    return right1 / images_seen, right5 / images_seen, loss / images_seen
+
+
+def _batch_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Right at first, right among five, sum of losses, number of images."""
+    logits = logits.float()
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([ranked[:, 0].sum().float(), ranked.sum().float(), loss, loss.new_tensor(len(labels))])

@@ -1,0 +1,60 @@
+"""From a config to images: the data set that it names, and the batches of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, load
+from dnw.train._config import Config
+
+ImageData = tuple
+"""Training and test images as :func:`dnw.data.load` returns them."""
+
+
+def load_data(config: Config, folder: Path) -> ImageData:
+    """The images of a config's data set; read once for all seeds."""
+    return load(config.data.name, folder, config.data.image_size)
+
+
+def num_classes_of(data: ImageData) -> int:
+    """Into how many classes the images fall."""
+    return len(data[0].classes)
+
+
+def make_batches(config: Config, data: ImageData, device: torch.device, rank: int = 0, world: int = 1) -> Batches:
+    """Batches for a single run, of one process among several."""
+    train, test = data
+    chosen = config.data
+    if isinstance(train, FolderImages):
+        return Streaming(
+            train,
+            test,
+            size=chosen.image_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            mean=chosen.mean,
+            std=chosen.std,
+            device=device,
+            workers=chosen.workers,
+            rank=rank,
+            world=world,
+        )
+    return InMemory(
+        train,
+        test,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        augment=Augment(chosen.crop_padding, chosen.flip),
+        mean=chosen.mean,
+        std=chosen.std,
+        device=device,
+        rank=rank,
+        world=world,
+    )
+
+
+def num_steps(config: Config, batches: Batches) -> int:
+    """Optimizer steps of a whole run."""
+    return config.epochs * batches.num_batches

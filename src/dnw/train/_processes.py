@@ -1,0 +1,104 @@
+"""The processes and threads that compute a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from dnw._wiring.wiring import Wiring
+from dnw.train._config import Config
+from dnw.train._log import Log
+from dnw.train._run import RunDirectory, TrainingStoppedError
+
+
+def check_launcher(config: Config) -> None:
+    """Raises ``ValueError`` where torchrun has started another number of processes: each would train a run of its own."""
+    started = os.environ.get("WORLD_SIZE", "") if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    if started and started != str(config.processes):
+        raise ValueError(
+            f"torchrun has started {started} processes, but processes={config.processes}; give processes={started} as well"
+        )
+
+
+def launch(config: Config, processes: int) -> Fabric:
+    """Starts the processes of a run beside this one.
+
+    Raises:
+        ValueError: this machine has fewer devices.
+    """
+    if config.device == "cuda" and torch.cuda.device_count() < processes:
+        raise ValueError(
+            f"device=cuda, processes={processes}: this machine shows {torch.cuda.device_count()} CUDA devices; use "
+            "device=cpu or fewer processes"
+        )
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def part(fabric: Fabric, path: Path) -> None:
+    """Ends the group of processes together: one that goes first makes the others abort on their way out."""
+    with lost_processes_named(path):
+        fabric.barrier()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def check_agreement(fabric: Fabric, wiring: Wiring, epoch: int) -> None:
+    """Raises where processes that train together have come to hold different latent weights or edges."""
+    if fabric.world_size == 1:
+        return
+    digest = [f(wiring[n]).double().sum() for n in wiring for f in (lambda p: p.latent, lambda p: p.latent * p.active)]
+    everywhere = fabric.all_gather(torch.stack(digest))
+    assert isinstance(everywhere, Tensor)
+    if not bool((everywhere == everywhere[0]).all()):
+        raise TrainingStoppedError(f"after epoch {epoch + 1} the processes hold different wirings; nothing of it was saved")
+
+
+def sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
+    reduced = fabric.all_reduce(values, reduce_op="sum")
+    assert isinstance(reduced, Tensor)
+    return reduced
+
+
+@contextmanager
+def lost_processes_named(path: Path) -> Iterator[None]:
+    """Says in one line what PyTorch says in many when a process has died that works along with this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            who = "a process that decodes images (data.workers)"
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in text or "Connection closed by peer" in text:
+            who = "another process of this run"
+        else:
+            raise
+        raise ChildProcessError(
+            f"{who} has died; nothing of a finished epoch is lost: continue with dnw resume {path}"
+        ) from None
+
+
+@contextmanager
+def threads_of(run: RunDirectory, log: Log | None = None) -> Iterator[None]:
+    """Computes with as many threads as the run was started with, where it says so."""
+    before = torch.get_num_threads()
+    wanted = run.environment().get("threads") or before
+    if log is not None and wanted != before:
+        log.line(f"{wanted} threads, as this run was started with")
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
