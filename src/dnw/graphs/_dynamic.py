@@ -228,6 +228,11 @@ class ContinuousTimeGraph(DynamicGraph):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, duration={self.duration:g}, leak={self.leak:g}, solver={self.solver}"
 
+    def why_layers(self, x: Tensor) -> str:
+        if self.rectify_in_place:  # where a state is rectified at 0 is chaotic: rounding of another kind is a different network
+            return "states are rectified in place, to follow the authors' checkpoints number by number"
+        return super().why_layers(x)
+
     def rate(self, state: Tensor) -> Tensor:
         """The rate of change of every node's state: ``[batch, nodes, ...]``."""
         if self.rectify_in_place:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from dnw.graphs._node import Node
-from dnw.kernels._graph import Norm, library
+from dnw.kernels._graph import Norm, lanes, library
 from dnw.kernels._wired import density_of
 
 SPARSE_ENOUGH = 0.3
@@ -37,6 +37,13 @@ def set_graph_kernels(mode: Literal["auto", "always", "never"]) -> None:
     if mode not in _MODES:
         raise ValueError(f"mode={mode!r}: allowed are 'auto', 'always' and 'never'")
     _mode = mode
+
+
+def graph_kernels() -> str:
+    """What graphs run on in this process, in a few words."""
+    if library() is None:
+        return "layers: no native code"
+    return "layers" if _mode == "never" else f"{_mode}: vectors of {lanes()} floats"
 
 
 def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Module]) -> str:

@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
-def _lanes() -> int:
+def lanes() -> int:
     """Floats of a vector on this machine."""
     return int(_code().dnw_lanes())
 
@@ -128,7 +128,7 @@ class Nodes:
         def work(first: int, last: int) -> None:
             scratch = _scratch(x)
             tensors = ctypes.addressof(record), _at(x), _at(out)
-            _code().dnw_nodes_forward(*tensors, first, last, _at(scratch), scratch.numel(), _lanes())
+            _code().dnw_nodes_forward(*tensors, first, last, _at(scratch), scratch.numel(), lanes())
 
         _in_parts(len(x), 1, x.numel(), work)
 
@@ -141,7 +141,7 @@ class Nodes:
         def work(first: int, last: int) -> None:
             scratch = _scratch(x)
             tensors = ctypes.addressof(record), *map(_at, (x, grad, into, filters, scale, shift))
-            _code().dnw_nodes_backward(*tensors, first, last, _at(scratch), scratch.numel(), _lanes())
+            _code().dnw_nodes_backward(*tensors, first, last, _at(scratch), scratch.numel(), lanes())
 
         _in_parts(len(x), 1, 2 * x.numel(), work)
         return filters, scale, shift
@@ -149,7 +149,7 @@ class Nodes:
 
 def _scratch(x: Tensor) -> Tensor:
     """Room for four rows of a map, with a zero on either side, as vectors."""
-    return torch.empty(4 * (x.shape[2] + 2) * _lanes())
+    return torch.empty(4 * (x.shape[2] + 2) * lanes())
 
 
 def out_size(size: int, stride: int) -> int:
@@ -213,7 +213,7 @@ class Rows:
 
         def work(first: int, last: int) -> None:
             matrix = map(_at, (self.starts, self.columns, self.values))
-            _code().dnw_edges(*matrix, len(self), _at(x), _at(out), n, first, last, _lanes())
+            _code().dnw_edges(*matrix, len(self), _at(x), _at(out), n, first, last, lanes())
 
         _in_parts(n, _COLUMNS, n * max(1, self.num_entries), work)
 
@@ -223,7 +223,7 @@ class Rows:
 
         def work(first: int, last: int) -> None:
             tensors = map(_at, (self.starts, self.columns, values, left, right))
-            _code().dnw_edge_gradients(*tensors, n, first, last, _lanes())
+            _code().dnw_edge_gradients(*tensors, n, first, last, lanes())
 
         _in_parts(len(self), 1, n * max(1, self.num_entries), work)
         return values

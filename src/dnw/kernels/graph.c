@@ -2,10 +2,10 @@
  *
  * Contract: no Python, no torch, no allocation, no globals that change: any number of threads may work on different nodes, rows
  * or columns. Each function looks at its sizes and pointers, and returns a negative number where it does not take them
- * (errors.h); that so much memory is there is for the caller to see to. Maps are [nodes, height, width, images], images innermost, in one piece; so is what the edges join, [nodes, n].
- * Sums are made in an order that does not depend on the number of threads. Plain C with the vector types of GCC and Clang; each
- * kernel is compiled for every vector width that the machine may have, and the widest that it has is used.
- */
+ * (errors.h); that so much memory is there is for the caller to see to. Maps are [nodes, height, width, images], images
+ * innermost, in one piece; so is what the edges join, [nodes, n]. Sums are made in an order that does not depend on the number
+ * of threads. Plain C with the vector types of GCC and Clang; each kernel is compiled for every vector width that the machine
+ * may have, and the widest that it has is used. No kernel reads or writes beyond the numbers that it is given. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,8 +15,9 @@
 
 enum { NO_NORM, GIVEN_STATISTICS, BATCH_STATISTICS, INSTANCE_STATISTICS };
 
-/* Some node functions, conv(relu(norm(x))), on maps of one size. Of each node: scale and shift of the norm (null: 1 and 0), nine
- * entries of the filter, mean and reciprocal deviation, one each, or one for every image where the norm is an instance norm. */
+/* Some node functions, conv(relu(norm(x))), on maps of one size. Of each node: scale and shift of the norm (null: 1 and 0),
+ * nine entries of the filter, mean and reciprocal deviation, one each, or one for every image where the norm is an instance
+ * norm. */
 typedef struct {
   int64_t images, height, width, out_height, out_width;
   int32_t stride, norm;
@@ -61,11 +62,11 @@ int32_t dnw_lanes(void) {
 }
 
 #ifdef __x86_64__
-#define BY_WIDTH(lanes, name, ...)           \
-  switch (lanes) {                           \
-    case 16: name##_16(__VA_ARGS__); break;  \
-    case 8: name##_8(__VA_ARGS__); break;    \
-    default: name##_4(__VA_ARGS__);          \
+#define BY_WIDTH(lanes, name, ...) \
+  switch (lanes) { \
+    case 16: name##_16(__VA_ARGS__); break; \
+    case 8: name##_8(__VA_ARGS__); break; \
+    default: name##_4(__VA_ARGS__); \
   }
 #else
 #define BY_WIDTH(lanes, name, ...) name##_4(__VA_ARGS__)
@@ -146,7 +147,8 @@ int32_t dnw_pooled(const float *in, float *out, int64_t height, int64_t width, i
 }
 
 /* The active entries of a weight as compressed rows. Row r is row order[r] of the weight, of which it has the entries of the
- * columns before limits[r]. Fills starts, and, as far as there is room, columns and values; found is how many entries there are. */
+ * columns before limits[r]. Fills starts, and, as far as there is room, columns and values; found is how many entries there
+ * are. */
 int32_t dnw_compress(const uint8_t *active, const float *weight, int64_t width, const int64_t *order, const int64_t *limits,
                      int64_t rows, int64_t *starts, int32_t *columns, float *values, int64_t room, int64_t *found) {
   REFUSE_IF(rows < 0 || width < 0 || width > INT32_MAX || room < 0, BAD_SIZE);

@@ -5,8 +5,8 @@ typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), m
 #define vec WIDTH(vec)
 #define bits WIDTH(bits)
 
-#define TILE 8     /* vectors of sums held in registers */
-#define CHUNK 512  /* columns of which the gradients of edges are summed at a time: a row of them stays in the first cache */
+#define TILE 8    /* vectors of sums held in registers */
+#define CHUNK 512 /* columns of which the gradients of edges are summed at a time: a row of them stays in the first cache */
 
 /* The first `many` floats at a place, and zeros. */
 INLINE FAST vec WIDTH(read)(const float *at, const int many) {
@@ -97,8 +97,7 @@ INLINE FAST norm_of WIDTH(norm_at)(const nodes *op, int64_t node, int64_t image,
 /* A row of maps as vectors, with a zero on either side. */
 INLINE FAST void WIDTH(activated_row)(const nodes *op, const float *x, int64_t row, norm_of norm, vec *into, const int many) {
   const float *from = x + row * op->width * op->images;
-  for (int64_t i = 0; i < op->width; i++)
-    into[i + 1] = rectified(read(from + i * op->images, many) * norm.factor + norm.added);
+  for (int64_t i = 0; i < op->width; i++) into[i + 1] = rectified(read(from + i * op->images, many) * norm.factor + norm.added);
 }
 
 INLINE FAST void WIDTH(forward_images)(const nodes *op, const float *x, float *z, int64_t node, int64_t image, vec *rows,
@@ -161,8 +160,7 @@ FAST static void WIDTH(nodes_forward)(const nodes *op, const float *x, float *z,
 /* A row of gradients as vectors, with a zero on either side; zeros where there is no such row. */
 INLINE FAST void WIDTH(gradient_row)(const nodes *op, const float *grad, int64_t row, vec *into, const int many) {
   const float *from = grad + row * op->out_width * op->images;
-  for (int64_t i = 0; i < op->out_width; i++)
-    into[i + 1] = row < op->out_height ? read(from + i * op->images, many) : (vec){0};
+  for (int64_t i = 0; i < op->out_width; i++) into[i + 1] = row < op->out_height ? read(from + i * op->images, many) : (vec){0};
 }
 
 /* What one node sums over the batch: the gradients before the norm, those times x - mean, and those of the filter. */
@@ -293,8 +291,7 @@ FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, con
   int64_t at = first;
   for (; at + TILE * LANES <= last; at += TILE * LANES)
     WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, TILE, LANES);
-  for (; at + LANES <= last; at += LANES)
-    WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, 1, LANES);
+  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, 1, LANES);
   if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, 1, (int)(last - at));
 }
 

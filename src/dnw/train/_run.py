@@ -22,6 +22,7 @@ import torch
 
 from dnw import __version__
 from dnw._files import PART, read_text, write_whole
+from dnw.graphs._way import graph_kernels
 from dnw.train._config import MOST_BYTES, Config, check_unchanged, config_from_json
 from dnw.train._lock import NAME as LOCK
 from dnw.train._lock import held
@@ -30,8 +31,8 @@ from dnw.train._settings import short
 
 FILES = {
     "config.json": "what the run is: every setting",
-    "environment.json": "what it was started in: versions, machine, threads, commit, where the data lies, how many classes it "
-    "has, and the config once more",
+    "environment.json": "what it was started in: versions, machine, threads, commit, what graphs run on, where the data lies, how many "
+    "classes it has, and the config once more",
     "metrics.jsonl": "a line per epoch: losses, accuracies, edges, seconds",
     "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
@@ -292,6 +293,7 @@ _ENVIRONMENT: dict[str, type] = {
     "machine": str,
     "threads": int,
     "accelerator": str,
+    "graph_kernels": str,
     "data_dir": str,
     "num_classes": int,
     "config": dict,
@@ -307,6 +309,7 @@ def _environment(data_dir: Path) -> dict[str, Any]:
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "graph_kernels": graph_kernels(),
         "data_dir": str(data_dir.absolute()),
     }
 
