@@ -16,12 +16,13 @@ class KnownLayer:
     def __init__(self, weights: Weights, layer: WiredLayer) -> None:
         self._weights, self.layer = weights, layer
 
-    def edges(self) -> Tensor:
+    def edges(self) -> tuple[Tensor, int]:
         layer, rule = self.layer, self._weights.rule
         assert layer.active is not None
         if type(rule).project is Rule.project and not layer.is_written():
-            return layer.active
-        return layer.active | (layer.held.detach() != 0)
+            return layer.active, self.num_active()
+        mask = layer.active | (layer.held.detach() != 0)
+        return mask, int(mask.count_nonzero())
 
     def num_active(self) -> int:
         pool = self._weights.pools[self.layer]

@@ -127,9 +127,9 @@ def _is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
 
 def _compressed(weight: Tensor, columns: int) -> tuple[Rows, DormantGradient]:
     """The entries of the first columns."""
-    active, needs = active_edges(weight)
+    active, number, needs = active_edges(weight)
     order, limits = torch.arange(len(weight)), torch.full((len(weight),), columns)
-    return Rows.of(active.contiguous(), weight.contiguous(), order, limits, int(active.count_nonzero())), needs
+    return Rows.of(active.contiguous(), weight.contiguous(), order, limits, number), needs
 
 
 @torch.library.custom_op("dnw::edges", mutates_args=())

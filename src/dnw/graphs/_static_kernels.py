@@ -42,9 +42,9 @@ def _bounds(levels: Levels) -> list[tuple[int, int]]:
 
 
 def _compressed(weight: Tensor, levels: Levels) -> tuple[Rows, DormantGradient]:
-    active, needs = active_edges(weight)
+    active, number, needs = active_edges(weight)
     order, limits = _rows_of(levels)
-    room = int(active.count_nonzero()) * (2 if levels.shared_outputs else 1)
+    room = number * (2 if levels.shared_outputs else 1)
     return Rows.of(active.contiguous(), weight.detach().contiguous(), order, limits, room), needs
 
 

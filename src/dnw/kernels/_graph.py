@@ -23,7 +23,9 @@ from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
 _VERSION = 1
 _COLUMNS = 128
-"""Columns that one tile of the edges' kernel takes: threads share out whole tiles."""
+"""COLUMNS of graph.c, which are taken at a time: threads share out whole tiles."""
+_FAR = 192
+"""From so many rows on, what is read over and over is brought together first."""
 
 
 class Norm(IntEnum):
@@ -51,8 +53,8 @@ _FUNCTIONS = {
     "size_of_nodes": (),
     "nodes_forward": (POINTER, POINTER, POINTER, *_SIZES, POINTER, INT64, INT32),
     "nodes_backward": (POINTER, *[POINTER] * 6, *_SIZES, POINTER, INT64, INT32),
-    "edges": (POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT64, *_SIZES, INT32),
-    "edge_gradients": (*[POINTER] * 5, INT64, *_SIZES, INT32),
+    "edges": (*[POINTER] * 3, *_SIZES, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
+    "edge_gradients": (*[POINTER] * 3, INT64, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
     "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, *_SIZES),
     "compress": (POINTER, POINTER, INT64, POINTER, POINTER, INT64, POINTER, POINTER, POINTER, INT64, POINTER),
     "transpose": (POINTER, POINTER, POINTER, INT64, INT64, *[POINTER] * 4),
@@ -213,7 +215,9 @@ class Rows:
 
         def work(first: int, last: int) -> None:
             matrix = map(_at, (self.starts, self.columns, self.values))
-            _code().dnw_edges(*matrix, len(self), _at(x), _at(out), n, first, last, lanes())
+            room = self._scratch(n)
+            tensors = len(self), self.width, _at(x), _at(out), n, first, last
+            _code().dnw_edges(*matrix, *tensors, _at(room), 0 if room is None else room.numel(), lanes())
 
         _in_parts(n, _COLUMNS, n * max(1, self.num_entries), work)
 
@@ -222,11 +226,20 @@ class Rows:
         values, n = torch.empty_like(self.values), left.shape[1]
 
         def work(first: int, last: int) -> None:
-            tensors = map(_at, (self.starts, self.columns, values, left, right))
-            _code().dnw_edge_gradients(*tensors, n, first, last, lanes())
+            room, matrix = self._scratch(n), map(_at, (self.starts, self.columns, values))
+            tensors = self.width, _at(left), _at(right), n, first, last
+            _code().dnw_edge_gradients(*matrix, *tensors, _at(room), 0 if room is None else room.numel(), lanes())
 
-        _in_parts(len(self), 1, n * max(1, self.num_entries), work)
+        parts = torch.linspace(0, self.num_entries, torch.get_num_threads() + 1, dtype=torch.float64).long()
+        bounds = torch.searchsorted(self.starts - self.starts[0], parts).clamp(max=len(self)).tolist()
+        bounds[0], bounds[-1] = 0, len(self)
+        cost = n * max(1, self.num_entries) // len(parts)
+        each([(cost, partial(work, a, b)) for a, b in pairwise(bounds) if a < b])
         return values
+
+    def _scratch(self, n: int) -> Tensor | None:
+        """Room for the columns that are taken at a time, where the rows of the other matrix lie far apart."""
+        return torch.empty(self.width * _COLUMNS) if self.width >= _FAR and n > _COLUMNS else None
 
     def scatter(self, values: Tensor, order: Tensor, matrix: Tensor, *, adds: bool = False) -> None:
         """Puts a value of each entry where it came from in a matrix, or adds it."""

@@ -13,6 +13,7 @@
 
 #include "errors.h"
 
+enum { COLUMNS = 128 }; /* of a matrix that are taken at a time where rows lie far apart */
 enum { NO_NORM, GIVEN_STATISTICS, BATCH_STATISTICS, INSTANCE_STATISTICS };
 
 /* Some node functions, conv(relu(norm(x))), on maps of one size. Of each node: scale and shift of the norm (null: 1 and 0),
@@ -106,23 +107,28 @@ int32_t dnw_nodes_backward(const nodes *op, const float *x, const float *grad, f
   return 0;
 }
 
-/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. */
-int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, const float *in, float *out,
-                  int64_t n, int64_t first, int64_t last, int32_t lanes) {
-  REFUSE_IF(rows < 0 || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
+/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. Scratch, or
+ * null, is COLUMNS floats for each row of in: what is read over and over is then brought together first. */
+int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t width, const float *in,
+                  float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room, int32_t lanes) {
+  REFUSE_IF(rows < 0 || width < 0 || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !out || (starts[rows] > starts[0] && (!columns || !values)), NULL_POINTER);
+  REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);
   REFUSE_IF(!has_lanes(lanes), UNKNOWN_VECTOR);
-  BY_WIDTH(lanes, edges, starts, columns, values, rows, in, out, n, first, last);
+  BY_WIDTH(lanes, edges, starts, columns, values, rows, width, in, out, n, first, last, scratch);
   return 0;
 }
 
-/* values[e] (+)= sum over n of left[row] * right[column], for the entries of the rows from first to before last. */
-int32_t dnw_edge_gradients(const int64_t *starts, const int32_t *columns, float *values, const float *left, const float *right,
-                           int64_t n, int64_t first, int64_t last, int32_t lanes) {
-  REFUSE_IF(n < 0 || first < 0 || last < first, BAD_SIZE);
+/* values[e] = sum over n of left[row] * right[column], for the entries of the rows from first to before last. Scratch is as
+ * above, for the rows of right. */
+int32_t dnw_edge_gradients(const int64_t *starts, const int32_t *columns, float *values, int64_t width, const float *left,
+                           const float *right, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
+                           int32_t lanes) {
+  REFUSE_IF(width < 0 || n < 0 || first < 0 || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !left || !right || (starts[last] > starts[first] && (!columns || !values)), NULL_POINTER);
+  REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);
   REFUSE_IF(!has_lanes(lanes), UNKNOWN_VECTOR);
-  BY_WIDTH(lanes, edge_gradients, starts, columns, values, left, right, n, first, last);
+  BY_WIDTH(lanes, edge_gradients, starts, columns, values, width, left, right, n, first, last, scratch);
   return 0;
 }
 

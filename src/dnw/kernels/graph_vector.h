@@ -5,8 +5,27 @@ typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), m
 #define vec WIDTH(vec)
 #define bits WIDTH(bits)
 
-#define TILE 8    /* vectors of sums held in registers */
-#define CHUNK 512 /* columns of which the gradients of edges are summed at a time: a row of them stays in the first cache */
+#if LANES == 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif LANES == 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
+
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
+
+#define TILE 8 /* vectors of sums held in registers */
 
 /* The first `many` floats at a place, and zeros. */
 INLINE FAST vec WIDTH(read)(const float *at, const int many) {
@@ -271,13 +290,14 @@ FAST static void WIDTH(nodes_backward)(const nodes *op, const float *x, const fl
 }
 
 INLINE FAST void WIDTH(edges_tile)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
-                                   const float *in, float *out, int64_t n, const int vectors, const int many) {
+                                   const float *in, int64_t apart, float *out, int64_t n, const int vectors,
+                                   const int many) {
   for (int64_t row = 0; row < rows; row++) {
     vec sum[TILE];
 #pragma GCC unroll 8
     for (int k = 0; k < vectors; k++) sum[k] = (vec){0};
     for (int64_t e = starts[row]; e < starts[row + 1]; e++) {
-      const float *source = in + columns[e] * n, value = values[e];
+      const float *source = in + columns[e] * apart, value = values[e];
 #pragma GCC unroll 8
       for (int k = 0; k < vectors; k++) sum[k] += value * read(source + k * LANES, many);
     }
@@ -286,35 +306,82 @@ INLINE FAST void WIDTH(edges_tile)(const int64_t *starts, const int32_t *columns
   }
 }
 
-FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, const float *in,
-                              float *out, int64_t n, int64_t first, int64_t last) {
-  int64_t at = first;
-  for (; at + TILE * LANES <= last; at += TILE * LANES)
-    WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, TILE, LANES);
-  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, 1, LANES);
-  if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, out + at, n, 1, (int)(last - at));
+/* Some columns of a matrix [rows, n], end to end. Rows that lie far apart take longer to find than to read. */
+INLINE FAST const float *WIDTH(gathered)(const float *in, int64_t rows, int64_t n, float *scratch) {
+  for (int64_t row = 0; row < rows; row++)
+#pragma GCC unroll 8
+    for (int k = 0; k < COLUMNS; k += LANES) write(scratch + row * COLUMNS + k, read(in + row * n + k, LANES), LANES);
+  return scratch;
 }
 
-FAST static void WIDTH(edge_gradients)(const int64_t *starts, const int32_t *columns, float *values, const float *left,
-                                       const float *right, int64_t n, int64_t first, int64_t last) {
-  for (int64_t e = starts[first]; e < starts[last]; e++) values[e] = 0.0f;
-  for (int64_t at = 0; at < n; at += CHUNK) {
-    int64_t length = n - at < CHUNK ? n - at : CHUNK;
-    for (int64_t row = first; row < last; row++) {
-      const float *a = left + row * n + at;
-      for (int64_t e = starts[row]; e < starts[row + 1]; e++) {
-        const float *b = right + columns[e] * n + at;
-        vec sum[4] = {{0}, {0}, {0}, {0}};
-        int64_t i = 0;
-        for (; i + 4 * LANES <= length; i += 4 * LANES)
+FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t width,
+                              const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch) {
+  int64_t at = first;
+  if (scratch)
+    for (; at + COLUMNS <= last; at += COLUMNS) {
+      const float *near = WIDTH(gathered)(in + at, width, n, scratch);
+      for (int64_t k = 0; k < COLUMNS; k += TILE * LANES)
+        WIDTH(edges_tile)(starts, columns, values, rows, near + k, COLUMNS, out + at + k, n, TILE, LANES);
+    }
+  for (; at + TILE * LANES <= last; at += TILE * LANES)
+    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, TILE, LANES);
+  for (; at + LANES <= last; at += LANES)
+    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, LANES);
+  if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, (int)(last - at));
+}
+
+/* Sums of neighbours: those of one vector and then those of another. */
+INLINE FAST vec WIDTH(paired)(vec one, vec other) { return SHUFFLE(one, other, EVEN) + SHUFFLE(one, other, ODD); }
+
+/* The sums of LANES vectors, one in each entry. */
+INLINE FAST vec WIDTH(totals)(vec *values) {
 #pragma GCC unroll 4
-          for (int k = 0; k < 4; k++) sum[k] += read(a + i + k * LANES, LANES) * read(b + i + k * LANES, LANES);
-        float rest = 0.0f;
-        for (; i < length; i++) rest += a[i] * b[i];
-        values[e] += (float)total(sum[0] + sum[1] + (sum[2] + sum[3]), LANES) + rest;
+  for (int many = LANES / 2; many; many /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < many; i++) values[i] = WIDTH(paired)(values[2 * i], values[2 * i + 1]);
+  return values[0];
+}
+
+/* What some columns add to the gradient of every entry of some rows. */
+INLINE FAST void WIDTH(edge_gradients_tile)(const int64_t *starts, const int32_t *columns, float *values, const float *left,
+                                            int64_t n, const float *right, int64_t apart, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; row++) {
+    const float *a = left + row * n;
+    for (int64_t e = starts[row]; e < starts[row + 1]; e += LANES) {
+      int many = starts[row + 1] - e < LANES ? (int)(starts[row + 1] - e) : LANES;
+      vec sums[LANES];
+      for (int i = 0; i < LANES; i++) {
+        const float *b = right + columns[i < many ? e + i : e] * apart;
+        vec sum[2] = {{0}, {0}};
+#pragma GCC unroll 32
+        for (int k = 0; k < COLUMNS / LANES; k++) sum[k % 2] += read(a + k * LANES, LANES) * read(b + k * LANES, LANES);
+        sums[i] = sum[0] + sum[1];
       }
+      vec found = WIDTH(totals)(sums);
+      if (many == LANES)
+        write(values + e, read(values + e, LANES) + found, LANES);
+      else
+        for (int i = 0; i < many; i++) values[e + i] += found[i];
     }
   }
+}
+
+FAST static void WIDTH(edge_gradients)(const int64_t *starts, const int32_t *columns, float *values, int64_t width,
+                                       const float *left, const float *right, int64_t n, int64_t first, int64_t last,
+                                       float *scratch) {
+  for (int64_t e = starts[first]; e < starts[last]; e++) values[e] = 0.0f;
+  int64_t at = 0;
+  for (; at + COLUMNS <= n; at += COLUMNS) {
+    const float *near = scratch ? WIDTH(gathered)(right + at, width, n, scratch) : right + at;
+    WIDTH(edge_gradients_tile)(starts, columns, values, left + at, n, near, scratch ? COLUMNS : n, first, last);
+  }
+  if (at < n)
+    for (int64_t row = first; row < last; row++)
+      for (int64_t e = starts[row]; e < starts[row + 1]; e++) {
+        float sum = 0.0f;
+        for (int64_t i = at; i < n; i++) sum += left[row * n + i] * right[columns[e] * n + i];
+        values[e] += sum;
+      }
 }
 
 #undef vec
@@ -326,7 +393,9 @@ FAST static void WIDTH(edge_gradients)(const int64_t *starts, const int32_t *col
 #undef norm_of
 #undef sums_of
 #undef TILE
-#undef CHUNK
+#undef EVEN
+#undef ODD
+#undef SHUFFLE
 #undef LANES
 #undef WIDTH
 #undef FAST
