@@ -78,6 +78,15 @@ def test_the_snippet_of_the_readme(code, capsys):
     assert "left dense" in capsys.readouterr().out
 
 
+@runs("docs/speed.md#what-runs-on-kernels")
+def test_which_way_a_graph_runs(code, capsys):
+    exec(code, {})
+    dense, sparse = capsys.readouterr().out.splitlines()
+    if "C compiler" not in dense:
+        assert dense == "100% of the candidate edges are active, and kernels pay up to 30%"
+        assert sparse == "''"
+
+
 @runs("docs/concepts.md#concepts", by="line")
 def test_counting(code, capsys):
     class Masked(nn.Sequential):

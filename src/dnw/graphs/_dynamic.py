@@ -10,14 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnw.graphs._dynamic_kernels import run_nodes
+from dnw.graphs._dynamic_kernels import is_relu, run_nodes
 from dnw.graphs._ode import Solver, solver_named
-from dnw.graphs._way import is_convolution, why_not
+from dnw.graphs._way import is_convolution, norm_kind, why_not
 
 INSTANCE_NORM = partial(nn.InstanceNorm2d, affine=True)
 
@@ -115,12 +116,14 @@ class DynamicGraph(nn.Module, ABC):
 
     def rate(self, state: Tensor) -> Tensor:
         """The right-hand side: what reaches every node from the present states, normalised. ``[batch, nodes, ...]``."""
-        if not self.why_layers(state):
-            conv = self.conv if isinstance(self.conv, nn.Conv2d) else None
-            sent = self.activation(state) if conv is None else run_nodes(conv, self.activation, state)
+        on_kernels = not self.why_layers(state)
+        if on_kernels and isinstance(self.conv, nn.Conv2d) and is_relu(self.activation):
+            sent = run_nodes(self.conv.weight.flatten(1), state)
+        else:
+            sent = self.conv(self.activation(state))
+        if on_kernels:
             reached = torch.ops.dnw.edges(sent, self.weight)
             return self.norm(reached if self.bias is None else reached + self.bias)
-        sent = self.conv(self.activation(state))
         if self.maps:
             return self.norm(F.conv2d(sent, self.weight[:, :, None, None]))
         return self.norm(F.linear(sent, self.weight, self.bias))
@@ -170,9 +173,36 @@ class DiscreteTimeGraph(DynamicGraph):
 
     def advance(self, state: Tensor) -> Tensor:
         """The state after ``steps`` steps."""
+        if self._is_fused(state):
+            return self.norm(self._reached(state))
         for _ in range(self.steps):
             state = self.rate(state)
         return state
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        if not self._is_fused(x):
+            return super().forward(x)
+        reached = self._reached(x)  # all other nodes are 0, and send nothing
+        if not isinstance(self.norm, nn.InstanceNorm2d):
+            return self.read(self.norm(reached))
+        scale, shift = (None if p is None else p[-self.num_outputs :] for p in (self.norm.weight, self.norm.bias))
+        return F.instance_norm(self.read(reached), None, None, scale, shift, True, eps=self.norm.eps)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether kernels do the norm of a step with the node functions of the next one."""
+        if not self.maps or norm_kind([self.norm], x.shape[2] * x.shape[3], x.shape[0]) is None or not is_relu(self.activation):
+            return False
+        return not (self.norm._forward_hooks or self.norm._forward_pre_hooks or self.why_layers(x))
+
+    def _reached(self, state: Tensor) -> Tensor:
+        """What reaches the nodes in the last step, before the norm, from the state of the first nodes."""
+        conv: Any = self.conv
+        filters = conv.weight.flatten(1)
+        sent = run_nodes(filters[: state.shape[1]], state)
+        for _ in range(self.steps - 1):
+            sent = run_nodes(filters, torch.ops.dnw.edges(sent, self.weight), self.norm)
+        return torch.ops.dnw.edges(sent, self.weight)
 
 
 class ContinuousTimeGraph(DynamicGraph):

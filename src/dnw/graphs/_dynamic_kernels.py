@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
+from dnw.graphs._way import joined, norm_kind, update_statistics
 from dnw.kernels._graph import Nodes, Norm, Rows, pooled
 from dnw.kernels._wired import DormantGradient, active_edges
 
@@ -110,15 +111,29 @@ def _nodes_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tu
 torch.library.register_autograd("dnw::nodes", _nodes_backward, setup_context=_keep_nodes)
 
 
-def run_nodes(conv: nn.Conv2d, activation: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-    """``conv(activation(state))``, of which the kernel does the ReLU itself; another activation leaves none for it to do."""
-    filters = conv.weight.flatten(1)
-    if not _is_relu(activation):
-        return conv(activation(state))
-    return torch.ops.dnw.nodes(state, filters, None, None, None, None, int(Norm.NONE), 0.0)[0]
+def run_nodes(filters: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """``conv(relu(norm(x)))`` on kernels, which know the norm; running statistics move as in PyTorch.
+
+    Args:
+        filters: ``[nodes, 9]``.
+        x: ``[batch, nodes, height, width]``.
+        norm: of the nodes; none by default.
+    """
+    places, images = x.shape[2] * x.shape[3], x.shape[0]
+    found = (Norm.NONE, 0.0) if norm is None else norm_kind([norm], places, images)
+    assert found is not None
+    kind, eps = found
+    norms = [] if norm is None or kind is Norm.NONE else [norm]
+    affine = (joined(norms, "weight"), joined(norms, "bias")) if norms else (None, None)
+    given = (joined(norms, "running_mean"), joined(norms, "running_var")) if kind is Norm.GIVEN else (None, None)
+    out, mean, deviation = torch.ops.dnw.nodes(x, filters, *affine, *given, int(kind), eps)
+    if kind is Norm.BATCH:
+        update_statistics(norms, mean, deviation, [places * images])
+    return out
 
 
-def _is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
+def is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation is the one that kernels do themselves."""
     return activation is F.relu or activation is torch.relu or type(activation) is nn.ReLU
 
 

@@ -109,8 +109,9 @@ int32_t dnw_nodes_backward(const nodes *op, const float *x, const float *grad, f
 
 /* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. Scratch, or
  * null, is COLUMNS floats for each row of in: what is read over and over is then brought together first. */
-int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t width, const float *in,
-                  float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room, int32_t lanes) {
+int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t width,
+                  const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
+                  int32_t lanes) {
   REFUSE_IF(rows < 0 || width < 0 || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !out || (starts[rows] > starts[0] && (!columns || !values)), NULL_POINTER);
   REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);

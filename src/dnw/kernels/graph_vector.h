@@ -290,8 +290,7 @@ FAST static void WIDTH(nodes_backward)(const nodes *op, const float *x, const fl
 }
 
 INLINE FAST void WIDTH(edges_tile)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
-                                   const float *in, int64_t apart, float *out, int64_t n, const int vectors,
-                                   const int many) {
+                                   const float *in, int64_t apart, float *out, int64_t n, const int vectors, const int many) {
   for (int64_t row = 0; row < rows; row++) {
     vec sum[TILE];
 #pragma GCC unroll 8
@@ -325,8 +324,7 @@ FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, con
     }
   for (; at + TILE * LANES <= last; at += TILE * LANES)
     WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, TILE, LANES);
-  for (; at + LANES <= last; at += LANES)
-    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, LANES);
+  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, LANES);
   if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, (int)(last - at));
 }
 

@@ -31,8 +31,8 @@ from dnw.train._settings import short
 
 FILES = {
     "config.json": "what the run is: every setting",
-    "environment.json": "what it was started in: versions, machine, threads, commit, what graphs run on, where the data lies, how many "
-    "classes it has, and the config once more",
+    "environment.json": "what it was started in: versions, machine, threads, commit, what graphs run on, where the data lies, "
+    "how many classes it has, and the config once more",
     "metrics.jsonl": "a line per epoch: losses, accuracies, edges, seconds",
     "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
