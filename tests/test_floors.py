@@ -177,6 +177,15 @@ def test_a_graph_without_a_path_is_named():
         dnw.wire(net, torch.optim.SGD(net.parameters(), lr=0.1), num_edges=1, rule=dnw.RandomGraph(), seed=1)
 
 
+@pytest.mark.filterwarnings("error:no path of active edges")
+def test_where_warnings_are_errors_a_graph_without_a_path_is_not_wired():
+    graph = dnw.graphs.StaticGraph((4, 50), 4)
+    optimizer = torch.optim.SGD(graph.parameters(), lr=0.1)
+    with pytest.raises(UserWarning, match="no path of active edges"):
+        dnw.wire(graph, optimizer, num_edges=1, rule=dnw.RandomGraph(), seed=1)
+    assert list(dnw.wire(graph, optimizer, density=0.9)) == ["weight"]
+
+
 def test_a_graph_with_one_path_is_not():
     graph = dnw.graphs.StaticGraph((4, 50), 4)
     edges = torch.zeros_like(graph.weight, dtype=torch.bool)

@@ -150,10 +150,42 @@ class Slower(dnw.NoUpdate):
         return torch.where(layer.active, layer.grad, 0.5 * layer.grad)
 
 
-def test_a_subclass_of_its_own_gradient_says_what_dormant_edges_get():
+class Halved:
+    def gradient(self, layer: dnw.Layer) -> torch.Tensor:
+        return torch.where(layer.active, layer.grad, 0.5 * layer.grad)
+
+
+@dataclass(frozen=True)
+class SlowerBesides(Halved, dnw.NoUpdate):
+    """The same gradient from a class beside the rules."""
+
+
+class WithoutDormant(dnw.Rule):
+    needs_dormant_gradient = False
+
+
+class WithoutDormantAsProperty(dnw.Rule):
+    @property
+    def needs_dormant_gradient(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("base", [WithoutDormant, WithoutDormantAsProperty])
+def test_a_flag_of_a_users_rule_holds_for_subclasses_of_their_own_gradient(base):
+    rule = type("Mine", (base,), {"gradient": lambda self, layer: 2 * layer.grad})()
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    wiring = dnw.wire(net, optimizer, density=0.2, rule=Slower())
+    wiring = dnw.wire(net, optimizer, density=0.2, rule=rule)
+    before, active = wiring["5.weight"].latent, wiring["5.weight"].active
+    train_steps(net, optimizer, range(1))
+    assert torch.equal(wiring["5.weight"].latent[~active], before[~active])
+
+
+@pytest.mark.parametrize("rule", [Slower(), SlowerBesides()], ids=lambda r: type(r).__name__)
+def test_a_subclass_of_its_own_gradient_says_what_dormant_edges_get(rule):
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    wiring = dnw.wire(net, optimizer, density=0.2, rule=rule)
     before, active = wiring["5.weight"].latent, wiring["5.weight"].active
     F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
     grad = net[5].weight.grad.clone()

@@ -407,3 +407,8 @@ def test_helpers_and_settings_of_a_rule_may_be_called_anything_else():
             return layer.latent
 
     assert Mine().gradients
+
+
+@pytest.mark.parametrize(("base", "name"), [(dnw.ST3, "rescaled"), (dnw.SET, "by_signs")])
+def test_helpers_may_be_called_nearly_as_the_settings_of_a_rule(base, name):
+    assert type("Mine", (base,), {name: lambda self, layer: None})()

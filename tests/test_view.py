@@ -407,6 +407,16 @@ def test_dnw_view(run, tmp_path, capsys):
     assert "not a run directory" in capsys.readouterr().err
 
 
+def test_an_older_run_is_shown_that_ended_in_its_first_epoch(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    environment = json.loads((copy / "environment.json").read_text())
+    older = {key: value for key, value in environment.items() if key not in ("num_classes", "check")}
+    (copy / "environment.json").write_text(json.dumps(older))
+    (copy / "last.pt").unlink()
+    assert view_runs([copy]) == copy / "view.html"
+
+
 def test_missing_and_cut_off_snapshots_are_one_clear_error(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -287,6 +287,14 @@ def test_remove(keep):
         wiring.remove("dense")  # type: ignore[arg-type]
 
 
+def test_a_wiring_that_was_taken_off_still_says_what_it_was_made_with():
+    model, schedule = small_net(), dnw.DensitySchedule(9)
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.1, rule=dnw.NoUpdate(), schedule=schedule)
+    wiring.remove()
+    assert (wiring.rule, wiring.schedule, wiring.dormant) == (dnw.NoUpdate(), schedule, dnw.Dormant())
+    assert len(wiring) == 0
+
+
 def test_a_model_can_be_wired_again_when_its_optimizer_is_gone():
     model, base, wiring = wired()
     del base, wiring

@@ -33,7 +33,9 @@ class NoUpdate(Rule):
     Source: Wortsman et al., 2019, section 4.2, "no update rule". Weight decay still acts on all.
     """
 
-    needs_dormant_gradient = False
+    @property
+    def needs_dormant_gradient(self) -> bool:  # type: ignore[override]
+        return type(self).gradient is not Rule.gradient  # a subclass's own says itself what dormant edges get
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import FunctionType
 from typing import ClassVar
 
@@ -41,10 +41,7 @@ class Rule:
     has_latent_weights: ClassVar[bool] = True
     """Whether dormant edges keep weights of their own. Where they do not, the parameter itself is stepped, in place."""
     needs_dormant_gradient: ClassVar[bool] = True
-    """Whether dormant edges get a gradient. If not, it is set to 0 there, whatever ``gradient`` says.
-
-    A class that is the first to have a ``gradient`` of its own says itself what they get, so there it is true unless it is set.
-    """
+    """Whether dormant edges get a gradient. If not, it is set to 0 there, whatever ``gradient`` says."""
     dormant: ClassVar[Dormant] = Dormant()
     """What weight decay and momentum do to dormant edges, unless the user says otherwise."""
     redistributes: ClassVar[bool] = False
@@ -58,12 +55,10 @@ class Rule:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        own, settings = vars(cls), vars(cls).get("__annotations__", {})
         inherited = {name: value for base in reversed(cls.__mro__[1:]) for name, value in vars(base).items()}
-        if "gradient" in own and "needs_dormant_gradient" not in own and inherited["gradient"] is Rule.gradient:
-            cls.needs_dormant_gradient = True
-        hooks = [name for name, value in inherited.items() if isinstance(value, _HOOKS) and not name.startswith("_")]
-        for name, value in own.items():
+        settings = {field.name for field in fields(cls)} | vars(cls).get("__annotations__", {}).keys()
+        hooks = [n for n, v in inherited.items() if isinstance(v, _HOOKS) and n not in settings and not n.startswith("_")]
+        for name, value in vars(cls).items():
             if name in inherited or name in settings or name.startswith("_") or not isinstance(value, _HOOKS):
                 continue
             if meant := nearest(name, hooks, cutoff=0.8):

@@ -144,7 +144,7 @@ def set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequenc
 
 
 def begin_together(schedule: DensitySchedule, pools: Sequence[Pool]) -> None:
-    """Allotment what a schedule begins with out over pools that are one budget from then on."""
+    """Divides what a schedule begins with among pools that are one budget from then on."""
     unit = pools[0].unit
     room = [pool.num_candidates // unit for pool in pools]
     total = schedule.num_edges(0, sum(pool.budget for pool in pools) // unit, sum(room))

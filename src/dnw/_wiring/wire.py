@@ -113,7 +113,11 @@ def wire(
         if schedule is not None:
             begin_together(schedule, pools)
     wiring = Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, dormant, schedule, check_ranks, check_finite)
-    _warn_of_cut(layers)
+    try:
+        _warn_of_cut(layers)
+    except Warning:  # where warnings are errors
+        wiring.remove()
+        raise
     return wiring
 
 

@@ -293,4 +293,4 @@ class Wiring(Mapping[str, WiredParameter]):
                 layer.write(weights.rule.settle(layer))
             weights.leave_state(layer)
         self._hooks.remove()
-        weights.layers, weights.pools = [], Pools([], weights.rule, None)
+        weights.layers, weights.pools = [], Pools([], weights.rule, weights.pools.schedule)

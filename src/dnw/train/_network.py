@@ -143,7 +143,10 @@ def load_network(
     """
     start = read_ticket(run.ticket) if config.edges == "ticket" else None
     if checkpoint is None:
-        return make_network(config, num_classes or num_classes_of_run(run), start, steps=steps, fabric=fabric)
+        classes = num_classes or num_classes_of_run(run)
+        if classes is None:
+            raise ValueError(f"{run.path}: nothing in it says how many classes there are; give num_classes")
+        return make_network(config, classes, start, steps=steps, fabric=fabric)
     file = run.best if checkpoint == "best" else run.last
     if not file.exists():
         raise ValueError(f"{run.path}: no {file.name} yet; dnw resume {run.path} trains on")
@@ -167,9 +170,10 @@ def load_network(
     return dataclasses.replace(network, epoch=epoch, step=step)
 
 
-def num_classes_of_run(run: RunDirectory) -> int:
-    """How many classes a run has; of an older one, which does not say it, by its checkpoint."""
-    return run.environment().get("num_classes") or read_checkpoint(run.last)["num_classes"]
+def num_classes_of_run(run: RunDirectory) -> int | None:
+    """How many classes a run has; of an older one, which does not say it, by its checkpoint, and None before its first."""
+    stored: int | None = run.environment().get("num_classes")
+    return read_checkpoint(run.last)["num_classes"] if stored is None and run.last.exists() else stored
 
 
 def make_network(

@@ -19,6 +19,8 @@ from dnw.view import NothingToShowError, Record, read_snapshots, record, write_p
 _MOST_TIME = 0.05
 """Of the time of a training run, what refreshing its page may take."""
 _SECONDS_TO_RELOAD = 30
+_ANY_CLASSES = 10
+"""Of a run that says nowhere how many it has; the graphs of most networks are the same for any number."""
 
 
 def view_runs(paths: Sequence[Path], out: Path | None = None, *, reload: int | None = None) -> Path:
@@ -104,7 +106,8 @@ def _record(member: RunDirectory, config: Config, model: nn.Module | None = None
     top = member.path.resolve()
     while top.name in ("baseline", f"seed-{config.seed}"):
         top = top.parent
-    model = make_model(config, num_classes_of_run(member)) if model is None else model
+    if model is None:
+        model = make_model(config, num_classes_of_run(member) or _ANY_CLASSES)
     sizes = {parameter_of(name): graph.weight.numel() for name, graph in graphs_of(model).items()}
     snapshots = list(read_snapshots(member.snapshots, sizes))
     metrics = [dataclasses.asdict(m) for m in member.metrics()]
