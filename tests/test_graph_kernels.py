@@ -131,6 +131,13 @@ def test_a_dynamic_graph_is_that_of_its_layers(kind, maps, normed, activation, b
     both_ways(sparse(graph, density), x)
 
 
+def test_many_nodes_whose_maps_lie_far_apart():
+    torch.manual_seed(0)
+    x = torch.randn(18, 40, 4, 5)
+    both_ways(sparse(StaticGraph((40, 200, 100), 30), 0.05), x)
+    both_ways(sparse(DiscreteTimeGraph(300, 40, 30, steps=2), 0.05), x)
+
+
 def test_what_a_graph_gives_does_not_depend_on_the_number_of_threads():
     graph, x = sparse(StaticGraph((8, 30, 30), 20, stride=2), 0.3), torch.randn(37, 8, 11, 9)
     results = []

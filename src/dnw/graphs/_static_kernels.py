@@ -127,7 +127,7 @@ def static_graph(
     graph.nodes[0].forward(x.permute(1, 2, 3, 0).contiguous(), states[: levels.num_inputs])
     for (a, b), nodes in zip(bounds[1:], graph.nodes[1:], strict=True):
         first, last = a - levels.num_inputs, b - levels.num_inputs
-        rows[first:last].times(states.flatten(1), incoming[first:last].flatten(1))
+        rows[first:last].times(states[:a].flatten(1), incoming[first:last].flatten(1))
         nodes.forward(incoming[first:last], states[a:b])
     out = torch.empty(outputs, height, width, images)
     rows[levels.num_inner : levels.num_inner + outputs].times(states.flatten(1), out.flatten(1))

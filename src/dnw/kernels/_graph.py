@@ -210,24 +210,27 @@ class Rows:
         return Rows(starts, rows, values, len(self))
 
     def times(self, x: Tensor, out: Tensor) -> None:
-        """The product with ``[width, n]``, into ``[rows, n]``."""
+        """The product with ``[width, n]``, into ``[rows, n]``; of ``x`` the first rows are enough if no entry is beyond them."""
         n = x.shape[1]
 
         def work(first: int, last: int) -> None:
             matrix = map(_at, (self.starts, self.columns, self.values))
-            room = self._scratch(n)
-            tensors = len(self), self.width, _at(x), _at(out), n, first, last
+            room = _near(x)
+            tensors = len(self), len(x), _at(x), _at(out), n, first, last
             _code().dnw_edges(*matrix, *tensors, _at(room), 0 if room is None else room.numel(), lanes())
 
         _in_parts(n, _COLUMNS, n * max(1, self.num_entries), work)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of each entry the product of a row of ``[rows, n]`` with one of ``[width, n]``: the gradient of its value."""
+        """Of each entry the product of a row of ``[rows, n]`` with one of ``[width, n]``: the gradient of its value.
+
+        Of ``right`` the first rows are enough if no entry is beyond them.
+        """
         values, n = torch.empty_like(self.values), left.shape[1]
 
         def work(first: int, last: int) -> None:
-            room, matrix = self._scratch(n), map(_at, (self.starts, self.columns, values))
-            tensors = self.width, _at(left), _at(right), n, first, last
+            room, matrix = _near(right), map(_at, (self.starts, self.columns, values))
+            tensors = len(right), _at(left), _at(right), n, first, last
             _code().dnw_edge_gradients(*matrix, *tensors, _at(room), 0 if room is None else room.numel(), lanes())
 
         parts = torch.linspace(0, self.num_entries, torch.get_num_threads() + 1, dtype=torch.float64).long()
@@ -237,14 +240,15 @@ class Rows:
         each([(cost, partial(work, a, b)) for a, b in pairwise(bounds) if a < b])
         return values
 
-    def _scratch(self, n: int) -> Tensor | None:
-        """Room for the columns that are taken at a time, where the rows of the other matrix lie far apart."""
-        return torch.empty(self.width * _COLUMNS) if self.width >= _FAR and n > _COLUMNS else None
-
     def scatter(self, values: Tensor, order: Tensor, matrix: Tensor, *, adds: bool = False) -> None:
         """Puts a value of each entry where it came from in a matrix, or adds it."""
         tensors = _at(self.starts), _at(self.columns), _at(values), _at(order)
         _code().dnw_scatter(*tensors, len(self), self.width, _at(matrix), adds)
+
+
+def _near(x: Tensor) -> Tensor | None:
+    """Room for the columns of a matrix that are taken at a time, where its rows lie far apart."""
+    return torch.empty(len(x) * _COLUMNS) if len(x) >= _FAR and x.shape[1] > _COLUMNS else None
 
 
 def pooled(x: Tensor, *, mean: bool) -> Tensor:
