@@ -64,4 +64,4 @@ def compare(make: Callable[[], nn.Module], num_edges: Mapping[str, int], images:
             rule, dormant = WAYS[name]
             dnw.wire(model, optimizer, num_edges=dict(num_edges), rule=rule, dormant=dormant)
         steps[name] = partial(step, model, optimizer, forward, "auto" if name in WAYS else "never")
-    report(in_turn(steps, rounds), COMPLETE)
+    report(in_turn(steps, rounds, rest=0.2), COMPLETE)

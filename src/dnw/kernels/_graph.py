@@ -210,7 +210,7 @@ class Rows:
         return Rows(starts, rows, values, len(self))
 
     def times(self, x: Tensor, out: Tensor) -> None:
-        """The product with ``[width, n]``, into ``[rows, n]``; of ``x`` the first rows are enough if no entry is beyond them."""
+        """The product with ``[width, n]``, into ``[rows, n]``; rows of ``x`` beyond all entries may be left out."""
         n = x.shape[1]
 
         def work(first: int, last: int) -> None:
@@ -224,7 +224,7 @@ class Rows:
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """Of each entry the product of a row of ``[rows, n]`` with one of ``[width, n]``: the gradient of its value.
 
-        Of ``right`` the first rows are enough if no entry is beyond them.
+        Rows of ``right`` beyond all entries may be left out.
         """
         values, n = torch.empty_like(self.values), left.shape[1]
 
