@@ -11,7 +11,7 @@ from torch import nn
 
 import dnw
 from dnw._selection.top_k import magnitude_bits
-from dnw.kernels import _exchange
+from dnw.kernels import _exchange, _team
 
 pytestmark = [
     pytest.mark.kernels,
@@ -164,10 +164,10 @@ def test_dead_targets_and_sources(shape, groups, density, monkeypatch):
 def test_jobs_give_their_results_in_order_and_raise_what_they_raise(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     jobs = [(1 << 17, lambda i=i: i * i) for i in range(9)]
-    assert _exchange.each(jobs) == [i * i for i in range(9)]
+    assert _team.each(jobs) == [i * i for i in range(9)]
 
     def fail() -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        _exchange.each([*jobs, (1 << 17, fail)])
+        _team.each([*jobs, (1 << 17, fail)])

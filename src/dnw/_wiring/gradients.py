@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dnw._wiring.weights import Weights
 from dnw._wiring.wired_layer import WiredLayer
-from dnw.kernels._exchange import each, is_finite, masked
+from dnw.kernels._exchange import is_finite, masked
+from dnw.kernels._team import each
 
 
 def gradients(

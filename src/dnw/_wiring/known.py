@@ -16,13 +16,12 @@ class KnownLayer:
     def __init__(self, weights: Weights, layer: WiredLayer) -> None:
         self._weights, self.layer = weights, layer
 
-    def edges(self) -> tuple[Tensor, int]:
+    def edges(self) -> Tensor:
         layer, rule = self.layer, self._weights.rule
         assert layer.active is not None
         if type(rule).project is Rule.project and not layer.is_written():
-            return layer.active, self.num_active()
-        mask = layer.active | (layer.held.detach() != 0)
-        return mask, int(mask.count_nonzero())
+            return layer.active
+        return layer.active | (layer.held.detach() != 0)
 
     def num_active(self) -> int:
         pool = self._weights.pools[self.layer]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dnw._checks import listing
 from dnw._wiring.wired_layer import WiredLayer
-from dnw.kernels._exchange import dead, each, packed, tally
+from dnw.kernels._exchange import dead, packed, tally
+from dnw.kernels._team import each
 
 _KEPT = 8
 """Times asked that are remembered."""

@@ -21,7 +21,7 @@ from dnw._wiring import one_pass
 from dnw._wiring.gradients import gradients
 from dnw._wiring.weights import Weights
 from dnw._wiring.wired_layer import WiredLayer
-from dnw.kernels._exchange import each
+from dnw.kernels._team import each
 
 
 class OpenStep:

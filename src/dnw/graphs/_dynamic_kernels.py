@@ -14,19 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
+from dnw.graphs._innermost import images_innermost, inside, outside
 from dnw.graphs._way import joined, norm_kind, update_statistics
 from dnw.kernels._graph import Nodes, Norm, Rows, pooled
+from dnw.kernels._room import room
 from dnw.kernels._wired import DormantGradient, active_edges
-
-
-def _inside(x: Tensor) -> Tensor:
-    """``[batch, nodes, ...]`` with its images innermost: ``[nodes, ..., batch]``."""
-    return x.movedim(0, -1).contiguous()
-
-
-def _outside(x: Tensor) -> Tensor:
-    """The inverse, as a view."""
-    return x.movedim(-1, 0)
 
 
 # --- node functions ---
@@ -44,17 +36,17 @@ def nodes(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``conv(relu(norm(x)))`` of nodes ``[batch, nodes, height, width]``; and mean and reciprocal deviation of the norm."""
-    kind, inside = Norm(norm), _inside(x)
+    kind, state = Norm(norm), inside(x)
     if kind is Norm.GIVEN:
         assert mean is not None
         assert variance is not None
         found, deviation = mean.clone(), (variance + eps).rsqrt()
     else:
-        shape = (len(inside), x.shape[0]) if kind is Norm.INSTANCE else (len(inside),)
+        shape = (len(state), x.shape[0]) if kind is Norm.INSTANCE else (len(state),)
         found, deviation = torch.zeros(shape), torch.zeros(shape)
-    out = torch.empty_like(inside)
-    Nodes(kind, filters.contiguous(), 1, eps, scale, shift, found, deviation).forward(inside, out)
-    return _outside(out), found, deviation
+    out = room(*state.shape)
+    Nodes(kind, filters.contiguous(), 1, eps, scale, shift, found, deviation).forward(state, out)
+    return outside(out), found, deviation
 
 
 @nodes.register_fake
@@ -76,10 +68,10 @@ def nodes_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of inputs, filters, scales and shifts of :func:`nodes`."""
-    inside = _inside(x)
-    into = torch.empty_like(inside)
+    state = inside(x)
+    into = room(*state.shape)
     functions = Nodes(Norm(norm), filters.contiguous(), 1, eps, scale, shift, mean, deviation)
-    return _outside(into), *functions.backward(inside, _inside(grad), into)
+    return outside(into), *functions.backward(state, inside(grad), into)
 
 
 @nodes_backward.register_fake
@@ -126,7 +118,7 @@ def run_nodes(filters: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tens
     norms = [] if norm is None or kind is Norm.NONE else [norm]
     affine = (joined(norms, "weight"), joined(norms, "bias")) if norms else (None, None)
     given = (joined(norms, "running_mean"), joined(norms, "running_var")) if kind is Norm.GIVEN else (None, None)
-    out, mean, deviation = torch.ops.dnw.nodes(x, filters, *affine, *given, int(kind), eps)
+    out, mean, deviation = torch.ops.dnw.nodes(images_innermost(x), filters, *affine, *given, int(kind), eps)
     if kind is Norm.BATCH:
         update_statistics(norms, mean, deviation, [places * images])
     return out
@@ -142,9 +134,9 @@ def is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
 
 def _compressed(weight: Tensor, columns: int) -> tuple[Rows, DormantGradient]:
     """The entries of the first columns."""
-    active, number, needs = active_edges(weight)
+    active, needs = active_edges(weight)
     order, limits = torch.arange(len(weight)), torch.full((len(weight),), columns)
-    return Rows.of(active.contiguous(), weight.contiguous(), order, limits, number), needs
+    return Rows.of(active.contiguous(), weight.contiguous(), order, limits), needs
 
 
 @torch.library.custom_op("dnw::edges", mutates_args=())
@@ -155,11 +147,11 @@ def edges(x: Tensor, weight: Tensor) -> Tensor:
         x: what the first sources send; all others send nothing.
         weight: ``[targets, sources]``.
     """
-    inside = _inside(x)
-    rows, _ = _compressed(weight, len(inside))
-    out = torch.empty(len(weight), *inside.shape[1:])
-    rows.times(inside.flatten(1), out.flatten(1))
-    return _outside(out)
+    sent = inside(x)
+    rows, _ = _compressed(weight, len(sent))
+    out = room(len(weight), *sent.shape[1:])
+    rows.times(sent.flatten(1), out.flatten(1))
+    return outside(out)
 
 
 @edges.register_fake
@@ -170,18 +162,18 @@ def _(x, weight):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("dnw::edges_backward", mutates_args=())
 def edges_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_weight: bool) -> tuple[Tensor, Tensor]:
     """The gradients of :func:`edges`."""
-    inside, above = _inside(x), _inside(grad)
-    rows, needs = _compressed(weight, len(inside))
+    sent, above = inside(x), inside(grad)
+    rows, needs = _compressed(weight, len(sent))
     back = rows.transposed()
-    into = torch.empty_like(inside)
-    back[0 : len(inside)].times(above.flatten(1), into.flatten(1))
-    of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    into = room(*sent.shape)
+    back[0 : len(sent)].times(above.flatten(1), into.flatten(1))
+    of_weight = room(*weight.shape).zero_()
     if needs_weight:
-        edge_gradients(of_weight[:, : len(inside)], above, inside, needs)
+        edge_gradients(of_weight[:, : len(sent)], above, sent, needs)
         if needs is not DormantGradient.EXACT:
-            values = rows.products(above.flatten(1), inside.flatten(1))
+            values = rows.products(above.flatten(1), sent.flatten(1))
             rows.scatter(values, torch.arange(len(weight)), of_weight)
-    return _outside(into), of_weight
+    return outside(into), of_weight
 
 
 @edges_backward.register_fake

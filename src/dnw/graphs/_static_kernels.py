@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
 from dnw.graphs._levels import Levels
+from dnw.graphs._innermost import images_innermost, inside
 from dnw.graphs._way import joined, norm_kind, update_statistics
+from dnw.kernels._room import room
 from dnw.kernels._graph import Nodes, Norm, Rows, out_size, pooled
 from dnw.kernels._wired import DormantGradient, active_edges
 
@@ -42,10 +44,8 @@ def _bounds(levels: Levels) -> list[tuple[int, int]]:
 
 
 def _compressed(weight: Tensor, levels: Levels) -> tuple[Rows, DormantGradient]:
-    active, number, needs = active_edges(weight)
-    order, limits = _rows_of(levels)
-    room = number * (2 if levels.shared_outputs else 1)
-    return Rows.of(active.contiguous(), weight.detach().contiguous(), order, limits, room), needs
+    active, needs = active_edges(weight)
+    return Rows.of(active.contiguous(), weight.detach().contiguous(), *_rows_of(levels)), needs
 
 
 def _part(values: Tensor | None, first: int, last: int) -> Tensor | None:
@@ -121,15 +121,15 @@ def static_graph(
     found, deviation = _statistics(levels, kind, images, mean, variance, eps)
     graph = _Graph(levels, filters, scale, shift, found, deviation, stride, kind, eps)
     rows, _ = _compressed(weight, levels)
-    states = torch.empty(levels.num_sources, height, width, images)
-    incoming = torch.empty(levels.num_inner, height, width, images)
+    states = room(levels.num_sources, height, width, images)
+    incoming = room(levels.num_inner, height, width, images)
     bounds = _bounds(levels)
-    graph.nodes[0].forward(x.permute(1, 2, 3, 0).contiguous(), states[: levels.num_inputs])
+    graph.nodes[0].forward(inside(x), states[: levels.num_inputs])
     for (a, b), nodes in zip(bounds[1:], graph.nodes[1:], strict=True):
         first, last = a - levels.num_inputs, b - levels.num_inputs
         rows[first:last].times(states[:a].flatten(1), incoming[first:last].flatten(1))
         nodes.forward(incoming[first:last], states[a:b])
-    out = torch.empty(outputs, height, width, images)
+    out = room(outputs, height, width, images)
     rows[levels.num_inner : levels.num_inner + outputs].times(states.flatten(1), out.flatten(1))
     return out.permute(3, 0, 1, 2), incoming, states, found, deviation
 
@@ -180,18 +180,18 @@ def static_graph_backward(
     graph = _Graph(levels, filters, scale, shift, mean, deviation, stride, Norm(norm), eps)
     rows, needs = _compressed(weight, levels)
     back = rows.transposed()
-    grads = torch.empty(len(rows), *states.shape[1:])  # of what reaches inner nodes and outputs
+    grads = room(len(rows), *states.shape[1:])  # of what reaches inner nodes and outputs
     grads[levels.num_inner :] = grad.permute(1, 2, 3, 0)
-    into_x = torch.empty(levels.num_inputs, *x.shape[2:], x.shape[0])
+    into_x = room(levels.num_inputs, *x.shape[2:], x.shape[0])
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for (a, b), nodes in reversed(list(zip(_bounds(levels), graph.nodes, strict=True))):
-        sent = torch.empty(b - a, *states.shape[1:])
+        sent = room(b - a, *states.shape[1:])
         back[a:b].times(grads.flatten(1), sent.flatten(1))
         first, last = a - levels.num_inputs, b - levels.num_inputs
-        before = x.permute(1, 2, 3, 0).contiguous() if a == 0 else incoming[first:last]
+        before = inside(x) if a == 0 else incoming[first:last]
         parts.append(nodes.backward(before, sent, into_x if a == 0 else grads[first:last]))
     of_filters, of_scale, of_shift = (torch.cat(part[::-1]) for part in zip(*parts, strict=True))
-    of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    of_weight = room(*weight.shape).zero_()
     if needs_weight:
         _edge_gradients(of_weight, levels, rows, grads, states, needs)
     return into_x.permute(3, 0, 1, 2), of_weight, of_filters, of_scale, of_shift
@@ -308,7 +308,7 @@ def run_static_graph(levels: Levels, nodes: Sequence[Any], weight: Tensor, x: Te
     given = (joined(norms, "running_mean"), joined(norms, "running_var")) if norm is Norm.GIVEN else (None, None)
     topology = list(levels.sizes), levels.num_outputs, levels.shared_outputs
     out, _, _, mean, deviation = torch.ops.dnw.static_graph(
-        x, weight, filters, scale, shift, *given, *topology, stride, int(norm), eps
+        images_innermost(x), weight, filters, scale, shift, *given, *topology, stride, int(norm), eps
     )
     if norm is Norm.BATCH:
         places = [x.shape[2] * x.shape[3], *[height * width] * (len(norms) - 1)]

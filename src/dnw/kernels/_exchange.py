@@ -1,19 +1,15 @@
 """What surrounds an optimizer's step, in one pass over the memory of each parameter.
 
 Contract: the same numbers with and without the native code, for whatever tensors. Native are float32 tensors on a CPU, each in
-one piece; several of them are worked on at once, by as many threads as PyTorch uses.
+one piece.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +28,6 @@ _FUNCTIONS = {
     "dead": (POINTER, INT64, INT64, INT64, INT64, POINTER, POINTER),
 }
 """The functions of exchange.c that are called here."""
-_SMALL = 1 << 16
-"""Entries, in all, that are not worth waking threads for."""
 
 
 @cache
@@ -49,30 +43,6 @@ def is_native(*tensors: Tensor | None) -> bool:
         or (t.device.type == "cpu" and t.dtype in (torch.float32, torch.bool) and t.is_contiguous() and not t.is_neg())
         for t in tensors
     )
-
-
-def each(jobs: Sequence[tuple[int, Callable[[], Any]]]) -> list[Any]:
-    """The results of some jobs, each with its size in entries, run at once by as many threads as PyTorch uses.
-
-    Jobs on an accelerator have size 0: they are launched from this thread, into its stream.
-
-    Returns only when none of them runs any more, also where it is interrupted.
-    """
-    threads = min(torch.get_num_threads(), len(jobs))
-    if threads < 2 or sum(size for size, _ in jobs) < _SMALL:
-        return [job() for _, job in jobs]
-    largest_first = sorted(range(len(jobs)), key=lambda i: -jobs[i][0])
-    futures = {i: _crew(os.getpid(), threads).submit(jobs[i][1]) for i in largest_first}
-    try:
-        return [futures[i].result() for i in range(len(jobs))]
-    finally:
-        wait(futures.values())
-
-
-@lru_cache(maxsize=1)
-def _crew(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: one that is forked from it has none."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="dnw")
 
 
 def masked(values: Tensor, mask: Tensor, out: Tensor, *, check: bool = True, check_all: bool = False) -> bool:

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dnw.kernels._exchange import each
+from dnw.kernels._room import room
+from dnw.kernels._team import each
 from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
 _VERSION = 1
 _COLUMNS = 128
 """COLUMNS of graph.c, which are taken at a time: threads share out whole tiles."""
-_FAR = 192
+_FAR = 512
 """From so many rows on, what is read over and over is brought together first."""
 
 
@@ -56,7 +57,9 @@ _FUNCTIONS = {
     "edges": (*[POINTER] * 3, *_SIZES, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
     "edge_gradients": (*[POINTER] * 3, INT64, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
     "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, *_SIZES),
-    "compress": (POINTER, POINTER, INT64, POINTER, POINTER, INT64, POINTER, POINTER, POINTER, INT64, POINTER),
+    "turned": (POINTER, POINTER, INT64, INT64, *_SIZES),
+    "count": (POINTER, INT64, POINTER, POINTER, *_SIZES, POINTER),
+    "compress": (POINTER, POINTER, INT64, *[POINTER] * 3, *_SIZES, POINTER, POINTER),
     "transpose": (POINTER, POINTER, POINTER, INT64, INT64, *[POINTER] * 4),
     "scatter": (*[POINTER] * 4, INT64, INT64, POINTER, INT32),
 }
@@ -169,7 +172,7 @@ class Rows:
     width: int
 
     @classmethod
-    def of(cls, active: Tensor, weight: Tensor, order: Tensor, limits: Tensor, room: int) -> Rows:
+    def of(cls, active: Tensor, weight: Tensor, order: Tensor, limits: Tensor) -> Rows:
         """The active entries of a weight.
 
         Args:
@@ -177,17 +180,23 @@ class Rows:
             weight: ``[weight rows, width]``.
             order: which row of the weight each row is, int64.
             limits: of each row how many columns are read, from the first on, int64.
-            room: how many entries there may be.
         """
-        width, rows = weight.shape[1], len(order)
-        starts = torch.empty(rows + 1, dtype=torch.int64)
-        columns, values = torch.empty(room, dtype=torch.int32), torch.empty(room)
-        found = torch.empty(1, dtype=torch.int64)
-        given, made = (_at(active), _at(weight), width, _at(order), _at(limits), rows), map(_at, (starts, columns, values))
-        _code().dnw_compress(*given, *made, room, _at(found))
-        if (many := int(found)) > room:
-            raise ValueError(f"{many} active entries where there is room for {room}")
-        return cls(starts, columns[:many], values[:many], width)
+        width, starts = weight.shape[1], torch.zeros(len(order) + 1, dtype=torch.int64)
+        where, cost = (width, _at(order), _at(limits)), len(order) * width
+
+        def count(first: int, last: int) -> None:
+            _code().dnw_count(_at(active), *where, first, last, _at(starts[1:]))
+
+        def compress(first: int, last: int) -> None:
+            made = map(_at, (columns, values))
+            _code().dnw_compress(_at(active), _at(weight), *where, _at(starts), first, last, *made)
+
+        _in_parts(len(order), 1, cost // 8, count)
+        starts.cumsum_(0)
+        many = int(starts[-1])
+        columns, values = room(many, dtype=torch.int32), room(many)
+        _in_parts(len(order), 1, cost // 2, compress)
+        return cls(starts, columns, values, width)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -204,7 +213,7 @@ class Rows:
         """The same by columns: a matrix ``[width, rows]``."""
         many = len(self.columns)
         starts, scratch = torch.empty(self.width + 1, dtype=torch.int64), torch.empty(self.width, dtype=torch.int64)
-        rows, values = torch.empty(many, dtype=torch.int32), torch.empty(many)
+        rows, values = room(many, dtype=torch.int32), room(many)
         made = map(_at, (starts, rows, values, scratch))
         _code().dnw_transpose(*map(_at, (self.starts, self.columns, self.values)), len(self), self.width, *made)
         return Rows(starts, rows, values, len(self))
@@ -226,7 +235,7 @@ class Rows:
 
         Rows of ``right`` beyond all entries may be left out.
         """
-        values, n = torch.empty_like(self.values), left.shape[1]
+        values, n = room(len(self.values)), left.shape[1]
 
         def work(first: int, last: int) -> None:
             room, matrix = _near(right), map(_at, (self.starts, self.columns, values))
@@ -248,13 +257,23 @@ class Rows:
 
 def _near(x: Tensor) -> Tensor | None:
     """Room for the columns of a matrix that are taken at a time, where its rows lie far apart."""
-    return torch.empty(len(x) * _COLUMNS) if len(x) >= _FAR and x.shape[1] > _COLUMNS else None
+    return room(len(x) * _COLUMNS) if len(x) >= _FAR and x.shape[1] > _COLUMNS else None
+
+
+def turned(x: Tensor, out: Tensor) -> None:
+    """A matrix, ``[rows, columns]``, with rows and columns changed for each other, into ``[columns, rows]``."""
+    rows, columns = x.shape
+
+    def work(first: int, last: int) -> None:
+        _code().dnw_turned(_at(x), _at(out), rows, columns, first, last)
+
+    _in_parts(columns, 16, x.numel(), work)
 
 
 def pooled(x: Tensor, *, mean: bool) -> Tensor:
     """Sums or means over squares of 2x2 places: ``[nodes, height, width, images]`` to ``[nodes, half, half, images]``."""
     nodes, height, width, images = x.shape
-    out = torch.empty(nodes, out_size(height, 2), out_size(width, 2), images)
+    out = room(nodes, out_size(height, 2), out_size(width, 2), images)
 
     def work(first: int, last: int) -> None:
         _code().dnw_pooled(_at(x), _at(out), height, width, images, mean, first, last)

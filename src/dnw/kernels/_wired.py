@@ -27,8 +27,8 @@ class DormantGradient(Enum):
 class Known(Protocol):
     """The edges of one parameter."""
 
-    def edges(self) -> tuple[Tensor, int]:
-        """Mask and number of the active edges, and of whatever else is not 0 in the parameter."""
+    def edges(self) -> Tensor:
+        """Mask of the active edges, and of whatever else is not 0 in the parameter."""
         ...
 
     def num_active(self) -> int:
@@ -62,13 +62,12 @@ def known_edges(weight: Tensor) -> Known | None:
     return None
 
 
-def active_edges(weight: Tensor) -> tuple[Tensor, int, DormantGradient]:
-    """Mask and number of the active edges of a weight, and what its dormant ones need: if nobody knows, all that are not 0."""
+def active_edges(weight: Tensor) -> tuple[Tensor, DormantGradient]:
+    """Mask of the active edges of a weight, and what its dormant ones need: if nobody knows, all that are not 0."""
     known = known_edges(weight)
     if known is None:
-        mask = weight != 0
-        return mask, int(mask.count_nonzero()), DormantGradient.EXACT
-    return *known.edges(), known.dormant_gradient()
+        return weight != 0, DormantGradient.EXACT
+    return known.edges(), known.dormant_gradient()
 
 
 def density_of(weight: Tensor, candidates: int) -> float:

@@ -13,6 +13,7 @@
 
 #include "errors.h"
 
+enum { CACHE = 1 << 19 };  /* bytes that stay near */
 enum { COLUMNS = 128 }; /* of a matrix that are taken at a time where rows lie far apart */
 enum { NO_NORM, GIVEN_STATISTICS, BATCH_STATISTICS, INSTANCE_STATISTICS };
 
@@ -32,6 +33,12 @@ int32_t dnw_version(void) { return 1; }
 int32_t dnw_size_of_nodes(void) { return (int32_t)sizeof(nodes); }
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* How many columns of so many rows stay in a second-level cache: a multiple of COLUMNS. */
+static int64_t columns_at_a_time(int64_t rows) {
+  int64_t tiles = CACHE / (COLUMNS * (int64_t)sizeof(float)) / (rows + 1);
+  return COLUMNS * (tiles < 1 ? 1 : tiles);
+}
 
 #define LANES 4
 #define WIDTH(name) name##_4
@@ -133,6 +140,22 @@ int32_t dnw_edge_gradients(const int64_t *starts, const int32_t *columns, float 
   return 0;
 }
 
+/* out[column][row] = in[row][column], for the columns from first to before last. */
+int32_t dnw_turned(const float *in, float *out, int64_t rows, int64_t columns, int64_t first, int64_t last) {
+  REFUSE_IF(rows < 0 || columns < 0 || first < 0 || last > columns || last < first, BAD_SIZE);
+  REFUSE_IF(rows > 0 && last > first && (!in || !out), NULL_POINTER);
+  enum { SIDE = 16 };
+  for (int64_t c = first; c < last; c += SIDE)
+    for (int64_t r = 0; r < rows; r += SIDE) {
+      float square[SIDE][SIDE]; /* rows that lie a power of 2 apart drive each other out of the cache: each is read once */
+      int64_t wide = last - c < SIDE ? last - c : SIDE, high = rows - r < SIDE ? rows - r : SIDE;
+      for (int64_t i = 0; i < high; i++) memcpy(square[i], in + (r + i) * columns + c, (size_t)wide * sizeof(float));
+      for (int64_t k = 0; k < wide; k++)
+        for (int64_t i = 0; i < high; i++) out[(c + k) * rows + r + i] = square[i][k];
+    }
+  return 0;
+}
+
 /* Sums, or means, over squares of two by two places of maps [height, width, images]; a last row or column stands alone. */
 int32_t dnw_pooled(const float *in, float *out, int64_t height, int64_t width, int64_t images, int32_t mean, int64_t first,
                    int64_t last) {
@@ -153,36 +176,53 @@ int32_t dnw_pooled(const float *in, float *out, int64_t height, int64_t width, i
   return 0;
 }
 
-/* The active entries of a weight as compressed rows. Row r is row order[r] of the weight, of which it has the entries of the
- * columns before limits[r]. Fills starts, and, as far as there is room, columns and values; found is how many entries there
- * are. */
+/* How many active entries each row has. Row r is row order[r] of the weight, of which it has the entries of the columns before
+ * limits[r]. */
+int32_t dnw_count(const uint8_t *active, int64_t width, const int64_t *order, const int64_t *limits, int64_t first,
+                  int64_t last, int64_t *counts) {
+  REFUSE_IF(width < 0 || first < 0 || last < first, BAD_SIZE);
+  REFUSE_IF(last > first && (!active || !order || !limits || !counts), NULL_POINTER);
+  for (int64_t r = first; r < last; r++) REFUSE_IF(limits[r] < 0 || limits[r] > width || order[r] < 0, BAD_SIZE);
+  for (int64_t r = first; r < last; r++) {
+    const uint8_t *mask = active + order[r] * width;
+    int64_t many = 0;
+    for (int64_t c = 0; c < limits[r]; c++) many += mask[c] != 0;
+    counts[r] = many;
+  }
+  return 0;
+}
+
+/* 64 entries of a mask, the first in the lowest bit. */
+static inline uint64_t bits_of(const uint8_t *mask) {
+  uint64_t bits = 0;
+  for (int byte = 0; byte < 8; byte++) {
+    uint64_t eight;
+    memcpy(&eight, mask + 8 * byte, 8);
+    bits |= (eight * 0x0102040810204080u >> 56) << (8 * byte);
+  }
+  return bits;
+}
+
+/* These entries as compressed rows, of which starts says where each begins. */
 int32_t dnw_compress(const uint8_t *active, const float *weight, int64_t width, const int64_t *order, const int64_t *limits,
-                     int64_t rows, int64_t *starts, int32_t *columns, float *values, int64_t room, int64_t *found) {
-  REFUSE_IF(rows < 0 || width < 0 || width > INT32_MAX || room < 0, BAD_SIZE);
-  REFUSE_IF(!starts || !found || (rows > 0 && (!active || !weight || !order || !limits)), NULL_POINTER);
-  REFUSE_IF(room > 0 && (!columns || !values), NULL_POINTER);
-  for (int64_t r = 0; r < rows; r++) REFUSE_IF(limits[r] < 0 || limits[r] > width || order[r] < 0, BAD_SIZE);
-  int64_t many = 0;
-  for (int64_t r = 0; r < rows; r++) {
+                     const int64_t *starts, int64_t first, int64_t last, int32_t *columns, float *values) {
+  REFUSE_IF(width < 0 || width > INT32_MAX || first < 0 || last < first, BAD_SIZE);
+  REFUSE_IF(!starts || (last > first && (!active || !weight || !order || !limits)), NULL_POINTER);
+  REFUSE_IF(starts[last] > starts[first] && (!columns || !values), NULL_POINTER);
+  for (int64_t r = first; r < last; r++) REFUSE_IF(limits[r] < 0 || limits[r] > width || order[r] < 0, BAD_SIZE);
+  for (int64_t r = first; r < last; r++) {
     const uint8_t *mask = active + order[r] * width;
     const float *from = weight + order[r] * width;
-    int64_t c = 0, limit = limits[r];
-    starts[r] = many;
-    while (c < limit) {
-      uint64_t word = 1;
-      if (c + 8 <= limit) memcpy(&word, mask + c, 8);
-      if (!word) {
-        c += 8;
-        continue;
+    int64_t e = starts[r], stop = starts[r + 1], c = 0;
+    for (; c + 64 <= limits[r]; c += 64)
+      for (uint64_t bits = bits_of(mask + c); bits && e < stop; bits &= bits - 1) {
+        columns[e] = (int32_t)(c + __builtin_ctzll(bits));
+        __builtin_prefetch(from + columns[e++]); /* values lie far apart */
       }
-      for (int64_t stop = c + 8 < limit ? c + 8 : limit; c < stop; c++)
-        if (mask[c]) {
-          if (many < room) columns[many] = (int32_t)c, values[many] = from[c];
-          many++;
-        }
-    }
+    for (; c < limits[r] && e < stop; c++)
+      if (mask[c]) columns[e++] = (int32_t)c;
+    for (int64_t i = starts[r]; i < e; i++) values[i] = from[columns[i]];
   }
-  starts[rows] = *found = many;
   return 0;
 }
 

@@ -289,20 +289,23 @@ FAST static void WIDTH(nodes_backward)(const nodes *op, const float *x, const fl
   }
 }
 
+/* Some columns of all rows: so many times TILE vectors, or a part of one. */
 INLINE FAST void WIDTH(edges_tile)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
-                                   const float *in, int64_t apart, float *out, int64_t n, const int vectors, const int many) {
-  for (int64_t row = 0; row < rows; row++) {
-    vec sum[TILE];
+                                   const float *in, int64_t apart, float *out, int64_t n, int64_t times, const int vectors,
+                                   const int many) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t at = 0; at < times * vectors * LANES; at += vectors * LANES) {
+      vec sum[TILE];
 #pragma GCC unroll 8
-    for (int k = 0; k < vectors; k++) sum[k] = (vec){0};
-    for (int64_t e = starts[row]; e < starts[row + 1]; e++) {
-      const float *source = in + columns[e] * apart, value = values[e];
+      for (int k = 0; k < vectors; k++) sum[k] = (vec){0};
+      for (int64_t e = starts[row]; e < starts[row + 1]; e++) {
+        const float *source = in + columns[e] * apart + at, value = values[e];
 #pragma GCC unroll 8
-      for (int k = 0; k < vectors; k++) sum[k] += value * read(source + k * LANES, many);
+        for (int k = 0; k < vectors; k++) sum[k] += value * read(source + k * LANES, many);
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < vectors; k++) write(out + row * n + at + k * LANES, sum[k], many);
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < vectors; k++) write(out + row * n + k * LANES, sum[k], many);
-  }
 }
 
 /* Some columns of a matrix [rows, n], end to end. Rows that lie far apart take longer to find than to read. */
@@ -319,13 +322,15 @@ FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, con
   if (scratch)
     for (; at + COLUMNS <= last; at += COLUMNS) {
       const float *near = WIDTH(gathered)(in + at, width, n, scratch);
-      for (int64_t k = 0; k < COLUMNS; k += TILE * LANES)
-        WIDTH(edges_tile)(starts, columns, values, rows, near + k, COLUMNS, out + at + k, n, TILE, LANES);
+      WIDTH(edges_tile)(starts, columns, values, rows, near, COLUMNS, out + at, n, COLUMNS / (TILE * LANES), TILE, LANES);
     }
-  for (; at + TILE * LANES <= last; at += TILE * LANES)
-    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, TILE, LANES);
-  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, LANES);
-  if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, (int)(last - at));
+  for (int64_t tiles; (tiles = (last - at) / (TILE * LANES)); at += tiles * TILE * LANES) {
+    int64_t most = columns_at_a_time(rows + width) / (TILE * LANES);
+    tiles = tiles < most ? tiles : most;
+    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, tiles, TILE, LANES);
+  }
+  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, LANES);
+  if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, (int)(last - at));
 }
 
 /* Sums of neighbours: those of one vector and then those of another. */
@@ -340,20 +345,27 @@ INLINE FAST vec WIDTH(totals)(vec *values) {
   return values[0];
 }
 
-/* What some columns add to the gradient of every entry of some rows. */
+/* What some columns, a multiple of COLUMNS, add to the gradient of every entry of some rows. */
 INLINE FAST void WIDTH(edge_gradients_tile)(const int64_t *starts, const int32_t *columns, float *values, const float *left,
-                                            int64_t n, const float *right, int64_t apart, int64_t first, int64_t last) {
+                                            int64_t n, const float *right, int64_t apart, int64_t first, int64_t last,
+                                            int64_t many_columns) {
   for (int64_t row = first; row < last; row++) {
     const float *a = left + row * n;
     for (int64_t e = starts[row]; e < starts[row + 1]; e += LANES) {
       int many = starts[row + 1] - e < LANES ? (int)(starts[row + 1] - e) : LANES;
       vec sums[LANES];
-      for (int i = 0; i < LANES; i++) {
-        const float *b = right + columns[i < many ? e + i : e] * apart;
-        vec sum[2] = {{0}, {0}};
-#pragma GCC unroll 32
-        for (int k = 0; k < COLUMNS / LANES; k++) sum[k % 2] += read(a + k * LANES, LANES) * read(b + k * LANES, LANES);
-        sums[i] = sum[0] + sum[1];
+      for (int i = 0; i < LANES; i++) sums[i] = (vec){0};
+      for (int64_t at = 0; at < many_columns; at += TILE * LANES) {
+        vec here[TILE];
+#pragma GCC unroll 8
+        for (int k = 0; k < TILE; k++) here[k] = read(a + at + k * LANES, LANES);
+        for (int i = 0; i < many; i++) {
+          const float *b = right + columns[e + i] * apart + at;
+          vec sum[2] = {sums[i], {0}};
+#pragma GCC unroll 8
+          for (int k = 0; k < TILE; k++) sum[k % 2] += here[k] * read(b + k * LANES, LANES);
+          sums[i] = sum[0] + sum[1];
+        }
       }
       vec found = WIDTH(totals)(sums);
       if (many == LANES)
@@ -368,10 +380,11 @@ FAST static void WIDTH(edge_gradients)(const int64_t *starts, const int32_t *col
                                        const float *left, const float *right, int64_t n, int64_t first, int64_t last,
                                        float *scratch) {
   for (int64_t e = starts[first]; e < starts[last]; e++) values[e] = 0.0f;
-  int64_t at = 0;
-  for (; at + COLUMNS <= n; at += COLUMNS) {
+  int64_t at = 0, most = scratch ? COLUMNS : columns_at_a_time(width + last - first);
+  for (int64_t run; (run = (n - at) / COLUMNS * COLUMNS); at += run) {
+    run = run < most ? run : most;
     const float *near = scratch ? WIDTH(gathered)(right + at, width, n, scratch) : right + at;
-    WIDTH(edge_gradients_tile)(starts, columns, values, left + at, n, near, scratch ? COLUMNS : n, first, last);
+    WIDTH(edge_gradients_tile)(starts, columns, values, left + at, n, near, scratch ? COLUMNS : n, first, last, run);
   }
   if (at < n)
     for (int64_t row = first; row < last; row++)
