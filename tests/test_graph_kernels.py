@@ -363,7 +363,7 @@ def test_the_native_code_refuses_what_does_not_fit():
     with pytest.raises(RuntimeError, match="dnw_count refuses its arguments .*a size"):
         _graph.Rows.of(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), torch.arange(2), torch.tensor([3, 4]))
     with pytest.raises(RuntimeError, match="dnw_pooled refuses its arguments .*a pointer is null"):
-        _graph.library().dnw_pooled(None, None, 1, 1, 1, 0, 0, 1)
+        _graph.library().dnw_pooled(None, None, 1, 1, 1, 0, 0, 0, 1, 4)
 
 
 def test_pooling_sums_and_means_over_what_is_there():

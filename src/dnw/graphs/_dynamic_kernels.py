@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
+from dnw.graphs._dormant import factors, product_into
 from dnw.graphs._innermost import images_innermost, inside, outside
 from dnw.graphs._way import joined, norm_kind, update_statistics
-from dnw.kernels._graph import Nodes, Norm, Rows, pooled
+from dnw.kernels._graph import Nodes, Norm, Rows
 from dnw.kernels._room import room
 from dnw.kernels._wired import DormantGradient, active_edges
 
@@ -164,38 +165,22 @@ def edges_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_weight: bool) 
     """The gradients of :func:`edges`."""
     sent, above = inside(x), inside(grad)
     rows, needs = _compressed(weight, len(sent))
-    back = rows.transposed()
-    into = room(*sent.shape)
-    back[0 : len(sent)].times(above.flatten(1), into.flatten(1))
-    of_weight = room(*weight.shape).zero_()
-    if needs_weight:
-        edge_gradients(of_weight[:, : len(sent)], above, sent, needs)
-        if needs is not DormantGradient.EXACT:
-            values = rows.products(above.flatten(1), sent.flatten(1))
-            rows.scatter(values, torch.arange(len(weight)), of_weight)
+    back = rows.transposed()[0 : len(sent)]
+    into, of_weight = room(*sent.shape), room(*weight.shape).zero_()
+    if needs is DormantGradient.EXACT or not needs_weight:
+        back.times(above.flatten(1), into.flatten(1))
+    else:
+        of_active = back.times_and_products(above.flatten(1), sent.flatten(1), into.flatten(1))
+    if needs_weight and needs is not DormantGradient.NONE:
+        product_into(of_weight[:, : len(sent)], *factors(above, sent, needs))
+    if needs_weight and needs is not DormantGradient.EXACT:
+        back.scatter(of_active, torch.arange(len(weight)), of_weight)
     return outside(into), of_weight
 
 
 @edges_backward.register_fake
 def _(grad, x, weight, needs_weight):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0), weight.new_empty(weight.shape)
-
-
-def edge_gradients(into: Tensor, grads: Tensor, states: Tensor, needs: DormantGradient) -> None:
-    """The gradient of all edges between some targets and sources, as a rule needs it of dormant ones.
-
-    Args:
-        into: ``[targets, sources]``, written.
-        grads, states: ``[targets, ..., images]`` and ``[sources, ..., images]``.
-        needs: how it is made; nothing is where dormant edges need none.
-    """
-    if needs is DormantGradient.NONE:
-        return
-    if needs in (DormantGradient.POOLED, DormantGradient.POOLED_BFLOAT16) and grads.ndim == 4:
-        grads, states = pooled(grads, mean=False), pooled(states, mean=True)
-    if needs in (DormantGradient.BFLOAT16, DormantGradient.POOLED_BFLOAT16):
-        grads, states = grads.bfloat16(), states.bfloat16()
-    into.copy_(grads.flatten(1) @ states.flatten(1).T)
 
 
 def _keep_edges(ctx: Any, inputs: tuple, output: Tensor) -> None:

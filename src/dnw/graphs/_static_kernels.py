@@ -19,13 +19,12 @@ from torch import Tensor
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
 from dnw.graphs._levels import Levels
+from dnw.graphs._dormant import factors, product_into
 from dnw.graphs._innermost import images_innermost, inside
 from dnw.graphs._way import joined, norm_kind, update_statistics
 from dnw.kernels._room import room
-from dnw.kernels._graph import Nodes, Norm, Rows, out_size, pooled
+from dnw.kernels._graph import Nodes, Norm, Rows, out_size
 from dnw.kernels._wired import DormantGradient, active_edges
-
-_Optional = Tensor | None
 
 
 @lru_cache(maxsize=256)
@@ -183,17 +182,22 @@ def static_graph_backward(
     grads = room(len(rows), *states.shape[1:])  # of what reaches inner nodes and outputs
     grads[levels.num_inner :] = grad.permute(1, 2, 3, 0)
     into_x = room(levels.num_inputs, *x.shape[2:], x.shape[0])
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
+    is_exact = needs is DormantGradient.EXACT or not needs_weight
     for (a, b), nodes in reversed(list(zip(_bounds(levels), graph.nodes, strict=True))):
         sent = room(b - a, *states.shape[1:])
-        back[a:b].times(grads.flatten(1), sent.flatten(1))
         first, last = a - levels.num_inputs, b - levels.num_inputs
+        given, values = (grads.flatten(1), sent.flatten(1), max(0, last)), torch.empty(0)
+        if is_exact:
+            back[a:b].times(*given)
+        else:
+            values = back[a:b].times_and_products(given[0], states[a:b].flatten(1), *given[1:])
         before = inside(x) if a == 0 else incoming[first:last]
-        parts.append(nodes.backward(before, sent, into_x if a == 0 else grads[first:last]))
-    of_filters, of_scale, of_shift = (torch.cat(part[::-1]) for part in zip(*parts, strict=True))
+        parts.append((*nodes.backward(before, sent, into_x if a == 0 else grads[first:last]), values))
+    of_filters, of_scale, of_shift, of_active = (torch.cat(part[::-1]) for part in zip(*parts, strict=True))
     of_weight = room(*weight.shape).zero_()
     if needs_weight:
-        _edge_gradients(of_weight, levels, rows, grads, states, needs)
+        _edge_gradients(of_weight, levels, back, of_active, grads, states, needs)
     return into_x.permute(3, 0, 1, 2), of_weight, of_filters, of_scale, of_shift
 
 
@@ -208,31 +212,26 @@ def _(grad, x, weight, filters, scale, shift, *rest):  # type: ignore[no-untyped
     )
 
 
-def _edge_gradients(into: Tensor, levels: Levels, rows: Rows, grads: Tensor, states: Tensor, needs: DormantGradient) -> None:
-    """The gradient of every edge that a rule needs: of all candidates, or of the active ones alone."""
+def _edge_gradients(
+    into: Tensor, levels: Levels, back: Rows, of_active: Tensor, grads: Tensor, states: Tensor, needs: DormantGradient
+) -> None:
+    """The gradient of every edge that a rule needs: of all candidates, or of the active ones alone, which are by source."""
     order, _ = _rows_of(levels)
     if needs is not DormantGradient.NONE:
-        left, right = grads, states
-        if needs in (DormantGradient.POOLED, DormantGradient.POOLED_BFLOAT16):
-            left, right = pooled(left, mean=False), pooled(right, mean=True)
-        if needs in (DormantGradient.BFLOAT16, DormantGradient.POOLED_BFLOAT16):
-            left, right = left.bfloat16(), right.bfloat16()
-        left, right = left.flatten(1), right.flatten(1)
-        inner = levels.num_inner
+        left, right = factors(grads, states, needs)
+        inner, outputs = levels.num_inner, into[-levels.num_outputs :]
         for a, b in _bounds(levels):
             later = max(0, b - levels.num_inputs)
-            product = left[later:] @ right[a:b].T
-            if inner > later:
-                into[levels.first_row + later : levels.first_row + inner, a:b] = product[: inner - later]
             if levels.shared_outputs:
-                into[-levels.num_outputs :, a:b] += product[inner - later :]
+                targets = into[levels.first_row :]
+                product_into(targets[later:inner, a:b], left[later:inner], right[a:b])
+                outputs[:, a:b] += left[inner:] @ right[a:b].T
             else:
-                into[-levels.num_outputs :, a:b] = product[inner - later :]
+                product_into(into[later:, a:b], left[later:], right[a:b])
     if needs is not DormantGradient.EXACT:
-        values = rows.products(grads.flatten(1), states.flatten(1))
         if needs is not DormantGradient.NONE and levels.shared_outputs:
-            rows.scatter(torch.zeros_like(values), order, into)
-        rows.scatter(values, order, into, adds=levels.shared_outputs)
+            back.scatter(torch.zeros_like(of_active), order, into)
+        back.scatter(of_active, order, into, adds=levels.shared_outputs)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

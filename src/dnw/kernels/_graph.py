@@ -25,6 +25,8 @@ from dnw.kernels._library import INT32, INT64, POINTER, address, load
 _VERSION = 1
 _COLUMNS = 128
 """COLUMNS of graph.c, which are taken at a time: threads share out whole tiles."""
+_PARTS = 8
+"""Sums over columns are made of so many, whatever the number of threads."""
 _FAR = 512
 """From so many rows on, what is read over and over is brought together first."""
 
@@ -54,14 +56,14 @@ _FUNCTIONS = {
     "size_of_nodes": (),
     "nodes_forward": (POINTER, POINTER, POINTER, *_SIZES, POINTER, INT64, INT32),
     "nodes_backward": (POINTER, *[POINTER] * 6, *_SIZES, POINTER, INT64, INT32),
-    "edges": (*[POINTER] * 3, *_SIZES, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
-    "edge_gradients": (*[POINTER] * 3, INT64, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
-    "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, *_SIZES),
+    "edges": (*[POINTER] * 3, INT64, *_SIZES, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
+    "edges_back": (*[POINTER] * 3, INT64, *_SIZES, *[POINTER] * 4, INT64, *_SIZES, POINTER, INT64, INT32),
+    "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, INT32, *_SIZES, INT32),
     "turned": (POINTER, POINTER, INT64, INT64, *_SIZES),
     "count": (POINTER, INT64, POINTER, POINTER, *_SIZES, POINTER),
     "compress": (POINTER, POINTER, INT64, *[POINTER] * 3, *_SIZES, POINTER, POINTER),
     "transpose": (POINTER, POINTER, POINTER, INT64, INT64, *[POINTER] * 4),
-    "scatter": (*[POINTER] * 4, INT64, INT64, POINTER, INT32),
+    "scatter": (*[POINTER] * 4, *_SIZES, INT64, POINTER, INT32),
 }
 """The functions of graph.c."""
 
@@ -218,46 +220,63 @@ class Rows:
         _code().dnw_transpose(*map(_at, (self.starts, self.columns, self.values)), len(self), self.width, *made)
         return Rows(starts, rows, values, len(self))
 
-    def times(self, x: Tensor, out: Tensor) -> None:
-        """The product with ``[width, n]``, into ``[rows, n]``; rows of ``x`` beyond all entries may be left out."""
+    def times(self, x: Tensor, out: Tensor, least: int = 0) -> None:
+        """The product with ``[width, n]``, into ``[rows, n]``.
+
+        Args:
+            x: of which rows beyond all entries may be left out.
+            out: written.
+            least: the first row of ``x`` that entries have to do with.
+        """
         n = x.shape[1]
 
         def work(first: int, last: int) -> None:
-            matrix = map(_at, (self.starts, self.columns, self.values))
-            room = _near(x)
-            tensors = len(self), len(x), _at(x), _at(out), n, first, last
-            _code().dnw_edges(*matrix, *tensors, _at(room), 0 if room is None else room.numel(), lanes())
+            near = _near(x)
+            given = *map(_at, (self.starts, self.columns, self.values)), len(self), least, len(x)
+            _code().dnw_edges(*given, _at(x), _at(out), n, first, last, _at(near), _size(near), lanes())
 
         _in_parts(n, _COLUMNS, n * max(1, self.num_entries), work)
 
-    def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of each entry the product of a row of ``[rows, n]`` with one of ``[width, n]``: the gradient of its value.
+    def times_and_products(self, x: Tensor, states: Tensor, out: Tensor, least: int = 0) -> Tensor:
+        """The same, and of each entry the product of its row of ``x`` with that of ``states``, ``[rows, n]``.
 
-        Rows of ``right`` beyond all entries may be left out.
+        These are the gradients of the values where ``x`` holds those of what the transposed matrix makes of the states.
         """
-        values, n = room(len(self.values)), left.shape[1]
+        n = x.shape[1]
+        parts = min(_PARTS, -(-n // _COLUMNS))
+        sums = room(parts, self.num_entries).zero_()
 
         def work(first: int, last: int) -> None:
-            room, matrix = _near(right), map(_at, (self.starts, self.columns, values))
-            tensors = len(right), _at(left), _at(right), n, first, last
-            _code().dnw_edge_gradients(*matrix, *tensors, _at(room), 0 if room is None else room.numel(), lanes())
+            near = _near(x)
+            given = *map(_at, (self.starts, self.columns, self.values)), len(self), least, len(x)
+            for part in range(first, last):
+                bounds = (min(n, -(-n // _COLUMNS) * i // parts * _COLUMNS) for i in (part, part + 1))
+                tensors = _at(x), _at(states), _at(out), _at(sums[part]), n, *bounds
+                _code().dnw_edges_back(*given, *tensors, _at(near), _size(near), lanes())
 
-        parts = torch.linspace(0, self.num_entries, torch.get_num_threads() + 1, dtype=torch.float64).long()
-        bounds = torch.searchsorted(self.starts - self.starts[0], parts).clamp(max=len(self)).tolist()
-        bounds[0], bounds[-1] = 0, len(self)
-        cost = n * max(1, self.num_entries) // len(parts)
-        each([(cost, partial(work, a, b)) for a, b in pairwise(bounds) if a < b])
-        return values
+        _in_parts(parts, 1, 2 * n * max(1, self.num_entries), work)
+        return sums.sum(0)
 
     def scatter(self, values: Tensor, order: Tensor, matrix: Tensor, *, adds: bool = False) -> None:
-        """Puts a value of each entry where it came from in a matrix, or adds it."""
-        tensors = _at(self.starts), _at(self.columns), _at(values), _at(order)
-        _code().dnw_scatter(*tensors, len(self), self.width, _at(matrix), adds)
+        """Puts a value of each entry into a matrix ``[targets, at least rows]``, or adds it.
+
+        Args:
+            values: of the entries.
+            order: to which row of the matrix each column belongs, int64.
+            matrix: written.
+            adds: whether several columns belong to one row.
+        """
+        given = *map(_at, (self.starts, self.columns, values, order)), 0, len(self), matrix.shape[1]
+        _code().dnw_scatter(*given, _at(matrix), adds)
 
 
 def _near(x: Tensor) -> Tensor | None:
     """Room for the columns of a matrix that are taken at a time, where its rows lie far apart."""
     return room(len(x) * _COLUMNS) if len(x) >= _FAR and x.shape[1] > _COLUMNS else None
+
+
+def _size(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
 
 
 def turned(x: Tensor, out: Tensor) -> None:
@@ -267,16 +286,23 @@ def turned(x: Tensor, out: Tensor) -> None:
     def work(first: int, last: int) -> None:
         _code().dnw_turned(_at(x), _at(out), rows, columns, first, last)
 
-    _in_parts(columns, 16, x.numel(), work)
+    _in_parts(columns, 64, x.numel(), work)
 
 
-def pooled(x: Tensor, *, mean: bool) -> Tensor:
-    """Sums or means over squares of 2x2 places: ``[nodes, height, width, images]`` to ``[nodes, half, half, images]``."""
+def pooled(x: Tensor, *, mean: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sums or means over squares of 2x2 pixels: ``[nodes, height, width, images]`` to ``[nodes, half, half, images]``.
+
+    Args:
+        x: maps.
+        mean: whether to make means; otherwise sums.
+        dtype: of the result, float32 or bfloat16.
+    """
     nodes, height, width, images = x.shape
-    out = room(nodes, out_size(height, 2), out_size(width, 2), images)
+    out = room(nodes, out_size(height, 2), out_size(width, 2), images, dtype=dtype)
 
     def work(first: int, last: int) -> None:
-        _code().dnw_pooled(_at(x), _at(out), height, width, images, mean, first, last)
+        sizes = height, width, images, mean, dtype == torch.bfloat16, first, last
+        _code().dnw_pooled(_at(x), _at(out), *sizes, lanes())
 
     _in_parts(nodes, 1, x.numel(), work)
     return out

@@ -114,29 +114,31 @@ int32_t dnw_nodes_backward(const nodes *op, const float *x, const float *grad, f
   return 0;
 }
 
-/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. Scratch, or
- * null, is COLUMNS floats for each row of in: what is read over and over is then brought together first. */
-int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t width,
-                  const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
+/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. The rows of in
+ * that entries have to do with are those from least to before width. Scratch, or null, is COLUMNS floats for each row of in: what
+ * is read over and over is then brought together first. */
+int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
+                  int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
                   int32_t lanes) {
-  REFUSE_IF(rows < 0 || width < 0 || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
+  REFUSE_IF(rows < 0 || least < 0 || width < least || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !out || (starts[rows] > starts[0] && (!columns || !values)), NULL_POINTER);
   REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);
   REFUSE_IF(!has_lanes(lanes), UNKNOWN_VECTOR);
-  BY_WIDTH(lanes, edges, starts, columns, values, rows, width, in, out, n, first, last, scratch);
+  BY_WIDTH(lanes, edges, starts, columns, values, rows, least, width, in, out, n, first, last, scratch);
   return 0;
 }
 
-/* values[e] = sum over n of left[row] * right[column], for the entries of the rows from first to before last. Scratch is as
- * above, for the rows of right. */
-int32_t dnw_edge_gradients(const int64_t *starts, const int32_t *columns, float *values, int64_t width, const float *left,
-                           const float *right, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
-                           int32_t lanes) {
-  REFUSE_IF(width < 0 || n < 0 || first < 0 || last < first, BAD_SIZE);
-  REFUSE_IF(!starts || !left || !right || (starts[last] > starts[first] && (!columns || !values)), NULL_POINTER);
+/* The same, and gradients[e] += sum of in[column] * states[row] over these n: the way back along edges, where entries are by
+ * source, in the gradients at the targets, out those at the sources, and states what the sources have sent. */
+int32_t dnw_edges_back(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
+                       int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n, int64_t first,
+                       int64_t last, float *scratch, int64_t room, int32_t lanes) {
+  REFUSE_IF(rows < 0 || least < 0 || width < least || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
+  REFUSE_IF(!starts || !in || !states || !out, NULL_POINTER);
+  REFUSE_IF(starts[rows] > starts[0] && (!columns || !values || !gradients), NULL_POINTER);
   REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);
   REFUSE_IF(!has_lanes(lanes), UNKNOWN_VECTOR);
-  BY_WIDTH(lanes, edge_gradients, starts, columns, values, width, left, right, n, first, last, scratch);
+  BY_WIDTH(lanes, edges_back, starts, columns, values, rows, least, width, in, states, out, gradients, n, first, last, scratch);
   return 0;
 }
 
@@ -144,11 +146,11 @@ int32_t dnw_edge_gradients(const int64_t *starts, const int32_t *columns, float 
 int32_t dnw_turned(const float *in, float *out, int64_t rows, int64_t columns, int64_t first, int64_t last) {
   REFUSE_IF(rows < 0 || columns < 0 || first < 0 || last > columns || last < first, BAD_SIZE);
   REFUSE_IF(rows > 0 && last > first && (!in || !out), NULL_POINTER);
-  enum { SIDE = 16 };
-  for (int64_t c = first; c < last; c += SIDE)
-    for (int64_t r = 0; r < rows; r += SIDE) {
-      float square[SIDE][SIDE]; /* rows that lie a power of 2 apart drive each other out of the cache: each is read once */
-      int64_t wide = last - c < SIDE ? last - c : SIDE, high = rows - r < SIDE ? rows - r : SIDE;
+  enum { HIGH = 16, WIDE = 64 };
+  for (int64_t c = first; c < last; c += WIDE)
+    for (int64_t r = 0; r < rows; r += HIGH) {
+      float square[HIGH][WIDE]; /* rows that lie a power of 2 apart drive each other out of the cache: each is read once */
+      int64_t wide = last - c < WIDE ? last - c : WIDE, high = rows - r < HIGH ? rows - r : HIGH;
       for (int64_t i = 0; i < high; i++) memcpy(square[i], in + (r + i) * columns + c, (size_t)wide * sizeof(float));
       for (int64_t k = 0; k < wide; k++)
         for (int64_t i = 0; i < high; i++) out[(c + k) * rows + r + i] = square[i][k];
@@ -156,23 +158,13 @@ int32_t dnw_turned(const float *in, float *out, int64_t rows, int64_t columns, i
   return 0;
 }
 
-/* Sums, or means, over squares of two by two places of maps [height, width, images]; a last row or column stands alone. */
-int32_t dnw_pooled(const float *in, float *out, int64_t height, int64_t width, int64_t images, int32_t mean, int64_t first,
-                   int64_t last) {
+/* Sums, or means, over squares of two by two pixels of maps [height, width, images]; a last row or column stands alone. */
+int32_t dnw_pooled(const float *in, void *out, int64_t height, int64_t width, int64_t images, int32_t mean, int32_t bfloat16,
+                   int64_t first, int64_t last, int32_t lanes) {
   REFUSE_IF(height < 1 || width < 1 || images < 1 || first < 0 || last < first, BAD_SIZE);
   REFUSE_IF(!in || !out, NULL_POINTER);
-  int64_t rows = (height + 1) / 2, columns = (width + 1) / 2;
-  for (int64_t map = first; map < last; map++)
-    for (int64_t y = 0; y < rows; y++)
-      for (int64_t x = 0; x < columns; x++) {
-        float *target = out + ((map * rows + y) * columns + x) * images;
-        int32_t down = 2 * y + 1 < height, right = 2 * x + 1 < width;
-        const float *from = in + ((map * height + 2 * y) * width + 2 * x) * images;
-        const float *beside = from + (right ? images : 0), *below = from + (down ? width * images : 0);
-        const float *across = below + (right ? images : 0);
-        float a = right ? 1.0f : 0.0f, b = down ? 1.0f : 0.0f, whole = mean ? 1.0f / ((1.0f + a) * (1.0f + b)) : 1.0f;
-        for (int64_t i = 0; i < images; i++) target[i] = whole * (from[i] + a * beside[i] + b * below[i] + a * b * across[i]);
-      }
+  REFUSE_IF(!has_lanes(lanes), UNKNOWN_VECTOR);
+  BY_WIDTH(lanes, pooled, in, out, height, width, images, mean, bfloat16, first, last);
   return 0;
 }
 
@@ -250,14 +242,15 @@ int32_t dnw_transpose(const int64_t *starts, const int32_t *columns, const float
   return 0;
 }
 
-/* Adds the values of compressed rows to a matrix, where they came from, or puts them there. */
-int32_t dnw_scatter(const int64_t *starts, const int32_t *columns, const float *values, const int64_t *order, int64_t rows,
-                    int64_t width, float *matrix, int32_t adds) {
-  REFUSE_IF(rows < 0 || width < 0, BAD_SIZE);
-  REFUSE_IF(!starts || !order || !matrix || (starts[rows] > 0 && (!columns || !values)), NULL_POINTER);
-  for (int64_t r = 0; r < rows; r++) {
-    float *to = matrix + order[r] * width;
-    for (int64_t e = starts[r]; e < starts[r + 1]; e++) to[columns[e]] = adds ? to[columns[e]] + values[e] : values[e];
-  }
+/* Adds a value of each entry to a matrix [rows, width], or puts it there; entries are by column, and row r is row order[r]. */
+int32_t dnw_scatter(const int64_t *starts, const int32_t *rows, const float *values, const int64_t *order, int64_t first,
+                    int64_t last, int64_t width, float *matrix, int32_t adds) {
+  REFUSE_IF(width < 0 || first < 0 || last > width || last < first, BAD_SIZE);
+  REFUSE_IF(!starts || !order || !matrix || (starts[last] > starts[first] && (!rows || !values)), NULL_POINTER);
+  for (int64_t c = first; c < last; c++)
+    for (int64_t e = starts[c]; e < starts[c + 1]; e++) {
+      float *to = matrix + order[rows[e]] * width + c;
+      *to = adds ? *to + values[e] : values[e];
+    }
   return 0;
 }

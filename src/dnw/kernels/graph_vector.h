@@ -308,20 +308,21 @@ INLINE FAST void WIDTH(edges_tile)(const int64_t *starts, const int32_t *columns
     }
 }
 
-/* Some columns of a matrix [rows, n], end to end. Rows that lie far apart take longer to find than to read. */
-INLINE FAST const float *WIDTH(gathered)(const float *in, int64_t rows, int64_t n, float *scratch) {
-  for (int64_t row = 0; row < rows; row++)
+/* Some columns of the rows from `first` on of a matrix [rows, n], end to end. What lies far apart takes longer to find than to
+ * read. */
+INLINE FAST const float *WIDTH(gathered)(const float *in, int64_t first, int64_t rows, int64_t n, float *scratch) {
+  for (int64_t row = first; row < rows; row++)
 #pragma GCC unroll 8
     for (int k = 0; k < COLUMNS; k += LANES) write(scratch + row * COLUMNS + k, read(in + row * n + k, LANES), LANES);
   return scratch;
 }
 
-FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t width,
-                              const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch) {
+FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
+                              int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch) {
   int64_t at = first;
   if (scratch)
     for (; at + COLUMNS <= last; at += COLUMNS) {
-      const float *near = WIDTH(gathered)(in + at, width, n, scratch);
+      const float *near = WIDTH(gathered)(in + at, least, width, n, scratch);
       WIDTH(edges_tile)(starts, columns, values, rows, near, COLUMNS, out + at, n, COLUMNS / (TILE * LANES), TILE, LANES);
     }
   for (int64_t tiles; (tiles = (last - at) / (TILE * LANES)); at += tiles * TILE * LANES) {
@@ -345,53 +346,90 @@ INLINE FAST vec WIDTH(totals)(vec *values) {
   return values[0];
 }
 
-/* What some columns, a multiple of COLUMNS, add to the gradient of every entry of some rows. */
-INLINE FAST void WIDTH(edge_gradients_tile)(const int64_t *starts, const int32_t *columns, float *values, const float *left,
-                                            int64_t n, const float *right, int64_t apart, int64_t first, int64_t last,
-                                            int64_t many_columns) {
-  for (int64_t row = first; row < last; row++) {
-    const float *a = left + row * n;
-    for (int64_t e = starts[row]; e < starts[row + 1]; e += LANES) {
-      int many = starts[row + 1] - e < LANES ? (int)(starts[row + 1] - e) : LANES;
-      vec sums[LANES];
-      for (int i = 0; i < LANES; i++) sums[i] = (vec){0};
-      for (int64_t at = 0; at < many_columns; at += TILE * LANES) {
-        vec here[TILE];
+/* Some columns of all rows of out, as above, and what they add to the gradients of the entries: each of in is read once. */
+INLINE FAST void WIDTH(edges_back_tile)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
+                                        const float *in, int64_t apart, const float *states, float *out, int64_t n,
+                                        float *gradients, int64_t times, const int vectors, const int many) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t at = 0; at < times * vectors * LANES; at += vectors * LANES) {
+      vec sum[TILE], state[TILE];
 #pragma GCC unroll 8
-        for (int k = 0; k < TILE; k++) here[k] = read(a + at + k * LANES, LANES);
-        for (int i = 0; i < many; i++) {
-          const float *b = right + columns[e + i] * apart + at;
-          vec sum[2] = {sums[i], {0}};
+      for (int k = 0; k < vectors; k++) sum[k] = (vec){0}, state[k] = read(states + row * n + at + k * LANES, many);
+      for (int64_t e = starts[row]; e < starts[row + 1]; e += LANES) {
+        int wide = starts[row + 1] - e < LANES ? (int)(starts[row + 1] - e) : LANES;
+        vec products[LANES] = {{0}};
+        for (int i = 0; i < wide; i++) {
+          const float *target = in + columns[e + i] * apart + at, value = values[e + i];
+          vec product[2] = {{0}, {0}};
 #pragma GCC unroll 8
-          for (int k = 0; k < TILE; k++) sum[k % 2] += here[k] * read(b + k * LANES, LANES);
-          sums[i] = sum[0] + sum[1];
+          for (int k = 0; k < vectors; k++) {
+            vec grad = read(target + k * LANES, many);
+            sum[k] += value * grad;
+            product[k % 2] += state[k] * grad;
+          }
+          products[i] = product[0] + product[1];
         }
+        vec found = WIDTH(totals)(products);
+        write(gradients + e - starts[0], read(gradients + e - starts[0], wide) + found, wide);
       }
-      vec found = WIDTH(totals)(sums);
-      if (many == LANES)
-        write(values + e, read(values + e, LANES) + found, LANES);
-      else
-        for (int i = 0; i < many; i++) values[e + i] += found[i];
+#pragma GCC unroll 8
+      for (int k = 0; k < vectors; k++) write(out + row * n + at + k * LANES, sum[k], many);
     }
-  }
 }
 
-FAST static void WIDTH(edge_gradients)(const int64_t *starts, const int32_t *columns, float *values, int64_t width,
-                                       const float *left, const float *right, int64_t n, int64_t first, int64_t last,
-                                       float *scratch) {
-  for (int64_t e = starts[first]; e < starts[last]; e++) values[e] = 0.0f;
-  int64_t at = 0, most = scratch ? COLUMNS : columns_at_a_time(width + last - first);
-  for (int64_t run; (run = (n - at) / COLUMNS * COLUMNS); at += run) {
-    run = run < most ? run : most;
-    const float *near = scratch ? WIDTH(gathered)(right + at, width, n, scratch) : right + at;
-    WIDTH(edge_gradients_tile)(starts, columns, values, left + at, n, near, scratch ? COLUMNS : n, first, last, run);
+FAST static void WIDTH(edges_back)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
+                                   int64_t least, int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
+                                   int64_t first, int64_t last, float *scratch) {
+  int64_t at = first, whole = TILE * LANES;
+#define TAKE(near, apart, times, vectors, many) \
+  WIDTH(edges_back_tile)(starts, columns, values, rows, near, apart, states + at, out + at, n, gradients, times, vectors, many)
+  if (scratch)
+    for (; at + COLUMNS <= last; at += COLUMNS)
+      TAKE(WIDTH(gathered)(in + at, least, width, n, scratch), COLUMNS, COLUMNS / whole, TILE, LANES);
+  for (int64_t tiles, most = columns_at_a_time(2 * rows + width) / whole; (tiles = (last - at) / whole); at += tiles * whole) {
+    tiles = tiles < most ? tiles : most;
+    TAKE(in + at, n, tiles, TILE, LANES);
   }
-  if (at < n)
-    for (int64_t row = first; row < last; row++)
-      for (int64_t e = starts[row]; e < starts[row + 1]; e++) {
-        float sum = 0.0f;
-        for (int64_t i = at; i < n; i++) sum += left[row * n + i] * right[columns[e] * n + i];
-        values[e] += sum;
+  for (; at + LANES <= last; at += LANES) TAKE(in + at, n, 1, 1, LANES);
+  if (at < last) TAKE(in + at, n, 1, 1, (int)(last - at));
+#undef TAKE
+}
+
+/* Rounded to the nearest bfloat16, to the even one of two. */
+INLINE FAST void WIDTH(write_bfloat16)(uint16_t *at, vec value, const int many) {
+  bits whole = (bits)value, rounded = (whole + 0x7fff + (whole >> 16 & 1)) >> 16, no_number = value != value;
+  rounded = (no_number & 0x7fc0) | (~no_number & rounded);
+  for (int i = 0; i < many; i++) at[i] = (uint16_t)rounded[i];
+}
+
+INLINE FAST void WIDTH(pooled_square)(const float *in, int64_t right, int64_t below, void *out, int64_t at, float whole,
+                                      const int bfloat16, const int many) {
+  vec sum = read(in, many);
+  if (right) sum += read(in + right, many);
+  if (below) sum += read(in + below, many);
+  if (right && below) sum += read(in + right + below, many);
+  sum *= whole;
+  if (bfloat16)
+    WIDTH(write_bfloat16)((uint16_t *)out + at, sum, many);
+  else
+    write((float *)out + at, sum, many);
+}
+
+FAST static void WIDTH(pooled)(const float *in, void *out, int64_t height, int64_t width, int64_t images, int32_t mean,
+                               int32_t bfloat16, int64_t first, int64_t last) {
+  int64_t rows = (height + 1) / 2, columns = (width + 1) / 2;
+  for (int64_t map = first; map < last; map++)
+    for (int64_t y = 0; y < rows; y++)
+      for (int64_t x = 0; x < columns; x++) {
+        const float *from = in + ((map * height + 2 * y) * width + 2 * x) * images;
+        int64_t at = ((map * rows + y) * columns + x) * images, i = 0;
+        int64_t right = 2 * x + 1 < width ? images : 0, below = 2 * y + 1 < height ? width * images : 0;
+        float whole = mean ? 1.0f / (float)((right ? 2 : 1) * (below ? 2 : 1)) : 1.0f;
+        if (bfloat16)
+          for (; i + LANES <= images; i += LANES) WIDTH(pooled_square)(from + i, right, below, out, at + i, whole, 1, LANES);
+        else
+          for (; i + LANES <= images; i += LANES) WIDTH(pooled_square)(from + i, right, below, out, at + i, whole, 0, LANES);
+        if (i < images) WIDTH(pooled_square)(from + i, right, below, out, at + i, whole, bfloat16, (int)(images - i));
       }
 }
 
