@@ -83,7 +83,7 @@ def test_which_way_a_graph_runs(code, capsys):
     exec(code, {})
     dense, sparse = capsys.readouterr().out.splitlines()
     if "C compiler" not in dense:
-        assert dense == "100% of the candidate edges are active, and kernels pay up to 30%"
+        assert dense == "100% of the candidate edges are active, and kernels pay up to 50%"
         assert sparse == "''"
 
 

@@ -21,7 +21,6 @@ from dnw.kernels._graph import Nodes, Norm, Rows
 from dnw.kernels._room import room
 from dnw.kernels._wired import DormantGradient, active_edges
 
-
 # --- node functions ---
 
 
@@ -112,8 +111,8 @@ def run_nodes(filters: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tens
         x: ``[batch, nodes, height, width]``.
         norm: of the nodes; none by default.
     """
-    places, images = x.shape[2] * x.shape[3], x.shape[0]
-    found = (Norm.NONE, 0.0) if norm is None else norm_kind([norm], places, images)
+    pixels, images = x.shape[2] * x.shape[3], x.shape[0]
+    found = (Norm.NONE, 0.0) if norm is None else norm_kind([norm], pixels, images)
     assert found is not None
     kind, eps = found
     norms = [] if norm is None or kind is Norm.NONE else [norm]
@@ -121,7 +120,7 @@ def run_nodes(filters: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tens
     given = (joined(norms, "running_mean"), joined(norms, "running_var")) if kind is Norm.GIVEN else (None, None)
     out, mean, deviation = torch.ops.dnw.nodes(images_innermost(x), filters, *affine, *given, int(kind), eps)
     if kind is Norm.BATCH:
-        update_statistics(norms, mean, deviation, [places * images])
+        update_statistics(norms, mean, deviation, [pixels * images])
     return out
 
 

@@ -114,8 +114,8 @@ class StaticGraph(nn.Module):
         if not all(map(is_node, nodes)):
             return "a node function has been replaced"
         stride = nodes[0].conv.stride[0]
-        places = out_size(x.shape[2], stride) * out_size(x.shape[3], stride)
-        if norm_kind([node.norm for node in nodes], places, x.shape[0]) is None:
+        pixels = out_size(x.shape[2], stride) * out_size(x.shape[3], stride)
+        if norm_kind([node.norm for node in nodes], pixels, x.shape[0]) is None:
             return f"kernels do not know the norm {type(nodes[0].norm).__name__} as it is here"
         return why_not(x, self.weight, self._num_candidates, parts)
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
-from dnw.graphs._levels import Levels
 from dnw.graphs._dormant import factors, product_into
 from dnw.graphs._innermost import images_innermost, inside
+from dnw.graphs._levels import Levels
 from dnw.graphs._way import joined, norm_kind, update_statistics
-from dnw.kernels._room import room
 from dnw.kernels._graph import Nodes, Norm, Rows, out_size
+from dnw.kernels._room import room
 from dnw.kernels._wired import DormantGradient, active_edges
 
 
@@ -310,6 +310,6 @@ def run_static_graph(levels: Levels, nodes: Sequence[Any], weight: Tensor, x: Te
         images_innermost(x), weight, filters, scale, shift, *given, *topology, stride, int(norm), eps
     )
     if norm is Norm.BATCH:
-        places = [x.shape[2] * x.shape[3], *[height * width] * (len(norms) - 1)]
-        update_statistics(norms, mean, deviation, [x.shape[0] * number for number in places])
+        pixels = [x.shape[2] * x.shape[3], *[height * width] * (len(norms) - 1)]
+        update_statistics(norms, mean, deviation, [x.shape[0] * number for number in pixels])
     return out

@@ -18,8 +18,8 @@ from dnw.graphs._node import Node
 from dnw.kernels._graph import Norm, lanes, library
 from dnw.kernels._wired import density_of
 
-SPARSE_ENOUGH = 0.3
-"""Up to this density of the candidate edges kernels are faster."""
+SPARSE_ENOUGH, FEWEST_IMAGES = 0.5, 8
+"""Up to this density of the candidate edges, and from so many images on, kernels are faster (``benchmarks/step_costs.py``)."""
 
 _MODES = ("auto", "always", "never")
 _mode = os.environ.get("DNW_GRAPH_KERNELS", "auto")
@@ -68,14 +68,18 @@ def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Modul
         return "the batch is empty"
     if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
         return "a part of the graph has hooks"
-    if torch.compiler.is_compiling():
-        return "" if _is_built() and not torch.compiler.is_exporting() else "the graph is exported"
-    if library() is None:
+    if not _is_built():
         return "the package was installed without a C compiler"
+    if torch.compiler.is_compiling():  # density and batch are not known yet: kernels whatever they will be
+        return "the graph is exported" if torch.compiler.is_exporting() else ""
     if type(x) not in (Tensor, nn.Parameter) or _is_watched():
         return "operations are traced or transformed"
+    if _mode == "always":
+        return ""
+    if len(x) < FEWEST_IMAGES:
+        return f"the batch has fewer than {FEWEST_IMAGES} images"
     density = density_of(weight, candidates)
-    if _mode == "auto" and density > SPARSE_ENOUGH:
+    if density > SPARSE_ENOUGH:
         return f"{density:.0%} of the candidate edges are active, and kernels pay up to {SPARSE_ENOUGH:.0%}"
     return ""
 
@@ -97,12 +101,12 @@ def _is_watched() -> bool:
     )
 
 
-def norm_kind(norms: Sequence[nn.Module], places: int, images: int) -> tuple[Norm, float] | None:
+def norm_kind(norms: Sequence[nn.Module], pixels: int, images: int) -> tuple[Norm, float] | None:
     """Where the statistics of norms that are alike come from, and their eps; None where kernels do not know them.
 
     Args:
         norms: of the levels of a graph.
-        places, images: number of places of the smallest map, and of images.
+        pixels, images: number of pixels of the smallest map, and of images.
     """
     first: Any = norms[0]
     if any(type(norm) is not type(first) for norm in norms):
@@ -115,9 +119,9 @@ def norm_kind(norms: Sequence[nn.Module], places: int, images: int) -> tuple[Nor
     if any(getattr(norm, name) != getattr(first, name) for norm in norms for name in alike):
         return None
     if type(first) is nn.InstanceNorm2d:
-        return (Norm.INSTANCE, first.eps) if not first.track_running_stats and places > 1 else None
+        return (Norm.INSTANCE, first.eps) if not first.track_running_stats and pixels > 1 else None
     if first.training or not first.track_running_stats:
-        return (Norm.BATCH, first.eps) if places * images > 1 else None
+        return (Norm.BATCH, first.eps) if pixels * images > 1 else None
     return Norm.GIVEN, first.eps
 
 
@@ -154,7 +158,7 @@ def update_statistics(norms: Sequence[Any], mean: Tensor, deviation: Tensor, cou
         last = first + norm.num_features
         if norm.track_running_stats and norm.training:
             norm.num_batches_tracked.add_(1)
-            factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            factor = norm.num_batches_tracked.reciprocal() if norm.momentum is None else norm.momentum
             variance = (deviation[first:last].double().pow(-2) - norm.eps).clamp(min=0).float()
             norm.running_mean.lerp_(mean[first:last], factor)
             norm.running_var.lerp_(variance * (count / max(1, count - 1)), factor)

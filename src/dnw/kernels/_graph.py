@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dnw.kernels._library import INT32, INT64, POINTER, address, load
 from dnw.kernels._room import room
 from dnw.kernels._team import each
-from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
-_VERSION = 1
+_VERSION = 2
 _COLUMNS = 128
 """COLUMNS of graph.c, which are taken at a time: threads share out whole tiles."""
 _PARTS = 8

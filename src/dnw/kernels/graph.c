@@ -28,7 +28,7 @@ typedef struct {
   float *mean, *deviation;
 } nodes;
 
-int32_t dnw_version(void) { return 1; }
+int32_t dnw_version(void) { return 2; }
 
 int32_t dnw_size_of_nodes(void) { return (int32_t)sizeof(nodes); }
 

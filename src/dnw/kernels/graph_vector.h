@@ -84,17 +84,17 @@ typedef struct {
 
 /* Statistics of a node over the whole batch, or of some of its images, as far as they are to be made. */
 INLINE FAST void WIDTH(measure)(const nodes *op, const float *x, int64_t node, int64_t image, const int many) {
-  int64_t places = op->height * op->width;
+  int64_t pixels = op->height * op->width;
   vec sum = {0}, squares = {0};
-  for (int64_t p = 0; p < places; p++) sum += read(x + p * op->images + image, many);
-  vec mean = sum / (float)places;
-  for (int64_t p = 0; p < places; p++) {
+  for (int64_t p = 0; p < pixels; p++) sum += read(x + p * op->images + image, many);
+  vec mean = sum / (float)pixels;
+  for (int64_t p = 0; p < pixels; p++) {
     vec value = read(x + p * op->images + image, many) - mean;
     squares += value * value;
   }
   for (int i = 0; i < many; i++) {
     op->mean[node * op->images + image + i] = mean[i];
-    op->deviation[node * op->images + image + i] = (float)(1.0 / sqrt((double)squares[i] / (double)places + op->eps));
+    op->deviation[node * op->images + image + i] = (float)(1.0 / sqrt((double)squares[i] / (double)pixels + op->eps));
   }
 }
 

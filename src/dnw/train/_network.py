@@ -209,7 +209,8 @@ def make_network(
         assert config.num_edges is not None
         edges = {"graph.weight": original_random_graph(config.num_edges, config.seed)}
     optim = config.optim
-    optimizer = torch.optim.SGD(_parameter_groups(model, optim), lr=optim.lr, momentum=optim.momentum)
+    fused = True if fabric is None or fabric.device.type == "cpu" else None  # few passes over memory
+    optimizer = torch.optim.SGD(_parameter_groups(model, optim), lr=optim.lr, momentum=optim.momentum, fused=fused)
     wrapped_model, wrapped_optimizer = (model, optimizer) if fabric is None else fabric.setup(model, optimizer)
     told = _told(config, model, steps, edges)
     wiring = wire(wrapped_model, wrapped_optimizer, **told)
