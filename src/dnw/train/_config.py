@@ -20,6 +20,7 @@ from dnw.train._settings import (
     RULE_SETTINGS,
     DataConfig,
     DensityConfig,
+    DormantConfig,
     EdgesName,
     ModelName,
     OptimConfig,
@@ -60,6 +61,7 @@ class Config(Settings):
     )
     rule: RuleName = Field(default="dnw", description="how active edges are chosen")
     rule_settings: RuleConfig = RuleConfig()
+    dormant: DormantConfig = DormantConfig()
     edges: EdgesName | None = Field(
         default=None, description="of rule frozen: those of a ticket, or random ones as the authors draw them"
     )
@@ -109,7 +111,7 @@ class Config(Settings):
         """The same with another rule, at that rule's own settings."""
         changes: dict[str, Any] = {"rule": rule, "edges": None, "ticket": TicketConfig(), "rule_settings": RuleConfig()}
         if rule in FIXED_RULES:
-            changes["density_schedule"] = DensityConfig()
+            changes |= {"density_schedule": DensityConfig(), "dormant": DormantConfig()}
         if rule == "complete":
             changes["pattern"] = None
         return self.model_copy(update=changes)
@@ -152,6 +154,9 @@ class Config(Settings):
             if name not in allowed:
                 has = ", ".join(allowed) or "none"
                 raise ValueError(f"rule_settings.{name}={value}: rule={self.rule} has no such setting; it has {has}")
+        if self.rule in FIXED_RULES and (given := self.dormant.given()):
+            name, value = next(iter(given.items()))
+            raise ValueError(f"dormant.{name}={value}: rule={self.rule} never changes its edges, so dormant ones get nothing")
         if self.rule == "frozen" and self.edges is None:
             raise ValueError(f"rule=frozen: give its edges, one of {listing(get_args(EdgesName))}, as in edges=ticket")
         if self.rule != "frozen" and self.edges is not None:

@@ -239,7 +239,9 @@ def _told(config: Config, model: nn.Module, steps: int | None, edges: Mapping[st
     """What ``dnw.wire`` is told beside the model and its optimizer."""
     if edges is not None:
         return {"rule": Frozen(dict(edges)), "include": list(edges), "seed": config.seed}
-    told: dict[str, Any] = {"rule": _rule(config, steps), "seed": config.seed, "exclude": config.dense}
+    rule = _rule(config, steps)
+    dormant = dataclasses.replace(rule.dormant, **config.dormant.given())
+    told: dict[str, Any] = {"rule": rule, "seed": config.seed, "exclude": config.dense, "dormant": dormant}
     if config.rule == "complete":
         return told
     told |= {"pattern": _pattern(config.pattern), "schedule": _schedule(config, steps)}

@@ -205,6 +205,20 @@ class RuleConfig(Settings):
         return {name: value for name, value in self if value is not None}
 
 
+class DormantConfig(Settings):
+    """What dormant edges get, beside the rule (:class:`dnw.Dormant`); what is null is the rule's own default."""
+
+    gradient: Literal["exact", "bfloat16", "pooled", "pooled bfloat16"] | None = Field(
+        default=None, description="how graphs on kernels make the gradient of dormant edges"
+    )
+    momentum: Literal["update", "hold", "zero"] | None = Field(default=None, description="what becomes of their momentum")
+    weight_decay: bool | None = Field(default=None, description="weight decay on dormant edges, too")
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set, by name."""
+        return {name: value for name, value in self if value is not None}
+
+
 class DensityConfig(Settings):
     """How the number of active edges falls to the budget over the run; it is constant where ``end`` is null."""
 
