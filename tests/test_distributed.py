@@ -97,6 +97,30 @@ def test_ddp_with_a_pattern():
     assert_equal(*on_processes(2, _ddp, dnw.SRSTE(), {"pattern": dnw.NOfM(1, 2), "include": "0.weight"}))
 
 
+def _graph_on_kernels(rank: int, mode: str) -> dict:
+    dnw.graphs.set_graph_kernels(mode)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(dnw.models.tiny_digits())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wiring = dnw.wire(model, optimizer, density=0.1)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        optimizer.zero_grad()
+        images, labels = torch.randn(12, 1, 8, 8, generator=generator), torch.randint(10, (12,), generator=generator)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return state_of(wiring)
+
+
+def test_ddp_with_a_graph_on_kernels():
+    one, other = on_processes(2, _graph_on_kernels, "always")
+    assert_equal(one, other)
+    layers, _ = on_processes(2, _graph_on_kernels, "never")
+    for name, (latent, active, _) in layers.items():
+        assert torch.allclose(one[name][0], latent, atol=1e-5)
+        assert float((one[name][1] == active).float().mean()) > 0.999
+
+
 def _wired_before_ddp(rank: int, check: bool) -> str:
     model = net(seed=rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

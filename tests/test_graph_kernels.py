@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -237,9 +238,10 @@ def test_what_is_written_to_a_wired_graph_is_computed():
 
 def test_auto_takes_layers_where_the_graph_is_dense():
     set_graph_kernels("auto")
-    graph, x = StaticGraph((4, 8), 5), torch.randn(3, 4, 6, 6)
+    graph, x = StaticGraph((4, 8), 5), torch.randn(8, 4, 6, 6)
     assert graph.why_layers(x).startswith("100% of the candidate edges are active")
     assert sparse(graph, 0.1).why_layers(x) == ""
+    assert graph.why_layers(x[:7]) == "the batch has fewer than 8 images"
     with torch.no_grad():
         graph.weight.fill_(1.0)
     assert graph.why_layers(x) != ""
@@ -351,6 +353,49 @@ def test_a_process_that_was_forked_after_the_first_use():
     if child == 0:
         os._exit(0 if torch.equal(graph(x), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_several_threads_that_train_at_once():
+    def train(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        graph, x = graphs[seed], torch.randn(33, 6, 9, 9, generator=generator)
+        optimizer = torch.optim.SGD(graph.parameters(), lr=0.01)
+        for _ in range(6):
+            optimizer.zero_grad()
+            graph(x).square().mean().backward()
+            optimizer.step()
+        return [p.detach() for p in graph.parameters()]
+
+    graphs = [sparse(StaticGraph((6, 20, 20), 10), 0.3) for _ in range(4)]
+    first = copy.deepcopy(graphs)
+    alone = [train(seed) for seed in range(4)]
+    graphs = first
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(train, range(4)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_backward_pass_that_fails_leaves_nothing_behind():
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ArithmeticError("in the middle")
+
+    chain = nn.Sequential(*(sparse(StaticGraph((6, 20), 6), 0.3) for _ in range(2)))
+    x = torch.randn(9, 6, 8, 8)
+    chain(x).square().sum().backward()
+    expected = [p.grad.clone() for p in chain.parameters()]
+    chain.zero_grad()
+    with pytest.raises(ArithmeticError):
+        chain[1](Failing.apply(chain[0](x))).square().sum().backward()
+    chain.zero_grad()
+    chain(x).square().sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(chain.parameters(), expected, strict=True))
 
 
 # --- bad arguments ---
