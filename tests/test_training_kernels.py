@@ -1,5 +1,6 @@
 """The parts that graphs on kernels are made of: sparse products, layouts, memory that is used again, shared threads."""
 
+import copy
 import gc
 import threading
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from dnw.graphs import INSTANCE_NORM, StaticGraph, set_graph_kernels
 from dnw.graphs._innermost import images_innermost
 from dnw.kernels import _graph, _room, _team
 from dnw.kernels._graph import Rows, pooled, turned
@@ -18,6 +20,15 @@ pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(_graph.library() is None, reason="the package was built without a C compiler"),
 ]
+
+
+@pytest.fixture(params=[4, 8, 16])
+def lanes(request, monkeypatch):
+    """Vectors of so many floats, as on a machine that has no wider ones."""
+    if request.param > _graph.lanes():
+        pytest.skip(f"this machine has no vectors of {request.param} floats")
+    monkeypatch.setattr(_graph, "lanes", lambda: request.param)
+    return request.param
 
 
 def matrix(rows: int, width: int, density: float) -> tuple[Tensor, Tensor, Rows]:
@@ -102,6 +113,32 @@ def test_offsets_that_do_not_fit_are_refused():
         code.dnw_turned(one, one, 2, 2, 0, 3)
 
 
+def test_a_graph_gives_the_same_on_vectors_of_any_width(lanes):
+    def results(graph: StaticGraph, x: Tensor) -> list[Tensor]:
+        out = graph(x)
+        out.square().sum().backward()
+        return [out.detach(), x.grad, *(p.grad for p in graph.parameters())]
+
+    torch.manual_seed(0)
+    for images, norm, stride in ((37, nn.BatchNorm2d, 1), (16, INSTANCE_NORM, 2), (3, None, 2)):
+        graph = StaticGraph((5, 9, 7), 4, norm=norm, stride=stride)
+        with torch.no_grad():
+            graph.weight *= torch.rand(graph.weight.shape) < 0.4
+        exact = copy.deepcopy(graph).double()
+        x = torch.randn(images, 5, 9, 7)
+        set_graph_kernels("always")
+        found = results(graph, x.clone().requires_grad_())
+        set_graph_kernels("auto")
+        for one, other in zip(found, results(exact, x.double().requires_grad_()), strict=True):
+            assert near(one, other)
+
+
+@pytest.mark.parametrize("n", [5, 128, 1300])
+def test_products_on_vectors_of_any_width(lanes, n):
+    torch.manual_seed(0)
+    hold_products(30, 70, n, 0.1)
+
+
 # --- layouts ---
 
 
@@ -126,7 +163,7 @@ def test_the_way_into_the_layout_of_kernels_and_back():
 
 
 @pytest.mark.parametrize("images", [1, 5, 16, 37])
-def test_what_is_pooled_to_bfloat16_is_rounded_as_in_pytorch(images):
+def test_what_is_pooled_to_bfloat16_is_rounded_as_in_pytorch(images, lanes):
     x = torch.randn(3, 5, 4, images) * torch.logspace(-20, 20, images)
     x[0, 0, 0, 0], x[1, 0, 0, 0] = torch.nan, torch.inf
     for mean in (False, True):
