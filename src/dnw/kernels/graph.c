@@ -13,8 +13,8 @@
 
 #include "errors.h"
 
-enum { CACHE = 1 << 19 };  /* bytes that stay near */
-enum { COLUMNS = 128 }; /* of a matrix that are taken at a time where rows lie far apart */
+enum { CACHE = 1 << 19 }; /* bytes that stay near */
+enum { COLUMNS = 128 };   /* of a matrix that are taken at a time where rows lie far apart */
 enum { NO_NORM, GIVEN_STATISTICS, BATCH_STATISTICS, INSTANCE_STATISTICS };
 
 /* Some node functions, conv(relu(norm(x))), on maps of one size. Of each node: scale and shift of the norm (null: 1 and 0),
@@ -114,12 +114,12 @@ int32_t dnw_nodes_backward(const nodes *op, const float *x, const float *grad, f
   return 0;
 }
 
-/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. The rows of in
- * that entries have to do with are those from least to before width. Scratch, or null, is COLUMNS floats for each row of in: what
- * is read over and over is then brought together first. */
+/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. The rows of
+ * in that entries have to do with are those from least to before width. Scratch, or null, is COLUMNS floats for each row of in:
+ * what is read over and over is then brought together first. */
 int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
-                  int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
-                  int32_t lanes) {
+                  int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch,
+                  int64_t room, int32_t lanes) {
   REFUSE_IF(rows < 0 || least < 0 || width < least || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !out || (starts[rows] > starts[0] && (!columns || !values)), NULL_POINTER);
   REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);
@@ -131,8 +131,8 @@ int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *va
 /* The same, and gradients[e] += sum of in[column] * states[row] over these n: the way back along edges, where entries are by
  * source, in the gradients at the targets, out those at the sources, and states what the sources have sent. */
 int32_t dnw_edges_back(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
-                       int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n, int64_t first,
-                       int64_t last, float *scratch, int64_t room, int32_t lanes) {
+                       int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
+                       int64_t first, int64_t last, float *scratch, int64_t room, int32_t lanes) {
   REFUSE_IF(rows < 0 || least < 0 || width < least || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !states || !out, NULL_POINTER);
   REFUSE_IF(starts[rows] > starts[0] && (!columns || !values || !gradients), NULL_POINTER);

@@ -318,7 +318,8 @@ INLINE FAST const float *WIDTH(gathered)(const float *in, int64_t first, int64_t
 }
 
 FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
-                              int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch) {
+                              int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last,
+                              float *scratch) {
   int64_t at = first;
   if (scratch)
     for (; at + COLUMNS <= last; at += COLUMNS) {
@@ -330,7 +331,8 @@ FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, con
     tiles = tiles < most ? tiles : most;
     WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, tiles, TILE, LANES);
   }
-  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, LANES);
+  for (; at + LANES <= last; at += LANES)
+    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, LANES);
   if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, (int)(last - at));
 }
 
@@ -378,8 +380,8 @@ INLINE FAST void WIDTH(edges_back_tile)(const int64_t *starts, const int32_t *co
 }
 
 FAST static void WIDTH(edges_back)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
-                                   int64_t least, int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
-                                   int64_t first, int64_t last, float *scratch) {
+                                   int64_t least, int64_t width, const float *in, const float *states, float *out,
+                                   float *gradients, int64_t n, int64_t first, int64_t last, float *scratch) {
   int64_t at = first, whole = TILE * LANES;
 #define TAKE(near, apart, times, vectors, many) \
   WIDTH(edges_back_tile)(starts, columns, values, rows, near, apart, states + at, out + at, n, gradients, times, vectors, many)
