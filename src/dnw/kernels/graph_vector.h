@@ -1,29 +1,4 @@
-/* The kernels of graph.c for vectors of LANES floats; it includes this once for each width. */
-
-typedef float WIDTH(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define vec WIDTH(vec)
-#define bits WIDTH(bits)
-
-#if LANES == 16
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif LANES == 8
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
-#endif
-
-#ifdef __has_builtin
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#ifndef SHUFFLE
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
-#endif
+/* The kernels of graph.c for vectors of LANES floats. */
 
 #define TILE 8 /* vectors of sums held in registers */
 
@@ -42,8 +17,6 @@ INLINE FAST void WIDTH(write)(float *at, vec value, const int many) {
     memcpy(at, &value, 4 * (size_t)many);
 }
 
-INLINE FAST vec WIDTH(rectified)(vec value) { return (vec)((bits)value & ~(value <= (vec){0})); }
-
 /* The sum of the first `many` entries. */
 INLINE FAST double WIDTH(total)(vec value, const int many) {
   double sum = 0;
@@ -53,7 +26,6 @@ INLINE FAST double WIDTH(total)(vec value, const int many) {
 
 #define read WIDTH(read)
 #define write WIDTH(write)
-#define rectified WIDTH(rectified)
 #define total WIDTH(total)
 
 /* The sum of (x - less) ^ power over n floats, power 1 or 2; in double precision from row to row. */
@@ -435,18 +407,9 @@ FAST static void WIDTH(pooled)(const float *in, void *out, int64_t height, int64
       }
 }
 
-#undef vec
-#undef bits
 #undef read
 #undef write
-#undef rectified
 #undef total
 #undef norm_of
 #undef sums_of
 #undef TILE
-#undef EVEN
-#undef ODD
-#undef SHUFFLE
-#undef LANES
-#undef WIDTH
-#undef FAST
