@@ -88,45 +88,19 @@ static int32_t end(const struct context *context, int32_t count) {
   return (int32_t)((int64_t)count * (context->thread + 1) / context->threads);
 }
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* The map that is added to a target; a null pointer where none is. */
-INLINE const float *added_map(const struct task *task, int32_t target) {
+static inline const float *added_map(const struct task *task, int32_t target) {
   if (!task->added_maps || task->added_maps[target] < 0) return 0;
   return task->added + (int64_t)task->added_maps[target] * task->added_plane;
 }
 
 /* Zeros from one column of a row to another. */
-INLINE void blank(float *row, int32_t from, int32_t to) {
+static inline void blank(float *row, int32_t from, int32_t to) {
   for (int32_t x = from; x < to; x++) row[x] = 0.0f;
 }
 
-#define LANES 4
-#define WIDTH(name) name##_4
-#define FAST
-#include "_kernels_vector.h"
-
-#ifdef __x86_64__
-#define LANES 8
-#define WIDTH(name) name##_8
-#define FAST __attribute__((target("avx2,fma")))
-#include "_kernels_vector.h"
-
-#define LANES 16
-#define WIDTH(name) name##_16
-#define FAST __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#include "_kernels_vector.h"
-#endif
-
-static void run_one(const struct task *task, const struct call *call, const struct context *context, int32_t lanes) {
-  switch (lanes) {
-#ifdef __x86_64__
-    case 16: run_16(task, call, context); break;
-    case 8: run_8(task, call, context); break;
-#endif
-    default: run_4(task, call, context);
-  }
-}
+#define KERNELS "../compile/_kernels_vector.h"
+#include "../kernels/widths.h"
 
 /* Waits until all threads of an image are here. A meeting is two numbers: how many have come, and how often all have. */
 static void meet(int32_t *meeting, int32_t threads) {
@@ -155,18 +129,6 @@ const char *dnw_names(int32_t table) {
                                        INTEGER_ARRAYS(WORD), CALL_INTEGERS(WORD), CALL_OFFSETS(WORD)};
   return table >= 0 && table < (int32_t)(sizeof tables / sizeof *tables) ? tables[table] : 0;
 #undef WORD
-}
-
-/* Floats of a vector on this machine. */
-int32_t dnw_lanes(void) {
-#ifdef __x86_64__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 16;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
-#endif
-  return 4;
 }
 
 /* Whether a task has the arrays and the sizes that its kernel takes for granted. */
@@ -285,13 +247,13 @@ int32_t dnw_run(const struct task *tasks, const struct call *calls, int32_t num_
                 int32_t threads, int32_t *meeting, int32_t lanes) {
   REFUSE_IF(num_calls < 0 || num_images < 0 || image_size < 0 || output_size < 0, BAD_SIZE);
   REFUSE_IF(thread < 0 || thread >= threads, BAD_SIZE);
-  REFUSE_IF((lanes != 4 && lanes != 8 && lanes != 16) || lanes > dnw_lanes(), UNKNOWN_VECTOR);
+  REFUSE_IF(!has_lanes(lanes), UNKNOWN_VECTOR);
   if (num_images == 0 || num_calls == 0) return 0;
   REFUSE_IF(!tasks || !calls || !images || !outputs || !arena || (threads > 1 && !meeting), NULL_POINTER);
   struct context context = {images, outputs, arena, scratch, thread, threads};
   for (int64_t i = 0; i < num_images; i++, context.images += image_size, context.outputs += output_size)
     for (int32_t n = 0; n < num_calls; n++) {
-      run_one(tasks + calls[n].task, calls + n, &context, lanes);
+      BY_WIDTH(lanes, run, tasks + calls[n].task, calls + n, &context);
       if (threads > 1) meet(meeting, threads);
     }
   return 0;

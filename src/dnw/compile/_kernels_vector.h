@@ -1,9 +1,4 @@
-/* The kernels for vectors of LANES floats; _kernels.c includes this once for each width, and says what tasks and calls are. */
-
-typedef float WIDTH(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define vec WIDTH(vec)
-#define bits WIDTH(bits)
+/* The kernels for vectors of LANES floats; _kernels.c says what tasks and calls are. */
 
 #if LANES == 16
 #define TILE 7       /* vectors of sums held in registers */
@@ -11,46 +6,28 @@ typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), m
 #define GROUP_TILE 6 /* and for four */
 #define LATER 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif LANES == 8
 #define TILE 14
 #define PAIR_TILE 6
 #define GROUP_TILE 3
 #define LATER 7, 8, 9, 10, 11, 12, 13, 14
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #else
 #define TILE 14
 #define PAIR_TILE 6
 #define GROUP_TILE 3
 #define LATER 3, 4, 5, 6
 #define EARLIER 1, 2, 3, 4
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
-#endif
-
-#ifdef __has_builtin
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#ifndef SHUFFLE
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
 #endif
 
 INLINE FAST vec WIDTH(read)(const float *at) { return *(const vec *)at; }
 
 INLINE FAST void WIDTH(write)(float *at, vec value) { *(vec *)at = value; }
 
-INLINE FAST vec WIDTH(rectified)(vec value) { return (vec)((bits)value & ~(value <= (vec){0})); }
-
 INLINE FAST vec WIDTH(masked)(vec value, const int32_t *mask) { return (vec)((bits)value & *(const bits *)mask); }
 
 #define read WIDTH(read)
 #define write WIDTH(write)
-#define rectified WIDTH(rectified)
 #define masked WIDTH(masked)
 
 /* out[t] = base[t] + sum of weight * in[source] over the edges of t, n vectors of pixels in registers. What is added to targets
@@ -571,21 +548,12 @@ static FAST void WIDTH(run)(const struct task *task, const struct call *call, co
 #undef CASE
 }
 
-#undef vec
-#undef bits
 #undef read
 #undef write
-#undef rectified
 #undef masked
 #undef TILE
 #undef PAIR_TILE
 #undef GROUP_TILE
 #undef LATER
 #undef EARLIER
-#undef EVEN
-#undef ODD
 #undef COLUMNS
-#undef SHUFFLE
-#undef LANES
-#undef WIDTH
-#undef FAST

@@ -13,8 +13,8 @@
 
 #include "errors.h"
 
-enum { CACHE = 1 << 19 };  /* bytes that stay near */
-enum { COLUMNS = 128 }; /* of a matrix that are taken at a time where rows lie far apart */
+enum { CACHE = 1 << 19 }; /* bytes that stay near */
+enum { COLUMNS = 128 };   /* of a matrix that are taken at a time where rows lie far apart */
 enum { NO_NORM, GIVEN_STATISTICS, BATCH_STATISTICS, INSTANCE_STATISTICS };
 
 /* Some node functions, conv(relu(norm(x))), on maps of one size. Of each node: scale and shift of the norm (null: 1 and 0),
@@ -32,55 +32,14 @@ int32_t dnw_version(void) { return 2; }
 
 int32_t dnw_size_of_nodes(void) { return (int32_t)sizeof(nodes); }
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* How many columns of so many rows stay in a second-level cache: a multiple of COLUMNS. */
 static int64_t columns_at_a_time(int64_t rows) {
   int64_t tiles = CACHE / (COLUMNS * (int64_t)sizeof(float)) / (rows + 1);
   return COLUMNS * (tiles < 1 ? 1 : tiles);
 }
 
-#define LANES 4
-#define WIDTH(name) name##_4
-#define FAST
-#include "graph_vector.h"
-
-#ifdef __x86_64__
-#define LANES 8
-#define WIDTH(name) name##_8
-#define FAST __attribute__((target("avx2,fma")))
-#include "graph_vector.h"
-
-#define LANES 16
-#define WIDTH(name) name##_16
-#define FAST __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#include "graph_vector.h"
-#endif
-
-/* Floats of a vector on this machine. */
-int32_t dnw_lanes(void) {
-#ifdef __x86_64__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 16;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
-#endif
-  return 4;
-}
-
-#ifdef __x86_64__
-#define BY_WIDTH(lanes, name, ...) \
-  switch (lanes) { \
-    case 16: name##_16(__VA_ARGS__); break; \
-    case 8: name##_8(__VA_ARGS__); break; \
-    default: name##_4(__VA_ARGS__); \
-  }
-#else
-#define BY_WIDTH(lanes, name, ...) name##_4(__VA_ARGS__)
-#endif
-
-static int has_lanes(int32_t lanes) { return lanes == 4 || ((lanes == 8 || lanes == 16) && lanes <= dnw_lanes()); }
+#define KERNELS "graph_vector.h"
+#include "widths.h"
 
 /* 0, or what is wrong with some nodes, of which those from first to before last are asked for. */
 static int32_t wrong_with(const nodes *op, int64_t first, int64_t last, const float *scratch, int64_t room, int32_t lanes) {
@@ -114,12 +73,12 @@ int32_t dnw_nodes_backward(const nodes *op, const float *x, const float *grad, f
   return 0;
 }
 
-/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. The rows of in
- * that entries have to do with are those from least to before width. Scratch, or null, is COLUMNS floats for each row of in: what
- * is read over and over is then brought together first. */
+/* out[row] = sum of value * in[column] over the entries of each row, for the columns n from first to before last. The rows of
+ * in that entries have to do with are those from least to before width. Scratch, or null, is COLUMNS floats for each row of in:
+ * what is read over and over is then brought together first. */
 int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
-                  int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch, int64_t room,
-                  int32_t lanes) {
+                  int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch,
+                  int64_t room, int32_t lanes) {
   REFUSE_IF(rows < 0 || least < 0 || width < least || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !out || (starts[rows] > starts[0] && (!columns || !values)), NULL_POINTER);
   REFUSE_IF(scratch && room < width * COLUMNS, BAD_SIZE);
@@ -131,8 +90,8 @@ int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *va
 /* The same, and gradients[e] += sum of in[column] * states[row] over these n: the way back along edges, where entries are by
  * source, in the gradients at the targets, out those at the sources, and states what the sources have sent. */
 int32_t dnw_edges_back(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
-                       int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n, int64_t first,
-                       int64_t last, float *scratch, int64_t room, int32_t lanes) {
+                       int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
+                       int64_t first, int64_t last, float *scratch, int64_t room, int32_t lanes) {
   REFUSE_IF(rows < 0 || least < 0 || width < least || n < 0 || first < 0 || last > n || last < first, BAD_SIZE);
   REFUSE_IF(!starts || !in || !states || !out, NULL_POINTER);
   REFUSE_IF(starts[rows] > starts[0] && (!columns || !values || !gradients), NULL_POINTER);

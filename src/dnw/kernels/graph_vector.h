@@ -1,29 +1,4 @@
-/* The kernels of graph.c for vectors of LANES floats; it includes this once for each width. */
-
-typedef float WIDTH(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t WIDTH(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define vec WIDTH(vec)
-#define bits WIDTH(bits)
-
-#if LANES == 16
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif LANES == 8
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
-#endif
-
-#ifdef __has_builtin
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#ifndef SHUFFLE
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
-#endif
+/* The kernels of graph.c for vectors of LANES floats. */
 
 #define TILE 8 /* vectors of sums held in registers */
 
@@ -42,8 +17,6 @@ INLINE FAST void WIDTH(write)(float *at, vec value, const int many) {
     memcpy(at, &value, 4 * (size_t)many);
 }
 
-INLINE FAST vec WIDTH(rectified)(vec value) { return (vec)((bits)value & ~(value <= (vec){0})); }
-
 /* The sum of the first `many` entries. */
 INLINE FAST double WIDTH(total)(vec value, const int many) {
   double sum = 0;
@@ -53,7 +26,6 @@ INLINE FAST double WIDTH(total)(vec value, const int many) {
 
 #define read WIDTH(read)
 #define write WIDTH(write)
-#define rectified WIDTH(rectified)
 #define total WIDTH(total)
 
 /* The sum of (x - less) ^ power over n floats, power 1 or 2; in double precision from row to row. */
@@ -318,7 +290,8 @@ INLINE FAST const float *WIDTH(gathered)(const float *in, int64_t first, int64_t
 }
 
 FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
-                              int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last, float *scratch) {
+                              int64_t width, const float *in, float *out, int64_t n, int64_t first, int64_t last,
+                              float *scratch) {
   int64_t at = first;
   if (scratch)
     for (; at + COLUMNS <= last; at += COLUMNS) {
@@ -330,7 +303,8 @@ FAST static void WIDTH(edges)(const int64_t *starts, const int32_t *columns, con
     tiles = tiles < most ? tiles : most;
     WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, tiles, TILE, LANES);
   }
-  for (; at + LANES <= last; at += LANES) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, LANES);
+  for (; at + LANES <= last; at += LANES)
+    WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, LANES);
   if (at < last) WIDTH(edges_tile)(starts, columns, values, rows, in + at, n, out + at, n, 1, 1, (int)(last - at));
 }
 
@@ -378,8 +352,8 @@ INLINE FAST void WIDTH(edges_back_tile)(const int64_t *starts, const int32_t *co
 }
 
 FAST static void WIDTH(edges_back)(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows,
-                                   int64_t least, int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
-                                   int64_t first, int64_t last, float *scratch) {
+                                   int64_t least, int64_t width, const float *in, const float *states, float *out,
+                                   float *gradients, int64_t n, int64_t first, int64_t last, float *scratch) {
   int64_t at = first, whole = TILE * LANES;
 #define TAKE(near, apart, times, vectors, many) \
   WIDTH(edges_back_tile)(starts, columns, values, rows, near, apart, states + at, out + at, n, gradients, times, vectors, many)
@@ -433,18 +407,9 @@ FAST static void WIDTH(pooled)(const float *in, void *out, int64_t height, int64
       }
 }
 
-#undef vec
-#undef bits
 #undef read
 #undef write
-#undef rectified
 #undef total
 #undef norm_of
 #undef sums_of
 #undef TILE
-#undef EVEN
-#undef ODD
-#undef SHUFFLE
-#undef LANES
-#undef WIDTH
-#undef FAST
