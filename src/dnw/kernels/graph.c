@@ -182,9 +182,10 @@ int32_t dnw_transpose(const int64_t *starts, const int32_t *columns, const float
                       int64_t *column_starts, int32_t *in_rows, float *in_values, int64_t *next) {
   REFUSE_IF(rows < 0 || rows > INT32_MAX || width < 0, BAD_SIZE);
   REFUSE_IF(!starts || !column_starts || (width > 0 && !next), NULL_POINTER);
+  REFUSE_IF(starts[0], BAD_SIZE);
   int64_t many = starts[rows], sum = 0;
   REFUSE_IF(many > 0 && (!columns || !values || !in_rows || !in_values), NULL_POINTER);
-  memset(next, 0, (size_t)width * sizeof *next);
+  if (width) memset(next, 0, (size_t)width * sizeof *next);
   for (int64_t e = 0; e < many; e++) next[columns[e]]++;
   for (int64_t c = 0; c < width; c++) {
     int64_t count = next[c];

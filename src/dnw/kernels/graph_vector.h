@@ -246,10 +246,9 @@ FAST static void WIDTH(nodes_backward)(const nodes *op, const float *x, const fl
     int many = (int)(op->images - image);
     if (many) WIDTH(backward_images)(op, from, back, into, node, image, (vec *)scratch, &sums, many);
     float deviation = op->norm == GIVEN_STATISTICS || op->norm == BATCH_STATISTICS ? op->deviation[node] : 1.0f;
-    if (into_filter)
-      for (int i = 0; i < 9; i++) into_filter[9 * node + i] = (float)sums.filter[i];
-    if (into_scale) into_scale[node] = (float)(sums.centred * deviation);
-    if (into_shift) into_shift[node] = (float)sums.plain;
+    for (int i = 0; i < 9; i++) into_filter[9 * node + i] = (float)sums.filter[i];
+    into_scale[node] = (float)(sums.centred * deviation);
+    into_shift[node] = (float)sums.plain;
     float factor = deviation * (op->scale ? op->scale[node] : 1.0f);
     if (op->norm == GIVEN_STATISTICS)
       for (int64_t i = 0; i < in; i++) into[i] *= factor;
