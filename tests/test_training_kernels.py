@@ -150,16 +150,19 @@ def test_a_matrix_is_turned(shape):
     assert torch.equal(out, x.T)
 
 
-def test_the_way_into_the_layout_of_kernels_and_back():
-    x = torch.randn(5, 3, 4, 6, requires_grad=True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_way_into_the_layout_of_kernels_and_back(layout):
+    x = torch.randn(5, 3, 4, 6).contiguous(memory_format=layout).requires_grad_()
     inside = images_innermost(x)
     assert torch.equal(inside, x)
     assert inside.movedim(0, -1).is_contiguous()
     inside.backward(grad := torch.randn(5, 3, 4, 6))
     assert torch.equal(x.grad, grad)
+    assert x.grad.is_contiguous(memory_format=layout)
     assert images_innermost(inside) is inside
-    for operator in (torch.ops.dnw.images_innermost, torch.ops.dnw.images_outermost):
-        torch.library.opcheck(operator.default, (torch.randn(5, 3, 4, requires_grad=True),))
+    torch.library.opcheck(torch.ops.dnw.images_innermost.default, (x.detach().requires_grad_(),))
+    is_last = layout is torch.channels_last
+    torch.library.opcheck(torch.ops.dnw.images_outermost.default, (x.detach().requires_grad_(), is_last))
 
 
 @pytest.mark.parametrize("images", [1, 5, 16, 37])

@@ -23,8 +23,17 @@ def inside(x: Tensor) -> Tensor:
     out = room(*found.shape)
     if x.is_contiguous():
         turned(x.detach().flatten(1), out.view(-1, len(x)))
-        return out
-    return out.copy_(found)
+    elif _is_channels_last(x):
+        pixels = room(*x.shape[2:], x.shape[1], len(x))
+        turned(x.detach().permute(0, 2, 3, 1).flatten(1), pixels.view(-1, len(x)))
+        out.copy_(pixels.permute(2, 0, 1, 3))
+    else:
+        out.copy_(found)
+    return out
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def outside(x: Tensor) -> Tensor:
@@ -43,25 +52,34 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("dnw::images_outermost", mutates_args=())
-def _outermost(x: Tensor) -> Tensor:
-    out = room(*x.shape)
-    turned(inside(x).view(-1, len(x)), out.flatten(1))
-    return out
+def _outermost(x: Tensor, channels_last: bool) -> Tensor:
+    if not channels_last:
+        out = room(*x.shape)
+        turned(inside(x).view(-1, len(x)), out.flatten(1))
+        return out
+    batch, nodes, height, width = x.shape
+    pixels, out = room(height, width, nodes, batch), room(batch, height, width, nodes)
+    pixels.copy_(inside(x).permute(1, 2, 0, 3))
+    turned(pixels.view(-1, batch), out.flatten(1))
+    return out.permute(0, 3, 1, 2)
 
 
 @_outermost.register_fake
-def _(x):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape)
+def _(x, channels_last):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _keep_nothing(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    pass
+def _keep_layout(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.channels_last = _is_channels_last(inputs[0])
 
 
-_innermost.register_autograd(lambda ctx, grad: torch.ops.dnw.images_outermost(grad), setup_context=_keep_nothing)
-_outermost.register_autograd(lambda ctx, grad: torch.ops.dnw.images_innermost(grad), setup_context=_keep_nothing)
+_innermost.register_autograd(
+    lambda ctx, grad: torch.ops.dnw.images_outermost(grad, ctx.channels_last), setup_context=_keep_layout
+)
+_outermost.register_autograd(lambda ctx, grad: (torch.ops.dnw.images_innermost(grad), None))
 
 
 def images_innermost(x: Tensor) -> Tensor:
-    """The same maps or numbers with their images innermost; what is in one piece otherwise gets gradients in one piece."""
-    return torch.ops.dnw.images_innermost(x) if x.is_contiguous() and not x.movedim(0, -1).is_contiguous() else x
+    """The same maps or numbers with their images innermost; gradients come back in the layout that was given."""
+    given = x.is_contiguous() or _is_channels_last(x)
+    return torch.ops.dnw.images_innermost(x) if given and not x.movedim(0, -1).is_contiguous() else x
