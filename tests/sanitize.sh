@@ -16,7 +16,7 @@ sanitized src/dnw/compile/_kernels.c dnw/compile/_kernels.so
 sanitized src/dnw/kernels/exchange.c dnw/kernels/_exchange_native.so
 sanitized src/dnw/kernels/graph.c dnw/kernels/_graph_native.so
 cd "$scratch"
-export PYTHONPATH=$scratch:$scratch/tests ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+export PYTHONPATH=$scratch:$scratch/tests ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 DNW_FRESH_MEMORY=1
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 "$python" -c "from dnw.compile._native import kernels; assert '$scratch' in kernels()._name, kernels()"
 "$python" -c "from dnw.kernels._exchange import library; assert '$scratch' in library()._name, library()"

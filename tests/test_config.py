@@ -109,6 +109,8 @@ def test_a_number_that_cannot_work_is_refused(key, value):
         ("data.crop_padding=9", "allowed is a whole number from 0 to image_size, here 8"),
         ("data.std=0", r"data.std.0: .*greater than or equal to 0.001"),
         ("first_epoch_snapshots=1000000000", r"less than or equal to 1000 \(given: 1000000000\)"),
+        ("rule=set dormant.gradient=pooled", r"dormant.gradient=pooled: rule=set needs no gradient of dormant edges"),
+        ("rule=random dormant.momentum=hold", r"dormant.momentum=hold: rule=random never changes its edges"),
         ("rule_settings.penalty=1e300", r"rule_settings.penalty: .*less than or equal to 1000"),
         ("optim.lr=1e308", r"optim.lr: .*less than or equal to 1000000"),
         ("pattern=" + "9" * 5000 + ":4", "pattern: "),

@@ -310,6 +310,63 @@ def test_checkpointing_and_copies():
     assert torch.equal(other.eval()(x), graph.eval()(x))
 
 
+def test_what_comes_out_may_be_written_in_place():
+    x = torch.randn(9, 4, 6, 6)
+    for graph in (StaticGraph((4, 8), 5), DiscreteTimeGraph(9, 4, 3, steps=2)):
+        model = nn.Sequential(sparse(graph, 0.5), nn.ReLU(inplace=True))
+        found = results_of(model, x)
+        set_graph_kernels("never")
+        model.zero_grad()
+        for name, expected in results_of(model, x).items():
+            assert name.endswith(("running_mean", "running_var", "tracked")) or off(found[name], expected) < 1e-5, name
+        set_graph_kernels("always")
+
+
+@pytest.mark.parametrize("given", [{"dtype": torch.float64}, {"device": "meta"}])
+def test_other_defaults_for_new_tensors(given):
+    x = torch.randn(9, 4, 6, 6)
+    for make in (
+        lambda: StaticGraph((4, 8), 5),
+        lambda: StaticGraph((4, 8), 5, norm=INSTANCE_NORM),
+        lambda: DiscreteTimeGraph(9, 4, 3, steps=2, norm=nn.BatchNorm2d),
+    ):
+        torch.manual_seed(0)
+        graph = sparse(make(), 0.5)
+        plain = copy.deepcopy(graph)
+        plain(x).square().sum().backward()
+        try:
+            torch.set_default_dtype(given.get("dtype", torch.float32))
+            torch.set_default_device(given.get("device"))
+            graph(x.clone()).square().sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        for (name, p), expected in zip(graph.named_parameters(), plain.parameters(), strict=True):
+            assert off(p.grad, expected.grad) < 1e-4, name
+
+
+def test_inference_mode():
+    set_graph_kernels("auto")
+    with torch.inference_mode():
+        graph, x = sparse(StaticGraph((4, 8), 5), 0.1).eval(), torch.randn(8, 4, 6, 6)
+        assert graph.why_layers(x) == ""
+        found = graph(x)
+        set_graph_kernels("never")
+        assert off(found, graph(x)) < 1e-5
+
+
+def test_second_derivatives_in_any_layout():
+    graph = sparse(StaticGraph((3, 4), 2), 0.5)
+    x = torch.randn(3, 3, 4, 4, requires_grad=True)
+    found = []
+    for mode in ("always", "never"):
+        set_graph_kernels(mode)
+        (slope,) = torch.autograd.grad(graph(x).square().sum(), x, create_graph=True)
+        sent = torch.randn(3, 4, 4, 3, generator=torch.Generator().manual_seed(1)).movedim(-1, 0)
+        found.append(torch.autograd.grad(slope, x, sent)[0])
+    assert off(*found) < 1e-4
+
+
 def test_second_derivatives():
     graph, x = sparse(StaticGraph((3, 4), 2), 0.5), torch.randn(3, 3, 4, 4, requires_grad=True)
 

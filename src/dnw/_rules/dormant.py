@@ -27,7 +27,7 @@ class Dormant:
             edge begins without one when it becomes active. Momentum is ``momentum_buffer`` (SGD, RMSprop, Muon) or
             ``exp_avg`` (Adam and its kin); second moments always go on.
         gradient: how graphs on kernels make the gradient of dormant edges, where the rule needs it; that of active ones is
-            exact always. "bfloat16" rounds states and gradients, "pooled" sums over squares of 2x2 places first, "pooled
+            exact always. "bfloat16" rounds states and gradients, "pooled" sums over squares of 2x2 pixels first, "pooled
             bfloat16" does both. Without kernels it is exact.
     """
 

@@ -30,9 +30,9 @@ def factors(grads: Tensor, states: Tensor, needs: DormantGradient) -> tuple[Tens
     return grads.to(dtype).flatten(1), states.to(dtype).flatten(1)
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``left right^T`` into a float32 matrix, which may be a part of another one."""
+def product_into(out: Tensor, left: Tensor, right: Tensor, *, adds: bool = False) -> None:
+    """``left right^T`` into a float32 matrix, which may be a part of another one; or added to it."""
     if left.dtype == out.dtype:
-        torch.mm(left, right.T, out=out)
+        out.addmm_(left, right.T, beta=int(adds))
     else:
-        out.copy_(left @ right.T)
+        out.copy_(left @ right.T + (out if adds else 0))

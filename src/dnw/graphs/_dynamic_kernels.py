@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
 from dnw.graphs._dormant import factors, product_into
 from dnw.graphs._innermost import images_innermost, inside, outside
-from dnw.graphs._way import joined, norm_kind, update_statistics
+from dnw.graphs._way import joined, norm_kind, statistics, update_statistics
 from dnw.kernels._graph import Nodes, Norm, Rows
 from dnw.kernels._room import room
 from dnw.kernels._wired import DormantGradient, active_edges
@@ -37,13 +37,7 @@ def nodes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``conv(relu(norm(x)))`` of nodes ``[batch, nodes, height, width]``; and mean and reciprocal deviation of the norm."""
     kind, state = Norm(norm), inside(x)
-    if kind is Norm.GIVEN:
-        assert mean is not None
-        assert variance is not None
-        found, deviation = mean.clone(), (variance + eps).rsqrt()
-    else:
-        shape = (len(state), x.shape[0]) if kind is Norm.INSTANCE else (len(state),)
-        found, deviation = torch.zeros(shape), torch.zeros(shape)
+    found, deviation = statistics(len(state), x.shape[0], kind, mean, variance, eps)
     out = room(*state.shape)
     Nodes(kind, filters.contiguous(), 1, eps, scale, shift, found, deviation).forward(state, out)
     return outside(out), found, deviation
@@ -135,7 +129,8 @@ def is_relu(activation: Callable[[Tensor], Tensor]) -> bool:
 def _compressed(weight: Tensor, columns: int) -> tuple[Rows, DormantGradient]:
     """The entries of the first columns."""
     active, needs = active_edges(weight)
-    order, limits = torch.arange(len(weight)), torch.full((len(weight),), columns)
+    order = torch.arange(len(weight), device="cpu")
+    limits = torch.full_like(order, columns)
     return Rows.of(active.contiguous(), weight.contiguous(), order, limits), needs
 
 
@@ -173,7 +168,7 @@ def edges_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_weight: bool) 
     if needs_weight and needs is not DormantGradient.NONE:
         product_into(of_weight[:, : len(sent)], *factors(above, sent, needs))
     if needs_weight and needs is not DormantGradient.EXACT:
-        back.scatter(of_active, torch.arange(len(weight)), of_weight)
+        back.scatter(of_active, torch.arange(len(weight), device="cpu"), of_weight)
     return outside(into), of_weight
 
 

@@ -37,8 +37,9 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def outside(x: Tensor) -> Tensor:
-    """The inverse, as a view."""
-    return x.movedim(-1, 0)
+    """The inverse, in the same memory: no view for autograd, so that it may be written in place where operators return it."""
+    found = x.movedim(-1, 0)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), found.shape, found.stride())
 
 
 @torch.library.custom_op("dnw::images_innermost", mutates_args=())
@@ -76,7 +77,7 @@ def _keep_layout(ctx: Any, inputs: tuple, output: Tensor) -> None:
 _innermost.register_autograd(
     lambda ctx, grad: torch.ops.dnw.images_outermost(grad, ctx.channels_last), setup_context=_keep_layout
 )
-_outermost.register_autograd(lambda ctx, grad: (torch.ops.dnw.images_innermost(grad), None))
+_outermost.register_autograd(lambda ctx, grad: (images_innermost(grad), None))
 
 
 def images_innermost(x: Tensor) -> Tensor:

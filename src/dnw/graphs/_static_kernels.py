@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dnw.graphs._again import gradients_of, is_differentiated_again, normed
 from dnw.graphs._dormant import factors, product_into
-from dnw.graphs._innermost import images_innermost, inside
+from dnw.graphs._innermost import images_innermost, inside, outside
 from dnw.graphs._levels import Levels
-from dnw.graphs._way import joined, norm_kind, update_statistics
+from dnw.graphs._way import joined, norm_kind, statistics, update_statistics
 from dnw.kernels._graph import Nodes, Norm, Rows, out_size
 from dnw.kernels._room import room
 from dnw.kernels._wired import DormantGradient, active_edges
@@ -31,10 +31,10 @@ from dnw.kernels._wired import DormantGradient, active_edges
 def _rows_of(levels: Levels) -> tuple[Tensor, Tensor]:
     """Of every inner node and output, in order: its row of the weight, and how many columns it reads."""
     starts = [0, *accumulate(levels.sizes)]
-    inner = torch.arange(levels.num_inner) + levels.first_row
-    outputs = torch.arange(levels.num_outputs) + (levels.shape[0] - levels.num_outputs)
+    inner = torch.arange(levels.num_inner, device="cpu") + levels.first_row
+    outputs = torch.arange(levels.num_outputs, device="cpu") + (levels.shape[0] - levels.num_outputs)
     limits = [start for start, size in zip(starts[1:], levels.sizes[1:], strict=False) for _ in range(size)]
-    return torch.cat([inner, outputs]), torch.tensor(limits + [levels.num_sources] * levels.num_outputs)
+    return torch.cat([inner, outputs]), torch.tensor(limits + [levels.num_sources] * levels.num_outputs, device="cpu")
 
 
 def _bounds(levels: Levels) -> list[tuple[int, int]]:
@@ -117,7 +117,7 @@ def static_graph(
     """
     levels, kind = Levels(tuple(sizes), outputs, shared), Norm(norm)
     images, height, width = x.shape[0], out_size(x.shape[2], stride), out_size(x.shape[3], stride)
-    found, deviation = _statistics(levels, kind, images, mean, variance, eps)
+    found, deviation = statistics(levels.num_sources, images, kind, mean, variance, eps)
     graph = _Graph(levels, filters, scale, shift, found, deviation, stride, kind, eps)
     rows, _ = _compressed(weight, levels)
     states = room(levels.num_sources, height, width, images)
@@ -130,19 +130,7 @@ def static_graph(
         nodes.forward(incoming[first:last], states[a:b])
     out = room(outputs, height, width, images)
     rows[levels.num_inner : levels.num_inner + outputs].times(states.flatten(1), out.flatten(1))
-    return out.permute(3, 0, 1, 2), incoming, states, found, deviation
-
-
-def _statistics(
-    levels: Levels, norm: Norm, images: int, mean: Tensor | None, variance: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation: given, or room for them."""
-    if norm is Norm.GIVEN:
-        assert mean is not None
-        assert variance is not None
-        return mean.clone(), (variance + eps).rsqrt()
-    shape = (levels.num_sources, images) if norm is Norm.INSTANCE else (levels.num_sources,)
-    return torch.zeros(shape), torch.zeros(shape)
+    return outside(out), incoming, states, found, deviation
 
 
 @static_graph.register_fake
@@ -187,7 +175,7 @@ def static_graph_backward(
     for (a, b), nodes in reversed(list(zip(_bounds(levels), graph.nodes, strict=True))):
         sent = room(b - a, *states.shape[1:])
         first, last = a - levels.num_inputs, b - levels.num_inputs
-        given, values = (grads.flatten(1), sent.flatten(1), max(0, last)), torch.empty(0)
+        given, values = (grads.flatten(1), sent.flatten(1), max(0, last)), sent.new_empty(0)
         if is_exact:
             back[a:b].times(*given)
         else:
@@ -198,7 +186,7 @@ def static_graph_backward(
     of_weight = room(*weight.shape).zero_()
     if needs_weight:
         _edge_gradients(of_weight, levels, back, of_active, grads, states, needs)
-    return into_x.permute(3, 0, 1, 2), of_weight, of_filters, of_scale, of_shift
+    return outside(into_x), of_weight, of_filters, of_scale, of_shift
 
 
 @static_graph_backward.register_fake
@@ -225,7 +213,7 @@ def _edge_gradients(
             if levels.shared_outputs:
                 targets = into[levels.first_row :]
                 product_into(targets[later:inner, a:b], left[later:inner], right[a:b])
-                outputs[:, a:b] += left[inner:] @ right[a:b].T
+                product_into(outputs[:, a:b], left[inner:], right[a:b], adds=True)
             else:
                 product_into(into[later:, a:b], left[later:], right[a:b])
     if needs is not DormantGradient.EXACT:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from dnw.graphs._node import Node
 from dnw.kernels._graph import Norm, lanes, library
+from dnw.kernels._room import room
 from dnw.kernels._wired import density_of
 
 SPARSE_ENOUGH, FEWEST_IMAGES = 0.5, 8
@@ -142,6 +143,18 @@ def joined(norms: Sequence[nn.Module], name: str) -> Tensor | None:
     """A parameter or statistic of all norms, end to end; None where they have none."""
     values: list[Any] = [getattr(norm, name, None) for norm in norms]
     return None if any(value is None for value in values) else torch.cat(values)
+
+
+def statistics(
+    nodes: int, images: int, norm: Norm, mean: Tensor | None, variance: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of the norms of some nodes: given, or zeros in their place."""
+    if norm is Norm.GIVEN:
+        assert mean is not None
+        assert variance is not None
+        return mean.clone(), (variance + eps).rsqrt()
+    shape = (nodes, images) if norm is Norm.INSTANCE else (nodes,)
+    return room(*shape).zero_(), room(*shape).zero_()
 
 
 @torch.no_grad()

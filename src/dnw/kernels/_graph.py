@@ -8,7 +8,7 @@ number.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, partial
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dnw.kernels import _team
 from dnw.kernels._library import INT32, INT64, POINTER, address, load
 from dnw.kernels._room import room
-from dnw.kernels._team import each
 
-_VERSION = 2
+_VERSION = 3
 _COLUMNS = 128
 """COLUMNS of graph.c, which are taken at a time: threads share out whole tiles."""
 _PARTS = 8
@@ -51,17 +51,21 @@ class _Nodes(ctypes.Structure):
 
 
 _SIZES = (INT64, INT64)
-_FUNCTIONS = {
-    "lanes": (),
-    "size_of_nodes": (),
+_KERNELS = {
     "nodes_forward": (POINTER, POINTER, POINTER, *_SIZES, POINTER, INT64, INT32),
     "nodes_backward": (POINTER, *[POINTER] * 6, *_SIZES, POINTER, INT64, INT32),
     "edges": (*[POINTER] * 3, INT64, *_SIZES, POINTER, POINTER, INT64, *_SIZES, POINTER, INT64, INT32),
     "edges_back": (*[POINTER] * 3, INT64, *_SIZES, *[POINTER] * 4, INT64, *_SIZES, POINTER, INT64, INT32),
-    "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, INT32, *_SIZES, INT32),
     "turned": (POINTER, POINTER, INT64, INT64, *_SIZES),
+    "pooled": (POINTER, POINTER, INT64, INT64, INT64, INT32, INT32, *_SIZES, INT32),
     "count": (POINTER, INT64, POINTER, POINTER, *_SIZES, POINTER),
     "compress": (POINTER, POINTER, INT64, *[POINTER] * 3, *_SIZES, POINTER, POINTER),
+}
+"""The kernels of graph.c that threads share, in its order."""
+_FUNCTIONS = _KERNELS | {
+    "lanes": (),
+    "size_of_nodes": (),
+    "run_calls": (POINTER, INT32, INT32, POINTER, INT64, INT64),
     "transpose": (POINTER, POINTER, POINTER, INT64, INT64, *[POINTER] * 4),
     "scatter": (*[POINTER] * 4, *_SIZES, INT64, POINTER, INT32),
 }
@@ -88,16 +92,45 @@ def _code() -> ctypes.CDLL:
 
 
 def _at(tensor: Tensor | None) -> int | None:
-    assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu"), "a kernel takes tensors in one piece"
+    if tensor is not None:
+        assert tensor.is_contiguous() and tensor.device.type == "cpu", "a kernel takes tensors in one piece"  # noqa: PT018
+        assert not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.bfloat16), "a kernel takes float32"
     return address(tensor)
 
 
-def _in_parts(size: int, step: int, cost: int, work: Callable[[int, int], None]) -> None:
-    """Shares ``size`` out over threads, in multiples of ``step``; ``cost`` is what all of it amounts to, in entries."""
+_Argument = Tensor | int | None
+
+
+def _in_parts(kernel: str, size: int, step: int, cost: int, arguments: Callable[[int, int], tuple[_Argument, ...]]) -> None:
+    """Shares calls of a kernel out over threads.
+
+    Args:
+        kernel: its name.
+        size: what is shared out, in multiples of ``step``.
+        step: see ``size``.
+        cost: what all of it amounts to, in entries.
+        arguments: of the call from a first to before a last of ``size``.
+    """
     pieces = -(-size // step)
     parts = max(1, min(torch.get_num_threads(), pieces))
     bounds = [min(size, pieces * i // parts * step) for i in range(parts + 1)]
-    each([(cost // parts, partial(work, a, b)) for a, b in pairwise(bounds)])
+    _run(kernel, cost, [arguments(a, b) for a, b in pairwise(bounds)])
+
+
+def _run(kernel: str, cost: int, calls: Sequence[tuple[_Argument, ...]]) -> None:
+    """Runs some calls of a kernel at once; ``cost`` is what all of them amount to, in entries."""
+    code, threads, openmp = _code(), min(torch.get_num_threads(), len(calls)), _team.openmp()
+    given = [tuple(_at(x) if isinstance(x, Tensor) else x for x in call) for call in calls]
+    function = getattr(code, f"dnw_{kernel}")
+    if threads < 2 or cost < _team.SMALL or openmp is None:
+        _team.each([(cost // len(given), partial(function, *call)) for call in given])
+        return
+    numbers = [number or 0 for call in given for number in call]
+    packed = (ctypes.c_int64 * len(numbers))(*numbers)
+    number = list(_KERNELS).index(kernel)
+    if code.dnw_run_calls(openmp, threads, number, ctypes.addressof(packed), len(given[0]), len(given)):
+        for call in given:  # the one that is refused says why
+            function(*call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,31 +165,29 @@ class Nodes:
         """``[nodes, height, width, images]`` to ``[nodes, ceil(height / stride), ceil(width / stride), images]``."""
         record = self._record(x)
 
-        def work(first: int, last: int) -> None:
+        def arguments(first: int, last: int) -> tuple[_Argument, ...]:
             scratch = _scratch(x)
-            tensors = ctypes.addressof(record), _at(x), _at(out)
-            _code().dnw_nodes_forward(*tensors, first, last, _at(scratch), scratch.numel(), lanes())
+            return ctypes.addressof(record), x, out, first, last, scratch, scratch.numel(), lanes()
 
-        _in_parts(len(x), 1, x.numel(), work)
+        _in_parts("nodes_forward", len(x), 1, x.numel(), arguments)
 
     def backward(self, x: Tensor, grad: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Writes the gradient of ``x`` into ``into``; returns those of filters, scale and shift."""
         record = self._record(x)
-        filters = torch.empty(len(x), 9)
-        scale, shift = torch.empty(len(x)), torch.empty(len(x))
+        filters, scale, shift = room(len(x), 9), room(len(x)), room(len(x))
 
-        def work(first: int, last: int) -> None:
+        def arguments(first: int, last: int) -> tuple[_Argument, ...]:
             scratch = _scratch(x)
-            tensors = ctypes.addressof(record), *map(_at, (x, grad, into, filters, scale, shift))
-            _code().dnw_nodes_backward(*tensors, first, last, _at(scratch), scratch.numel(), lanes())
+            tensors = ctypes.addressof(record), x, grad, into, filters, scale, shift
+            return *tensors, first, last, scratch, scratch.numel(), lanes()
 
-        _in_parts(len(x), 1, 2 * x.numel(), work)
+        _in_parts("nodes_backward", len(x), 1, 2 * x.numel(), arguments)
         return filters, scale, shift
 
 
 def _scratch(x: Tensor) -> Tensor:
     """Room for four rows of a map, with a zero on either side, as vectors."""
-    return torch.empty(4 * (x.shape[2] + 2) * lanes())
+    return room(4 * (x.shape[2] + 2) * lanes())
 
 
 def out_size(size: int, stride: int) -> int:
@@ -183,21 +214,15 @@ class Rows:
             order: which row of the weight each row is, int64.
             limits: of each row how many columns are read, from the first on, int64.
         """
-        width, starts = weight.shape[1], torch.zeros(len(order) + 1, dtype=torch.int64)
-        where, cost = (width, _at(order), _at(limits)), len(order) * width
-
-        def count(first: int, last: int) -> None:
-            _code().dnw_count(_at(active), *where, first, last, _at(starts[1:]))
-
-        def compress(first: int, last: int) -> None:
-            made = map(_at, (columns, values))
-            _code().dnw_compress(_at(active), _at(weight), *where, _at(starts), first, last, *made)
-
-        _in_parts(len(order), 1, cost // 8, count)
+        width, starts = weight.shape[1], room(len(order) + 1, dtype=torch.int64).zero_()
+        cost = len(order) * width
+        counts = starts[1:]
+        _in_parts("count", len(order), 1, cost // 8, lambda a, b: (active, width, order, limits, a, b, counts))
         starts.cumsum_(0)
         many = int(starts[-1])
         columns, values = room(many, dtype=torch.int32), room(many)
-        _in_parts(len(order), 1, cost // 2, compress)
+        of = active, weight, width, order, limits, starts
+        _in_parts("compress", len(order), 1, cost // 2, lambda a, b: (*of, a, b, columns, values))
         return cls(starts, columns, values, width)
 
     def __len__(self) -> int:
@@ -214,7 +239,7 @@ class Rows:
     def transposed(self) -> Rows:
         """The same by columns: a matrix ``[width, rows]``."""
         many = len(self.columns)
-        starts, scratch = torch.empty(self.width + 1, dtype=torch.int64), torch.empty(self.width, dtype=torch.int64)
+        starts, scratch = room(self.width + 1, dtype=torch.int64), room(self.width, dtype=torch.int64)
         rows, values = room(many, dtype=torch.int32), room(many)
         made = map(_at, (starts, rows, values, scratch))
         _code().dnw_transpose(*map(_at, (self.starts, self.columns, self.values)), len(self), self.width, *made)
@@ -229,32 +254,28 @@ class Rows:
             least: the first row of ``x`` that entries have to do with.
         """
         n = x.shape[1]
+        given = self.starts, self.columns, self.values, len(self), least, len(x), x, out, n
 
-        def work(first: int, last: int) -> None:
+        def arguments(first: int, last: int) -> tuple[_Argument, ...]:
             near = _near(x)
-            given = *map(_at, (self.starts, self.columns, self.values)), len(self), least, len(x)
-            _code().dnw_edges(*given, _at(x), _at(out), n, first, last, _at(near), _size(near), lanes())
+            return *given, first, last, near, _size(near), lanes()
 
-        _in_parts(n, _COLUMNS, n * max(1, self.num_entries), work)
+        _in_parts("edges", n, _COLUMNS, n * max(1, self.num_entries), arguments)
 
     def times_and_products(self, x: Tensor, states: Tensor, out: Tensor, least: int = 0) -> Tensor:
         """The same, and of each entry the product of its row of ``x`` with that of ``states``, ``[rows, n]``.
 
         These are the gradients of the values where ``x`` holds those of what the transposed matrix makes of the states.
         """
-        n = x.shape[1]
-        parts = min(_PARTS, -(-n // _COLUMNS))
+        n, pieces = x.shape[1], -(-x.shape[1] // _COLUMNS)
+        parts = min(_PARTS, pieces)
+        bounds = [min(n, pieces * i // parts * _COLUMNS) for i in range(parts + 1)]
         sums = room(parts, self.num_entries).zero_()
-
-        def work(first: int, last: int) -> None:
-            near = _near(x)
-            given = *map(_at, (self.starts, self.columns, self.values)), len(self), least, len(x)
-            for part in range(first, last):
-                bounds = (min(n, -(-n // _COLUMNS) * i // parts * _COLUMNS) for i in (part, part + 1))
-                tensors = _at(x), _at(states), _at(out), _at(sums[part]), n, *bounds
-                _code().dnw_edges_back(*given, *tensors, _at(near), _size(near), lanes())
-
-        _in_parts(parts, 1, 2 * n * max(1, self.num_entries), work)
+        given = self.starts, self.columns, self.values, len(self), least, len(x), x, states, out
+        nears = [_near(x) for _ in range(parts)]
+        spans = zip(sums, pairwise(bounds), nears, strict=True)
+        calls = [(*given, into, n, *span, near, _size(near), lanes()) for into, span, near in spans]
+        _run("edges_back", 2 * n * max(1, self.num_entries), calls)
         return sums.sum(0)
 
     def scatter(self, values: Tensor, order: Tensor, matrix: Tensor, *, adds: bool = False) -> None:
@@ -282,11 +303,7 @@ def _size(tensor: Tensor | None) -> int:
 def turned(x: Tensor, out: Tensor) -> None:
     """A matrix, ``[rows, columns]``, with rows and columns changed for each other, into ``[columns, rows]``."""
     rows, columns = x.shape
-
-    def work(first: int, last: int) -> None:
-        _code().dnw_turned(_at(x), _at(out), rows, columns, first, last)
-
-    _in_parts(columns, 64, x.numel(), work)
+    _in_parts("turned", columns, 64, x.numel(), lambda first, last: (x, out, rows, columns, first, last))
 
 
 def pooled(x: Tensor, *, mean: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -300,9 +317,6 @@ def pooled(x: Tensor, *, mean: bool, dtype: torch.dtype = torch.float32) -> Tens
     nodes, height, width, images = x.shape
     out = room(nodes, out_size(height, 2), out_size(width, 2), images, dtype=dtype)
 
-    def work(first: int, last: int) -> None:
-        sizes = height, width, images, mean, dtype == torch.bfloat16, first, last
-        _code().dnw_pooled(_at(x), _at(out), *sizes, lanes())
-
-    _in_parts(nodes, 1, x.numel(), work)
+    given = x, out, height, width, images, int(mean), int(dtype == torch.bfloat16)
+    _in_parts("pooled", nodes, 1, x.numel(), lambda first, last: (*given, first, last, lanes()))
     return out

@@ -1,23 +1,28 @@
 """Memory that kernels use again and again: the system takes longer to hand out fresh pages than kernels to fill them.
 
-Contract: what is handed out is not initialised, and comes back by itself when no tensor holds it any more. Free memory and
-memory in use are together at most half as much again as has been in use at once.
+Contract: what is handed out is not initialised, cannot be resized, and comes back by itself when no tensor holds it any more.
+Free memory and memory in use are together at most half as much again as has been in use at once of late.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
+import os
 import threading
 import weakref
-from collections import deque
 
 import torch
 from torch import Tensor
 
 _PAGE, _HUGE = 1 << 16, 1 << 21
 """Blocks are multiples of one or the other; what is smaller is left to PyTorch."""
+_OF_LATE = 1000
+"""So many times memory is lent before what was in use earlier is forgotten."""
+_IS_FRESH = bool(os.environ.get("DNW_FRESH_MEMORY"))
+"""Whether all memory is PyTorch's, so that sanitizers see where it ends."""
 
 
 class _Pool:
@@ -26,49 +31,66 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: list[mmap.mmap] = []  # those used last at the end
-        self._back: deque[mmap.mmap] = deque()  # come back in any thread, in the middle of `lend` too
-        self._lent: dict[int, weakref.ref] = {}
-        self._in_use = self._most = 0
+        self._lent: list[tuple[weakref.ref, mmap.mmap]] = []
+        self._most, self._most_before, self._times = 0, 0, 0
 
     def lend(self, size: int) -> ctypes.Array:
         """A buffer of at least so many bytes."""
         page = _PAGE if size < _HUGE else _HUGE
         size = -(-size // page) * page
         with self._lock:
-            while self._back:
-                self._free.append(self._back.popleft())
-                self._in_use -= len(self._free[-1])
-            self._in_use += size
-            self._most = max(self._most, self._in_use)
-            block = self._taken(size)
+            alive = [(buffer, block) for buffer, block in self._lent if buffer() is not None]
+            self._free += [block for buffer, block in self._lent if buffer() is None]
+            self._lent = alive
+            return self._lent_block(size)
+
+    def _lent_block(self, size: int) -> ctypes.Array:
+        in_use = size + sum(len(block) for _, block in self._lent)
+        self._times += 1
+        if self._times % _OF_LATE == 0:
+            self._most_before, self._most = self._most, 0
+            self._keep(in_use)
+        self._most = max(self._most, in_use)
+        block = next((block for block in reversed(self._free) if len(block) == size), None)
+        if block is None:
+            self._keep(in_use)
+            block = _new_block(size)
+        else:
+            self._free.remove(block)
         buffer = (ctypes.c_char * size).from_buffer(block)
-        number = id(buffer)
-
-        def give_back(_: weakref.ref) -> None:
-            del self._lent[number]
-            self._back.append(block)
-
-        self._lent[number] = weakref.ref(buffer, give_back)
+        self._lent.append((weakref.ref(buffer), block))
         return buffer
 
-    def _taken(self, size: int) -> mmap.mmap:
-        for i in reversed(range(len(self._free))):
-            if len(self._free[i]) == size:
-                return self._free.pop(i)
-        while self._free and self._in_use + sum(map(len, self._free)) > 1.5 * self._most:
+    def _keep(self, in_use: int) -> None:
+        """Gives the system free blocks that are too many beside what is in use, those used longest ago first."""
+        most = 1.5 * max(self._most, self._most_before, in_use)
+        while self._free and in_use + sum(map(len, self._free)) > most:
             del self._free[0]
-        block = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+
+
+def _new_block(size: int) -> mmap.mmap:
+    block = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # it is advice, which not every system takes
             block.madvise(mmap.MADV_HUGEPAGE)
-        return block
+    return block
 
 
 _pool = _Pool()
 
 
+def _begin_anew() -> None:
+    """In a forked process: whoever held the lock is not there."""
+    global _pool
+    _pool = _Pool()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
 def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor on the CPU, not initialised, in memory that is used again when it is gone."""
-    size, count = dtype.itemsize * math.prod(shape), math.prod(shape)
-    if size < _PAGE:
+    count = math.prod(shape)
+    if count * dtype.itemsize < _PAGE or _IS_FRESH:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(_pool.lend(size), dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(_pool.lend(count * dtype.itemsize), dtype=dtype, count=count).view(shape)

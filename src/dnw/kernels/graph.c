@@ -28,7 +28,7 @@ typedef struct {
   float *mean, *deviation;
 } nodes;
 
-int32_t dnw_version(void) { return 2; }
+int32_t dnw_version(void) { return 3; }
 
 int32_t dnw_size_of_nodes(void) { return (int32_t)sizeof(nodes); }
 
@@ -87,7 +87,7 @@ int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *va
   return 0;
 }
 
-/* The same, and gradients[e] += sum of in[column] * states[row] over these n: the way back along edges, where entries are by
+/* The same, and gradients[e - starts[0]] += sum of in[column] * states[row] over these n: the way back along edges, where entries are by
  * source, in the gradients at the targets, out those at the sources, and states what the sources have sent. */
 int32_t dnw_edges_back(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
                        int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
@@ -173,6 +173,7 @@ int32_t dnw_compress(const uint8_t *active, const float *weight, int64_t width, 
     for (; c < limits[r] && e < stop; c++)
       if (mask[c]) columns[e++] = (int32_t)c;
     for (int64_t i = starts[r]; i < e; i++) values[i] = from[columns[i]];
+    for (; e < stop; e++) columns[e] = 0, values[e] = 0; /* the mask has changed meanwhile */
   }
   return 0;
 }
@@ -213,4 +214,55 @@ int32_t dnw_scatter(const int64_t *starts, const int32_t *rows, const float *val
       *to = adds ? *to + values[e] : values[e];
     }
   return 0;
+}
+
+/* --- several calls at once --- */
+
+enum { NODES_FORWARD, NODES_BACKWARD, EDGES, EDGES_BACK, TURNED, POOLED, COUNT, COMPRESS };
+
+#define P(i) ((void *)(intptr_t)a[i])
+#define N(i) ((int32_t)a[i])
+
+/* One call of a kernel, all of whose arguments are given as whole numbers. */
+static int32_t run_call(int32_t kernel, const int64_t *a) {
+  switch (kernel) {
+    case NODES_FORWARD: return dnw_nodes_forward(P(0), P(1), P(2), a[3], a[4], P(5), a[6], N(7));
+    case NODES_BACKWARD:
+      return dnw_nodes_backward(P(0), P(1), P(2), P(3), P(4), P(5), P(6), a[7], a[8], P(9), a[10], N(11));
+    case EDGES:
+      return dnw_edges(P(0), P(1), P(2), a[3], a[4], a[5], P(6), P(7), a[8], a[9], a[10], P(11), a[12], N(13));
+    case EDGES_BACK:
+      return dnw_edges_back(P(0), P(1), P(2), a[3], a[4], a[5], P(6), P(7), P(8), P(9), a[10], a[11], a[12], P(13), a[14], N(15));
+    case TURNED: return dnw_turned(P(0), P(1), a[2], a[3], a[4], a[5]);
+    case POOLED: return dnw_pooled(P(0), P(1), a[2], a[3], a[4], N(5), N(6), a[7], a[8], N(9));
+    case COUNT: return dnw_count(P(0), a[1], P(2), P(3), a[4], a[5], P(6));
+    case COMPRESS: return dnw_compress(P(0), P(1), a[2], P(3), P(4), P(5), a[6], a[7], P(8), P(9));
+    default: return -UNKNOWN_KIND;
+  }
+}
+
+typedef struct {
+  const int64_t *arguments;
+  int64_t size, many, next, refused;
+  int32_t kernel;
+} calls;
+
+/* What every thread does: one call after the other, as long as there are some. */
+static void take_calls(void *data) {
+  calls *all = data;
+  for (int64_t i; (i = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < all->many;)
+    if (run_call(all->kernel, all->arguments + i * all->size) < 0) __atomic_fetch_add(&all->refused, 1, __ATOMIC_RELAXED);
+}
+
+/* Runs many calls of a kernel, each with `size` arguments, by so many threads of an OpenMP runtime, into which `parallel` is the
+ * way; by this thread where it is null. Returns how many calls were refused. */
+int32_t dnw_run_calls(void *parallel, int32_t threads, int32_t kernel, const int64_t *arguments, int64_t size, int64_t many) {
+  REFUSE_IF(size < 0 || many < 0 || many > INT32_MAX || threads < 1, BAD_SIZE);
+  REFUSE_IF(many > 0 && !arguments, NULL_POINTER);
+  calls all = {arguments, size, many, 0, 0, kernel};
+  if (parallel && threads > 1)
+    ((void (*)(void (*)(void *), void *, unsigned, unsigned))parallel)(take_calls, &all, (unsigned)threads, 0);
+  else
+    take_calls(&all);
+  return (int32_t)all.refused;
 }

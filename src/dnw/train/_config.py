@@ -18,6 +18,7 @@ from dnw.train._settings import (
     FIXED_RULES,
     MOST_EPOCHS,
     RULE_SETTINGS,
+    WITHOUT_DORMANT_GRADIENT,
     DataConfig,
     DensityConfig,
     DormantConfig,
@@ -110,8 +111,9 @@ class Config(Settings):
     def _with_rule(self, rule: RuleName) -> Config:
         """The same with another rule, at that rule's own settings."""
         changes: dict[str, Any] = {"rule": rule, "edges": None, "ticket": TicketConfig(), "rule_settings": RuleConfig()}
+        changes["dormant"] = DormantConfig()
         if rule in FIXED_RULES:
-            changes |= {"density_schedule": DensityConfig(), "dormant": DormantConfig()}
+            changes["density_schedule"] = DensityConfig()
         if rule == "complete":
             changes["pattern"] = None
         return self.model_copy(update=changes)
@@ -157,6 +159,9 @@ class Config(Settings):
         if self.rule in FIXED_RULES and (given := self.dormant.given()):
             name, value = next(iter(given.items()))
             raise ValueError(f"dormant.{name}={value}: rule={self.rule} never changes its edges, so dormant ones get nothing")
+        if self.rule in WITHOUT_DORMANT_GRADIENT and self.dormant.gradient:
+            why = f"rule={self.rule} needs no gradient of dormant edges, so it is never made"
+            raise ValueError(f"dormant.gradient={self.dormant.gradient}: {why}")
         if self.rule == "frozen" and self.edges is None:
             raise ValueError(f"rule=frozen: give its edges, one of {listing(get_args(EdgesName))}, as in edges=ticket")
         if self.rule != "frozen" and self.edges is not None:

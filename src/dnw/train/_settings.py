@@ -47,6 +47,8 @@ SHARES_OF_THE_RUN = ("until",)
 """Settings that a config gives as a share of the run, and a rule as a number of steps."""
 FIXED_RULES = ("random", "complete", "frozen")
 """Rules that never change their edges."""
+WITHOUT_DORMANT_GRADIENT = (*FIXED_RULES, "no_update", "magnitude_pruning", "l1_anneal", "set")
+"""Rules that never need the gradient of dormant edges."""
 EdgesName = Literal["ticket", "random_original"]
 ModelName = Literal[
     "tiny_digits",
