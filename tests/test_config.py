@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 
 import dnw
+from dnw._rules import RULES
 from dnw.data import DATASETS
 from dnw.graphs._ode import ADAPTIVE, EQUAL_STEPS
 from dnw.recipes import RECIPES, cifar10, digits
@@ -109,8 +110,6 @@ def test_a_number_that_cannot_work_is_refused(key, value):
         ("data.crop_padding=9", "allowed is a whole number from 0 to image_size, here 8"),
         ("data.std=0", r"data.std.0: .*greater than or equal to 0.001"),
         ("first_epoch_snapshots=1000000000", r"less than or equal to 1000 \(given: 1000000000\)"),
-        ("rule=set dormant.gradient=pooled", r"dormant.gradient=pooled: rule=set needs no gradient of dormant edges"),
-        ("rule=random dormant.momentum=hold", r"dormant.momentum=hold: rule=random never changes its edges"),
         ("rule_settings.penalty=1e300", r"rule_settings.penalty: .*less than or equal to 1000"),
         ("optim.lr=1e308", r"optim.lr: .*less than or equal to 1000000"),
         ("pattern=" + "9" * 5000 + ":4", "pattern: "),
@@ -120,6 +119,32 @@ def test_a_number_that_cannot_work_is_refused(key, value):
 def test_where_the_bounds_are(item, message):
     with pytest.raises(ValueError, match=message):
         override(digits(), [item])
+
+
+@pytest.mark.parametrize(
+    ("rule", "item", "message"),
+    [
+        ("set", "dormant.gradient=pooled", "dormant.gradient=pooled: rule=set needs no gradient of dormant edges"),
+        ("random", "dormant.momentum=hold", "dormant.momentum=hold: rule=random never changes its edges"),
+        ("dnw", "dormant.gradient=half", "dormant.gradient: Input should be 'exact', 'bfloat16', 'pooled' or"),
+    ],
+)
+def test_what_dormant_edges_get_fits_the_rule(rule, item, message):
+    with pytest.raises(ValueError, match=message):
+        override(digits(), [f"rule={rule}", "baseline=null", item])
+
+
+def test_rules_that_need_no_gradient_of_dormant_edges():
+    made = {name: rule(**{"targeted_dropout": {"rate": 0.5}}.get(name, {})) for name, rule in RULES.items()}
+    needless = {name for name, rule in made.items() if not (rule.needs_dormant_gradient or rule.selects_by_gradient)}
+    assert needless == set(settings.WITHOUT_DORMANT_GRADIENT)
+
+
+def test_a_baseline_treats_dormant_edges_as_its_own_rule_does():
+    config = override(digits(), ["rule=dnw", "baseline=set", "dormant.momentum=hold", "dormant.gradient=pooled"])
+    singles = config.singles()
+    assert singles["."].dormant.given() == {"gradient": "pooled", "momentum": "hold"}
+    assert singles["./baseline"].dormant.given() == {}
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"epochs": ' + "9" * 5000 + "}"])

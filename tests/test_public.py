@@ -14,6 +14,7 @@ KNOWN = {
     "WiredLayer": "what dnw.wire gives the wiring that it makes; nobody else makes one",
     "Instruction": "what compiled networks consist of: read from one, made by the compiler alone",
     "Chain": "the attributes of dnw.models.GraphChain, so that counting need not import models",
+    "DormantConfig": "a part of dnw.train.Config, set by overrides",
     "RuleConfig": "a part of dnw.train.Config, set by overrides",
     "DensityConfig": "a part of dnw.train.Config, set by overrides",
     "TicketConfig": "a part of dnw.train.Config, set by overrides",

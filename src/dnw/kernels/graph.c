@@ -87,8 +87,8 @@ int32_t dnw_edges(const int64_t *starts, const int32_t *columns, const float *va
   return 0;
 }
 
-/* The same, and gradients[e - starts[0]] += sum of in[column] * states[row] over these n: the way back along edges, where entries are by
- * source, in the gradients at the targets, out those at the sources, and states what the sources have sent. */
+/* The same, and gradients[e - starts[0]] += sum of in[column] * states[row] over these n: the way back along edges, where
+ * entries are by source, in the gradients at the targets, out those at the sources, and states what the sources have sent. */
 int32_t dnw_edges_back(const int64_t *starts, const int32_t *columns, const float *values, int64_t rows, int64_t least,
                        int64_t width, const float *in, const float *states, float *out, float *gradients, int64_t n,
                        int64_t first, int64_t last, float *scratch, int64_t room, int32_t lanes) {
@@ -232,7 +232,8 @@ static int32_t run_call(int32_t kernel, const int64_t *a) {
     case EDGES:
       return dnw_edges(P(0), P(1), P(2), a[3], a[4], a[5], P(6), P(7), a[8], a[9], a[10], P(11), a[12], N(13));
     case EDGES_BACK:
-      return dnw_edges_back(P(0), P(1), P(2), a[3], a[4], a[5], P(6), P(7), P(8), P(9), a[10], a[11], a[12], P(13), a[14], N(15));
+      return dnw_edges_back(P(0), P(1), P(2), a[3], a[4], a[5], P(6), P(7), P(8), P(9), a[10], a[11], a[12], P(13), a[14],
+                            N(15));
     case TURNED: return dnw_turned(P(0), P(1), a[2], a[3], a[4], a[5]);
     case POOLED: return dnw_pooled(P(0), P(1), a[2], a[3], a[4], N(5), N(6), a[7], a[8], N(9));
     case COUNT: return dnw_count(P(0), a[1], P(2), P(3), a[4], a[5], P(6));
@@ -254,8 +255,8 @@ static void take_calls(void *data) {
     if (run_call(all->kernel, all->arguments + i * all->size) < 0) __atomic_fetch_add(&all->refused, 1, __ATOMIC_RELAXED);
 }
 
-/* Runs many calls of a kernel, each with `size` arguments, by so many threads of an OpenMP runtime, into which `parallel` is the
- * way; by this thread where it is null. Returns how many calls were refused. */
+/* Runs many calls of a kernel, each with `size` arguments, by so many threads of an OpenMP runtime, into which `parallel` is
+ * the way; by this thread where it is null. Returns how many calls were refused. */
 int32_t dnw_run_calls(void *parallel, int32_t threads, int32_t kernel, const int64_t *arguments, int64_t size, int64_t many) {
   REFUSE_IF(size < 0 || many < 0 || many > INT32_MAX || threads < 1, BAD_SIZE);
   REFUSE_IF(many > 0 && !arguments, NULL_POINTER);
