@@ -185,7 +185,15 @@ class OptimConfig(Settings):
         return self.lr * self.factor ** sum(done >= m for m in self.milestones)
 
 
-class RuleConfig(Settings):
+class Choices(Settings):
+    """Settings of which each is null unless it is set."""
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set, by name."""
+        return {name: value for name, value in self if value is not None}
+
+
+class RuleConfig(Choices):
     """Settings of the run's rule; what is null is the rule's own default."""
 
     every: int | None = Field(default=None, ge=1, le=_MOST_STEPS, description="steps between two exchanges of edges")
@@ -202,12 +210,8 @@ class RuleConfig(Settings):
         default=None, ge=1, le=1e6, description="edges that get a gradient, as a multiple of the active"
     )
 
-    def given(self) -> dict[str, Any]:
-        """Those that are set, by name."""
-        return {name: value for name, value in self if value is not None}
 
-
-class DormantConfig(Settings):
+class DormantConfig(Choices):
     """What dormant edges get, beside the rule (:class:`dnw.Dormant`); what is null is the rule's own default."""
 
     gradient: Literal["exact", "bfloat16", "pooled", "pooled bfloat16"] | None = Field(
@@ -215,10 +219,6 @@ class DormantConfig(Settings):
     )
     momentum: Literal["update", "hold", "zero"] | None = Field(default=None, description="what becomes of their momentum")
     weight_decay: bool | None = Field(default=None, description="weight decay on dormant edges, too")
-
-    def given(self) -> dict[str, Any]:
-        """Those that are set, by name."""
-        return {name: value for name, value in self if value is not None}
 
 
 class DensityConfig(Settings):
