@@ -128,7 +128,7 @@ def edge_rate(sources: int, read: int, targets: int, degree: int, side: int) -> 
     starts = torch.arange(targets + 1) * degree
     picked = torch.cat([torch.randperm(read)[:degree].sort().values for _ in range(targets)])
     edges = Edges(starts, picked, torch.randn(targets * degree), sources, None)
-    layout = Runtime(Program((edges,), (sources, side, side)))._layout
+    layout = Runtime(Program.chain((edges,), (sources, side, side)))._layout
     profile = layout.profile(torch.randn(1, sources, side, side), rounds=100)
     return targets * degree * side * side / min(seconds for record, seconds in profile if record.kind == "edges")
 

@@ -415,7 +415,7 @@ def test_every_cut_and_every_changed_byte_is_refused(stored):
 def test_a_newer_file_says_so(stored):
     _, path = stored
     whole = path.read_bytes()
-    path.write_bytes(whole[:8] + struct.pack("<I", 2) + whole[12:])
+    path.write_bytes(whole[:8] + struct.pack("<I", 3) + whole[12:])
     with pytest.raises(ValueError, match="another version of dnw"):
         load_program(path)
 
@@ -477,12 +477,12 @@ def test_a_file_that_would_read_elsewhere_is_refused(tmp_path):
         (replace(graph, levels=((conv, node),)), "'Convolution' where Edges belongs"),
         (replace(graph, outputs=conv), "'Convolution' where Edges belongs"),
         (replace(graph, outputs=replace(graph.outputs, constant=edges)), "'Edges' where Constant belongs"),
-        (replace(conv, groups=3, weight=torch.randn(3, 2, 3, 3)), "a convolution of 3 groups"),
+        (replace(conv, groups=2, weight=torch.randn(3, 1, 3, 3)), "a convolution of 2 groups"),
         (replace(conv, stride=(1 << 40, 1)), "1099511627776 is no int"),
-        (Restore(torch.tensor([0, 1]), torch.zeros(2, 6, 7, 1)), r"constants of \(2, 6, 7, 1\)"),
+        (Restore(torch.tensor([0, 1]), torch.zeros(2, 6, 7, 1)), r"2 of channels \(2, 6, 7, 1\), given \(2, 6, 7\)"),
     ]
     for instruction, reason in wrong:
-        save_program(Program((instruction,), (2, 6, 7)), tmp_path / "net.dnw")
+        save_program(Program.chain((instruction,), (2, 6, 7)), tmp_path / "net.dnw")
         with pytest.raises(ValueError, match=rf"net\.dnw: not a valid compiled network \(.{reason}.\)$"):
             load_program(str(tmp_path / "net.dnw"))
 

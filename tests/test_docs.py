@@ -190,8 +190,19 @@ def test_what_is_wired(code):
     assert found == (sorted({*include, "fc1", "fc2"}) if "DEFAULTS" in code else include or ["fc2"])
 
 
-@runs("docs/compile.md#compiling", "docs/compile.md#running", by="page")
-def test_compiling(code, tmp_path, capsys):
+@runs("docs/compile.md#compiling")
+def test_compiling_any_model(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, images = with_stem().eval(), torch.randn(2, 3, 12, 12)
+    names = {"dnw": dnw, "model": model, "images": images, "example": images}
+    exec(code, names)
+    torch.testing.assert_close(names["logits"], model(images), rtol=1e-4, atol=1e-5)
+    assert "layers: " in capsys.readouterr().out
+    assert dnw.compile.load_program("net.dnw").output_sizes == ((4,),)
+
+
+@runs("docs/compile.md#graphs", "docs/compile.md#running", by="page")
+def test_compiling_graphs(code, tmp_path, capsys):
     compiling, running = code
     torch.manual_seed(0)
     model = dnw.models.tiny_cifar10()

@@ -101,7 +101,7 @@ class Chain:
         return self.add(Restore(torch.arange(channels), self.numbers(channels + 1, *sides)))
 
     def program(self) -> Program:
-        return Program(tuple(self.instructions), self.input_size)
+        return Program.chain(self.instructions, self.input_size)
 
 
 def chains(height: int, width: int) -> Iterator[Program]:
@@ -160,7 +160,20 @@ def test_every_kind_of_kernel_is_tried(lanes, stale):
         for program in chains(24, width):
             for cache in (4_000, 12_000, CACHE):
                 kinds |= assert_right(program, cache)
-    assert kinds == set(native.tables().kinds)
+    layers = {
+        "phases",
+        "matrix",
+        "sparse",
+        "sum",
+        "product",
+        "pool",
+        "adaptive_mean",
+        "rearrange",
+        "layer_norm",
+        "group_norm",
+        "attention",
+    }
+    assert kinds == set(native.tables().kinds) - layers  # which test_any_network.py tries
 
 
 # --- compiled networks ---
@@ -182,7 +195,7 @@ def test_batches_and_threads_give_the_same(program, batch, threads):
 
 
 @pytest.mark.parametrize("side", [(21, 18), (32, 32), (47, 35)])
-@pytest.mark.parametrize("cache", [1, 20_000, 100_000, 10**9])
+@pytest.mark.parametrize("cache", [1, 24_000, 100_000, 10**9])
 def test_any_cache_and_vector_width_give_the_same(lanes, stale, side, cache):
     """However few rows are made at a time; also where maps have just as many places as a vector, or half of them."""
     stages = (Stage(6, 8, 1, 2), Stage(8, 16, 2, 3), Stage(16, 16, 2, 2), Stage(16, 24, 2, 2))
@@ -190,10 +203,10 @@ def test_any_cache_and_vector_width_give_the_same(lanes, stale, side, cache):
     program = plan(model, (3, *side)).apply(model)
     images = torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(0))
     runtime = Runtime(program)
-    runtime._layout = native._Layout(program, cache)
+    runtime._layouts = [native._Layout(program, cache)]
     torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
     calls, records = runtime._layout.lowered.calls, runtime._layout.lowered.records
-    assert (len(calls) > len(records)) == (cache == 20_000 or (cache == 100_000 and side != (21, 18)))
+    assert (len(calls) > len(records)) == (cache == 24_000 or (cache == 100_000 and side != (21, 18)))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -215,7 +228,7 @@ def test_random_chains_row_by_row(side, strides, levels, cache, lanes, seed, den
         program, _ = measured(program, least=0.0)  # whatever is faster here
     images = torch.randn(1, 3, *side)
     runtime = Runtime(program)
-    runtime._layout = native._Layout(program, cache)
+    runtime._layouts = [native._Layout(program, cache)]
     width = native.lanes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "lanes", lambda: min(lanes, width))
@@ -295,7 +308,7 @@ def test_pytorchs_defaults_change_nothing(program, threads):
 
 def test_places_in_the_arena_are_used_again(program):
     lowered = Runtime(program)._layout.lowered
-    everything = sum(math.prod(size) for _, size in program.walk())
+    everything = sum(math.prod(size) for size in program.sizes())
     assert lowered.arena < 4 * everything
     space = Space()
     places = [space.take(100) for _ in range(4)]

@@ -10,8 +10,10 @@ import torch
 from compiled import small_program
 
 import dnw
-from dnw.compile import Runtime, _lower
+from dnw.compile import Program, Runtime, _lower
 from dnw.compile import _native as native
+from dnw.compile._layers import Attention, LayerNorm, Pool, Rearrange, Sum
+from dnw.compile._program import Affine, Convolution, Node
 from dnw.kernels import _exchange
 from dnw.kernels._library import INT64, load
 
@@ -26,7 +28,10 @@ built = pytest.mark.skipif(
 
 
 def test_there_are_sources():
-    compiled, kernels = {"_kernels.c", "_kernels_vector.h", "_standalone.h"}, {"exchange.c", "graph.c", "graph_vector.h"}
+    compiled, kernels = (
+        {"_kernels.c", "_kernels_vector.h", "_kernels_layers.h", "_standalone.h"},
+        {"exchange.c", "graph.c", "graph_vector.h"},
+    )
     assert {path.name for path in SOURCES} >= compiled | kernels | {"errors.h", "widths.h", "vector.h"}
 
 
@@ -110,6 +115,26 @@ def test_every_function_that_takes_memory_is_tried():
     assert {name for name, *_ in REFUSED} == {name for name, types in _exchange._FUNCTIONS.items() if types}
 
 
+GRAPHS = ("edges", "node", "mean", "linear", "zero", "dense")
+
+
+def layers_program() -> Program:
+    """One instruction of nearly each kind that graphs do not have."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 3, 3, 3)
+    one, norm = torch.ones(6), LayerNorm(torch.ones(6), torch.zeros(6), 1e-5)
+    nodes = (
+        Node(Convolution(weight, None, (2, 2), (1, 1), 1, sparse=True), (0,)),
+        Node(Pool(True, (3, 3), (2, 2), (1, 1)), (1,)),
+        Node(norm, (2,)),
+        Node(Sum(), (2, 3)),
+        Node(Rearrange((6, 5, 5), (0, 2, 1), (6, 25)), (4,)),
+        Node(Attention(2, 1.0), (5, 5, 5)),
+        Node(Affine(one, one), (6,)),
+    )
+    return Program(nodes, ((3, 20, 18),), (7,))
+
+
 @pytest.fixture
 def layout():
     return Runtime(small_program())._layout
@@ -148,7 +173,6 @@ def check(layout: native._Layout, **other: int) -> None:
         ({"call_bytes": 8}, "records are laid out in another way"),
         ({"image_size": 3 * 21 * 18 - 1}, "beyond the memory"),
         ({"output_size": 9}, "beyond the memory"),
-        ({"scratch_size": 16}, "beyond the memory"),
     ],
 )
 def test_what_is_said_of_records_is_checked(other, why, layout):
@@ -172,15 +196,33 @@ def test_what_is_said_of_records_is_checked(other, why, layout):
         ("edges", {"out_plane": 1 << 20}, "beyond the memory"),
         ("node", {"plane": 1 << 20}, "beyond the memory"),
         ("node", {"stride_y": 3, "stride_x": 3}, SIZE),
-        ("convolution", {"weight": None}, NULL),
-        ("convolution", {"stride_x": 0}, SIZE),
-        ("convolution", {"added_maps": P}, NULL),
+        ("phases", {"starts": None}, NULL),
+        ("phases", {"stride_x": 0}, SIZE),
+        ("phases", {"blocks": 3}, SIZE),
+        ("phases", {"plane": 1 << 20}, "beyond the memory"),
+        ("sparse", {"starts": None}, NULL),
+        ("sparse", {"blocks": 0}, NULL),
+        ("sparse", {"taps": 1}, SIZE),
+        ("sparse", {"pitch": 1}, SIZE),
+        ("pool", {"stride_x": 0}, SIZE),
+        ("pool", {"kernel_width": 1 << 20}, "beyond the memory"),
+        ("sum", {"sources": 1}, SIZE),
+        ("layer_norm", {"scale": None}, NULL),
+        ("layer_norm", {"groups": 0}, SIZE),
+        ("attention", {"groups": 7}, SIZE),
+        ("attention", {"third_plane": 1 << 20}, "beyond the memory"),
+        ("rearrange", {"offsets": None}, NULL),
+        ("rearrange", {"taps": 1 << 12}, "beyond the memory"),
+        ("dense", {"weight": None}, NULL),
+        ("dense", {"added_maps": P}, NULL),
+        ("dense", {"activation": 99}, "there is no such kernel"),
         ("mean", {"mask": None}, NULL),
         ("linear", {"shift": None}, NULL),
         ("zero", {"out_pitch": 1 << 20}, "beyond the memory"),
     ],
 )
-def test_tasks_that_would_read_or_write_elsewhere_are_refused(kind, fields, why, layout):
+def test_tasks_that_would_read_or_write_elsewhere_are_refused(kind, fields, why):
+    layout = Runtime(small_program() if kind in GRAPHS else layers_program())._layout
     (task, *_) = (task for task in layout._tasks if task.kind == native.tables().kinds[kind])
     for name, value in fields.items():
         setattr(task, name, value)
@@ -254,7 +296,8 @@ def test_records_are_laid_out_as_the_library_says():
     assert len(set(names)) == len(names)
     assert set(tables.float_arrays) < set(names)
     assert native.kernels().dnw_names(-1) is None
-    assert native.kernels().dnw_names(7) is None
+    assert tuple(native.kernels().dnw_names(7).decode().split()) == tuple(_lower.ACTIVATION_NUMBERS)
+    assert native.kernels().dnw_names(8) is None
 
 
 @built

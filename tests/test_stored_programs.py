@@ -14,8 +14,24 @@ from torch import Tensor
 
 from dnw.compile import Program, load_program, save_program
 from dnw.compile._file import _STORED
+from dnw.compile._layers import (
+    Activation,
+    AdaptiveMean,
+    Attention,
+    Concat,
+    Crop,
+    LayerNorm,
+    Pad,
+    PlaceMean,
+    Pool,
+    Product,
+    Rearrange,
+    Shift,
+    Sum,
+)
 from dnw.compile._program import (
     Affine,
+    Beside,
     Constant,
     Convolution,
     Edges,
@@ -24,6 +40,7 @@ from dnw.compile._program import (
     Instruction,
     Linear,
     Mean,
+    Node,
     Pick,
     Rectify,
     Restore,
@@ -39,6 +56,7 @@ def examples() -> list[tuple[Instruction, tuple[int, int, int]]]:
     edges = Edges.of(torch.tensor([[0.0, 0.5], [1.5, -1.0]]), Constant.of(maps))
     node = (Affine(torch.randn(2), torch.randn(2)), Rectify(), Convolution(torch.randn(2, 1, 3, 3), None, (1, 1), (1, 1), 2))
     outputs = Edges.of(torch.tensor([[0.0, 0.5, 0.25, 0.0]]), None)
+    sparse = Convolution(torch.eye(6).view(6, 6, 1, 1)[:, :2].repeat(1, 1, 3, 3), None, (1, 1), (1, 1), 1)
     return [
         (edges, SIZE),
         (replace(edges, dense=True), SIZE),
@@ -51,6 +69,21 @@ def examples() -> list[tuple[Instruction, tuple[int, int, int]]]:
         (Graph(node, ((edges, node),), outputs), SIZE),
         (Pick(torch.tensor([1])), SIZE),
         (Restore(torch.tensor([2, 0]), torch.randn(3, 5, 4)), SIZE),
+        (replace(sparse, sparse=True), SIZE),
+        (Activation("clamp", -1.0, 2.5), SIZE),
+        (AdaptiveMean(2, 3), SIZE),
+        (Pad(1, 0, 2, 3), SIZE),
+        (Pool(False, (2, 3), (1, 2), (0, 1), (1, 1), True, False), SIZE),
+        (PlaceMean(), SIZE),
+        (Crop(1, 0, 5, 2), SIZE),
+        (Rearrange((2, 20), (1, 0), (20, 2)), SIZE),
+        (Shift(torch.randn(2, 5, 4)), SIZE),
+        (LayerNorm(torch.randn(2), torch.randn(2), 1e-3, 2, True), SIZE),
+        (Beside(Linear(torch.randn(3, 2), torch.randn(3), True), torch.randn(3, 5, 4)), SIZE),
+        (Sum(), SIZE),
+        (Product(), SIZE),
+        (Concat(1), SIZE),
+        (Attention(2, 0.5, torch.randn(20, 20)), SIZE),
     ]
 
 
@@ -70,14 +103,16 @@ def assert_same(a: object, b: object) -> None:
 
 
 def test_every_class_of_a_program_comes_back_as_it_was(tmp_path):
-    missing = {kind for kind in Instruction.__subclasses__() if kind.__module__ == Instruction.__module__} - set(
-        _STORED.values()
-    )
+    modules = ("dnw.compile._program", "dnw.compile._layers")
+    missing = {kind for kind in Instruction.__subclasses__() if kind.__module__ in modules} - set(_STORED.values())
     assert not missing, f"give {missing} a name in _STORED of dnw/compile/_file.py, and an example here"
     assert {type(instruction) for instruction, _ in examples()} | {Constant} == set(_STORED.values())
     for instruction, size in examples():
-        before = (Mean(0, 9),) if isinstance(instruction, Linear) else ()
-        program = Program((*before, instruction), size)
+        first = {Linear: Mean(0, 9), Attention: Rearrange((2, 5, 4), (0, 1, 2), (2, 20))}.get(
+            type(instruction), Pick(torch.arange(2))
+        )
+        reads = {Sum: 2, Product: 2, Concat: 2, Attention: 3}.get(type(instruction), 1)
+        program = Program((Node(first, (0,)), Node(instruction, (1,) * reads)), (size,), (2,))
         save_program(program, tmp_path / "net.dnw")
         found = load_program(tmp_path / "net.dnw")
         assert_same(found.instructions, program.instructions)
@@ -102,11 +137,11 @@ class Named(Affine):
 
 def test_what_files_have_no_words_for_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a Twice has no name in files; give it one in _STORED"):
-        save_program(Program((Twice(),), SIZE), tmp_path / "net.dnw")
+        save_program(Program.chain((Twice(),), SIZE), tmp_path / "net.dnw")
     monkeypatch.setitem(_STORED, "Named", Named)
     monkeypatch.setattr("dnw.compile._file._NAMES", {Named: "Named"})
     with pytest.raises(ValueError, match=r"a str in a compacted network is not stored"):
-        save_program(Program((Named(torch.ones(2), torch.ones(2)),), SIZE), tmp_path / "net.dnw")
+        save_program(Program.chain((Named(torch.ones(2), torch.ones(2)),), SIZE), tmp_path / "net.dnw")
     assert not list(tmp_path.iterdir())
 
 

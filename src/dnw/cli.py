@@ -195,15 +195,20 @@ def _compile(parsed: argparse.Namespace) -> None:
     The ending of FILE says as what: .onnx for ONNX, .c for plain C99 (and a header beside it), any other for our own runtime.
     For that, sums that are not sparse enough are measured, and become matrices where that is faster on this machine.
     """
-    from dnw.compile import measured, save_c, save_onnx, save_program
+    from dnw.compile import Plan, measured, save_c, save_onnx, save_program
     from dnw.compile._measure import summary
     from dnw.train import compile_run
 
+    if parsed.path.suffix == ".pt2":
+        raise ValueError(
+            f"{parsed.path}: such a file may hold code that PyTorch runs when it loads it, so the command does not; in Python, "
+            "of a file that you trust, dnw.compile.compile(torch.export.load(path), example) compiles it"
+        )
     found, program = compile_run(parsed.path, _input_size(parsed.input) if parsed.input else None, parsed.checkpoint)
     if parsed.path.is_dir():
         _say_seed(parsed.path)
     _say(str(found))
-    if parsed.out is None or parsed.out.suffix not in (".c", ".onnx"):
+    if isinstance(found, Plan) and (parsed.out is None or parsed.out.suffix not in (".c", ".onnx")):
         program, timings = measured(program)
         _say(summary(timings))
     if parsed.out is None:

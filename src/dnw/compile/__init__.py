@@ -1,5 +1,6 @@
 """The compiler: from a trained network to a smaller one that computes exactly the same."""
 
+from dnw.compile._compile import CompiledNetwork, Report, ReportRow, compile
 from dnw.compile._file import load_program, save_program
 from dnw.compile._measure import Timing, measured
 from dnw.compile._native import Runtime
@@ -9,12 +10,16 @@ from dnw.compile._program import Program
 from dnw.compile._standalone import Needs, save_c
 
 __all__ = [
+    "CompiledNetwork",
     "Needs",
     "Plan",
     "PlanRow",
     "Program",
+    "Report",
+    "ReportRow",
     "Runtime",
     "Timing",
+    "compile",
     "load_program",
     "measured",
     "plan",

@@ -113,6 +113,16 @@ def _not_compiled(module: nn.Module, where: str) -> ValueError:
     return ValueError(f"{where} is a {type(module).__name__}, which is not compiled; {what}")
 
 
+def is_of_graphs(model: nn.Module) -> bool:
+    """Whether there are graphs in a model, and nothing but what is analysed here."""
+    if not any(isinstance(module, (StaticGraph, DiscreteTimeGraph)) for module in model.modules()):
+        return False
+    try:
+        return bool(list(_operators(model, "")))
+    except ValueError:
+        return False
+
+
 # --- the three passes ---
 
 
@@ -154,7 +164,7 @@ class Analysis:
                 instructions += operator.emit(taken, sent)
         if not bool(last.varies.all()):
             instructions.append(Restore(last.varies.nonzero().squeeze(1), last.value.float()))
-        return Program(folded(instructions, self.input_size), self.input_size)
+        return Program.chain(folded(instructions, self.input_size), self.input_size)
 
     def graphs(self) -> list[GraphOperator]:
         return [operator for operator in self.operators if isinstance(operator, GraphOperator)]

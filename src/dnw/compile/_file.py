@@ -2,8 +2,9 @@
 
 Contract: nothing in a file is run, and a file that was cut off, edited or written by a newer version is refused with one
 message. A file is: 8 bytes that say what it is, the version, the length of the header, the SHA-256 of all that follows, the
-header (JSON: the tree of instructions), and the arrays it refers to, little-endian, each at a multiple of 8 bytes from where
-they begin. What stands in the tree is read as the fields of the classes in _program.py are declared.
+header (JSON: the nodes with their instructions), and the arrays it refers to, little-endian, each at a multiple of 8 bytes
+from where they begin. What stands there is read as the fields of the classes in _program.py and _layers.py are declared.
+Weights that are mostly 0 are stored without zeros. Files of format 1, instructions one after the other, are still read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,8 +23,25 @@ import torch
 from torch import Tensor
 
 from dnw._files import write_whole
+from dnw.compile._layers import (
+    ACTIVATIONS,
+    Activation,
+    AdaptiveMean,
+    Attention,
+    Concat,
+    Crop,
+    LayerNorm,
+    Pad,
+    PlaceMean,
+    Pool,
+    Product,
+    Rearrange,
+    Shift,
+    Sum,
+)
 from dnw.compile._program import (
     Affine,
+    Beside,
     Constant,
     Convolution,
     Edges,
@@ -32,16 +51,19 @@ from dnw.compile._program import (
     Instruction,
     Linear,
     Mean,
+    Node,
     Pick,
     Program,
     Rectify,
     Restore,
+    Size,
     in_memory,
     require_program,
 )
+from dnw.compile._torch import Foreign
 
 _MAGIC = b"dnw-prog"
-_VERSION = 1
+_VERSION = 2
 _FRONT = struct.Struct("<8sIQ32s")
 _TYPES = {"f4": torch.float32, "u2": torch.uint16, "i4": torch.int32, "i8": torch.int64}
 """Whole numbers are stored as narrow as they allow, and are int64 again when read."""
@@ -57,6 +79,25 @@ _STORED: dict[str, type[Instruction | Constant]] = {
     "Pick": Pick,
     "Restore": Restore,
     "Constant": Constant,
+    "Beside": Beside,
+    **{
+        kind.__name__: kind
+        for kind in (
+            Activation,
+            AdaptiveMean,
+            Attention,
+            Concat,
+            Crop,
+            LayerNorm,
+            Pad,
+            PlaceMean,
+            Pool,
+            Product,
+            Rearrange,
+            Shift,
+            Sum,
+        )
+    },
 }
 """What a program is made of, by the name that it has in files. A name stays when its class gets another one."""
 _NAMES = {kind: name for name, kind in _STORED.items()}
@@ -66,12 +107,12 @@ def save_program(program: Program, path: str | Path) -> int:
     """Writes a compacted network; returns the number of bytes.
 
     Raises:
-        ValueError: no compacted network, or one with instructions that have no name in files.
+        ValueError: no compacted network, one of which PyTorch runs a part, or one with instructions that have no name in files.
     """
     require_program(program)
     arrays = bytearray()
-    tree = [_plain(instruction, arrays) for instruction in program.instructions]
-    header = json.dumps({"input_size": program.input_size, "instructions": tree}).encode()
+    nodes = [{"reads": node.reads, **_plain(node.instruction, arrays)} for node in program.nodes]
+    header = json.dumps({"input_sizes": program.input_sizes, "nodes": nodes, "outputs": program.outputs}).encode()
     rest = header + bytes(arrays)
     content = _FRONT.pack(_MAGIC, _VERSION, len(header), hashlib.sha256(rest).digest()) + rest
     write_whole(Path(path), content)
@@ -90,9 +131,9 @@ def load_program(path: str | Path) -> Program:
     if len(content) < _FRONT.size or not content.startswith(_MAGIC):
         raise ValueError(f"{path}: not a compiled network (dnw compile makes them), or cut off at its beginning")
     _, version, length, digest = _FRONT.unpack_from(content)
-    if version != _VERSION:
+    if version not in (1, _VERSION):
         raise ValueError(
-            f"{path}: compiled by another version of dnw (format {version}; this one reads {_VERSION}); compile anew"
+            f"{path}: compiled by another version of dnw (format {version}; this one reads up to {_VERSION}); compile anew"
         )
     rest = content[_FRONT.size :]
     if hashlib.sha256(rest).digest() != digest or length > len(rest):
@@ -100,15 +141,31 @@ def load_program(path: str | Path) -> Program:
     try:
         header = json.loads(rest[:length])
         arrays = memoryview(bytearray(rest[length:]))
-        instructions = _value(header["instructions"], tuple[Instruction, ...], arrays)
-        channels, height, width = (int(n) for n in header["input_size"])
-        program = Program(instructions, (channels, height, width))
-        program.output_size  # noqa: B018  (walks through all instructions and checks them)
+        if version == 1:
+            instructions = _value(header["instructions"], tuple[Instruction, ...], arrays)
+            program = Program.chain(instructions, _value(header["input_size"], Size, arrays))
+        else:
+            nodes = tuple(_node(item, arrays) for item in _list(header["nodes"]))
+            sizes = _value(header["input_sizes"], tuple[Size, ...], arrays)
+            program = Program(nodes, sizes, _value(header["outputs"], tuple[int, ...], arrays))
+        program.sizes()  # walks through all instructions and checks them
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise ValueError(
             f"{path}: not a valid compiled network ({str(error).splitlines()[0] if str(error) else error!r})"
         ) from None
     return program
+
+
+def _list(item: Any) -> list[Any]:
+    if not isinstance(item, list):
+        raise ValueError(f"a {type(item).__name__} where a list belongs")
+    return item
+
+
+def _node(item: dict[str, Any], arrays: memoryview) -> Node:
+    reads = _value(item["reads"], tuple[int, ...], arrays)
+    instruction = {key: value for key, value in item.items() if key != "reads"}
+    return Node(_value(instruction, Instruction, arrays), reads)
 
 
 def _narrowest(numbers: Tensor) -> str:
@@ -127,13 +184,13 @@ def raw_bytes(tensor: Tensor) -> bytes:
 def _plain(value: Any, arrays: bytearray) -> Any:
     """A value as JSON; tensors go into the arrays."""
     if isinstance(value, Tensor):
-        kind = "f4" if value.is_floating_point() else _narrowest(value)
-        arrays += bytes(-len(arrays) % 8)
-        found = {"array": kind, "shape": list(value.shape), "at": len(arrays)}
-        arrays += raw_bytes(value.to(_TYPES[kind]))
-        return found
+        return _plain_tensor(value, arrays)
     if isinstance(value, (Instruction, Constant)):
         name = _NAMES.get(type(value))
+        if isinstance(value, Foreign):
+            raise ValueError(
+                f"PyTorch runs {value.name}, which files do not hold; compile with strict=True to hear of it before"
+            )
         if name is None:
             raise ValueError(
                 f"a {type(value).__name__} has no name in files; give it one in _STORED of dnw/compile/_file.py, so that it is "
@@ -145,7 +202,29 @@ def _plain(value: Any, arrays: bytearray) -> Any:
         return [_plain(item, arrays) for item in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
+    if isinstance(value, str) and value in ACTIVATIONS:
+        return value
     raise ValueError(f"a {type(value).__name__} in a compacted network is not stored; what may be in its fields is in _value")
+
+
+def _plain_tensor(value: Tensor, arrays: bytearray) -> dict[str, Any]:
+    """An array; of weights that are mostly 0, the others and how far apart they are."""
+    kind = "f4" if value.is_floating_point() else _narrowest(value)
+    if kind == "f4" and value.numel() > 64 and 2 * int((there := value.flatten() != 0).count_nonzero()) < len(there):
+        places = there.nonzero().flatten()
+        gaps = places.diff(prepend=places.new_full((1,), -1))
+        weights, apart = (
+            _plain_tensor_whole(t, k, arrays) for t, k in ((value.flatten()[places], "f4"), (gaps, _narrowest(gaps)))
+        )
+        return {"sparse": weights, "gaps": apart, "shape": list(value.shape)}
+    return _plain_tensor_whole(value, kind, arrays)
+
+
+def _plain_tensor_whole(value: Tensor, kind: str, arrays: bytearray) -> dict[str, Any]:
+    arrays += bytes(-len(arrays) % 8)
+    found = {"array": kind, "shape": list(value.shape), "at": len(arrays)}
+    arrays += raw_bytes(value.to(_TYPES[kind]))
+    return found
 
 
 def _value(item: Any, kind: Any, arrays: memoryview) -> Any:
@@ -156,6 +235,10 @@ def _value(item: Any, kind: Any, arrays: memoryview) -> Any:
     """
     if kind in (Tensor, Indices):
         return _tensor(item, kind == Indices, arrays)
+    if kind is str:
+        if item not in ACTIVATIONS:
+            raise ValueError(f"{item!r:.40} is no activation")
+        return item
     if kind in (bool, float, int):
         if type(item) is not kind or (kind is int and abs(item) >= 1 << 31):
             raise ValueError(f"{item!r:.40} is no {kind.__name__}")
@@ -187,6 +270,16 @@ def _stored(item: Any, kind: type[Instruction | Constant], arrays: memoryview) -
 
 def _tensor(item: dict[str, Any], whole: bool, arrays: memoryview) -> Tensor:
     """Weights, or whole numbers."""
+    if not whole and "sparse" in item:
+        weights, gaps = _tensor(item["sparse"], False, arrays), _tensor(item["gaps"], True, arrays)
+        shape = [int(n) for n in item["shape"]]
+        count = math.prod(shape)
+        if min(shape, default=0) < 0 or not 0 < count < 1 << 31 or weights.shape != gaps.shape or weights.ndim != 1:
+            raise ValueError(f"weights of {shape} that are no weights")
+        places = gaps.cumsum(0) - 1
+        if len(places) and (int(gaps.min()) < 1 or int(places[-1]) >= count):
+            raise ValueError(f"weights of {shape} that lie elsewhere")
+        return torch.zeros(count).index_put((places,), weights).view(shape)
     dtype, shape, at = _TYPES[item["array"]], [int(n) for n in item["shape"]], int(item["at"])
     if dtype.is_floating_point == whole:
         raise ValueError(f"an array of {item['array']} where {'whole numbers' if whole else 'weights'} belong")

@@ -15,18 +15,22 @@
 /* The kernels, and the fields of the records that say what they do. Python reads these tables from the library (dnw_names). */
 /* clang-format off */
 #define KINDS(X) \
-  X(spread) X(edges) X(matrix) X(affine) X(instance_norm) X(rectify) X(depthwise) X(convolution) X(node) X(mean) X(linear) \
-  X(copy) X(zero) X(slide) X(gather)
+  X(spread) X(edges) X(matrix) X(affine) X(instance_norm) X(rectify) X(depthwise) X(node) X(mean) X(linear) \
+  X(copy) X(zero) X(slide) X(gather) \
+  X(sparse) X(dense) X(phases) X(sum) X(product) X(pool) X(adaptive_mean) X(rearrange) X(layer_norm) X(group_norm) X(attention)
+#define ACTIVATIONS(X) \
+  X(none) X(relu) X(clamp) X(leaky_relu) X(elu) X(sigmoid) X(tanh) X(silu) X(hardswish) X(hardsigmoid) X(gelu) X(gelu_tanh)
 #define INTEGERS(X) \
   X(kind) X(relu) X(outside) X(targets) X(sources) X(second_sources) \
   X(height) X(width) X(pitch) X(plane) X(second_plane) X(added_plane) \
   X(out_height) X(out_width) X(out_pitch) X(out_plane) \
-  X(kernel_height) X(kernel_width) X(stride_y) X(stride_x) X(pad_y) X(pad_x)
-#define FLOATS(X) X(eps) X(reciprocal)
+  X(kernel_height) X(kernel_width) X(stride_y) X(stride_x) X(pad_y) X(pad_x) X(dilation_y) X(dilation_x) \
+  X(third_plane) X(activation) X(taps) X(blocks) X(groups) X(largest) X(padded) X(clear) X(tile)
+#define FLOATS(X) X(eps) X(reciprocal) X(first) X(second)
 #define FLOAT_ARRAYS(X) X(weight) X(scale) X(shift) X(added)
 #define INTEGER_ARRAYS(X) X(starts) X(middles) X(offsets) X(source_channels) X(added_maps) X(mask)
 #define CALL_INTEGERS(X) X(task) X(first) X(rows)
-#define CALL_OFFSETS(X) X(in_offset) X(second_offset) X(out_offset)
+#define CALL_OFFSETS(X) X(in_offset) X(second_offset) X(third_offset) X(out_offset)
 /* clang-format on */
 
 #define KIND(name) KIND_##name
@@ -37,7 +41,11 @@
 #define FLOAT_ARRAY_FIELD(name) const float *name;
 #define INT32_ARRAY_FIELD(name) const int32_t *name;
 
+#define ACTIVATION(name) ACTIVATION_##name
+#define ACTIVATION_NUMBER(name) ACTIVATION(name),
+
 enum { KINDS(KIND_NUMBER) NUM_KINDS };
+enum { ACTIVATIONS(ACTIVATION_NUMBER) NUM_ACTIVATIONS };
 
 /* What a kernel works with, from the maps of its sources to those of its targets. A map is rows of `pitch` floats, of which
  * `width` mean something, and takes `plane` floats.
@@ -48,6 +56,13 @@ enum { KINDS(KIND_NUMBER) NUM_KINDS };
  * - starts, middles: where a target's edges begin, and among them those from second sources; offsets: where their sources lie
  * - source_channels: which source a target is a copy of, -1 for the map that is added instead
  * - mask: all bits of each pixel that is kept
+ * - activation: of what comes out, with its numbers first and second
+ * - sparse, dense: offsets are where the pixels lie that a target's first pixel reads; edges come in so many blocks, each with
+ *   its own starts of targets + 1, and so many times 16 pixels at a time (tile); dense: so many taps
+ * - phases: so many blocks of each source, from a row (starts) and a column (middles) on
+ * - rearrange: so many taps, from offsets to middles; clear: all others become 0
+ * - largest, padded: of a pool
+ * - groups: of the channels of a norm, and heads of attention
  *
  * Whatever the vectors are, a kernel writes all `pitch` floats of each row that it makes: none is left from another image.
  * Beyond `width` that is 0 on maps with a halo, which the `mask` is for, because nodes read their right neighbours there. On
@@ -120,13 +135,13 @@ static void meet(int32_t *meeting, int32_t threads) {
 
 /* --- what Python calls --- */
 
-int32_t dnw_version(void) { return 7; }
+int32_t dnw_version(void) { return 8; }
 
 /* The names of a table, in order, each after a blank; a null pointer where there is no such table. */
 const char *dnw_names(int32_t table) {
 #define WORD(name) " " #name
   static const char *const tables[] = {KINDS(WORD),          INTEGERS(WORD),      FLOATS(WORD),      FLOAT_ARRAYS(WORD),
-                                       INTEGER_ARRAYS(WORD), CALL_INTEGERS(WORD), CALL_OFFSETS(WORD)};
+                                       INTEGER_ARRAYS(WORD), CALL_INTEGERS(WORD), CALL_OFFSETS(WORD), ACTIVATIONS(WORD)};
   return table >= 0 && table < (int32_t)(sizeof tables / sizeof *tables) ? tables[table] : 0;
 #undef WORD
 }
@@ -137,8 +152,43 @@ static int32_t check_task(const struct task *task) {
   INTEGERS(REFUSE_NEGATIVE)
 #undef REFUSE_NEGATIVE
   REFUSE_IF(task->kind >= NUM_KINDS, UNKNOWN_KIND);
+  REFUSE_IF(task->activation >= NUM_ACTIVATIONS, UNKNOWN_KIND);
   REFUSE_IF(task->added_maps && !task->added, NULL_POINTER);
   switch (task->kind) {
+    case KIND(sparse):
+      REFUSE_IF(!task->starts || task->blocks < 1, NULL_POINTER);
+      REFUSE_IF(task->out_plane == 1 ? task->blocks != 1 : task->pitch != task->out_pitch, BAD_SIZE);
+      for (int64_t i = 0, count = (int64_t)task->blocks * (task->targets + 1); i < count; i++)
+        REFUSE_IF(task->starts[i] < (i ? task->starts[i - 1] : 0) || task->starts[i] > task->taps, BAD_SIZE);
+      REFUSE_IF(task->taps > 0 && (!task->weight || !task->offsets), NULL_POINTER);
+      break;
+    case KIND(dense):
+      REFUSE_IF(task->taps > 0 && (!task->weight || !task->offsets), NULL_POINTER);
+      REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE);
+      break;
+    case KIND(phases):
+      REFUSE_IF(!task->starts || !task->middles, NULL_POINTER);
+      REFUSE_IF(task->blocks < 1 || !task->stride_y || !task->stride_x, BAD_SIZE);
+      REFUSE_IF(task->targets != (int64_t)task->sources * task->blocks, BAD_SIZE);
+      break;
+    case KIND(sum):
+    case KIND(product): REFUSE_IF(task->pitch != task->out_pitch || task->targets != task->sources, BAD_SIZE); break;
+    case KIND(pool):
+      REFUSE_IF(!task->kernel_height || !task->kernel_width || !task->stride_y || !task->stride_x, BAD_SIZE);
+      REFUSE_IF(!task->dilation_y || !task->dilation_x || task->targets != task->sources, BAD_SIZE);
+      break;
+    case KIND(adaptive_mean):
+      REFUSE_IF(!task->out_height || !task->out_width || task->targets != task->sources, BAD_SIZE);
+      break;
+    case KIND(rearrange): REFUSE_IF(task->taps > 0 && (!task->offsets || !task->middles), NULL_POINTER); break;
+    case KIND(layer_norm):
+    case KIND(group_norm):
+      REFUSE_IF(!task->scale || !task->shift, NULL_POINTER);
+      REFUSE_IF(!task->groups || task->targets % task->groups || task->targets != task->sources, BAD_SIZE);
+      break;
+    case KIND(attention):
+      REFUSE_IF(!task->groups || task->targets % task->groups || task->sources % task->groups, BAD_SIZE);
+      break;
     case KIND(edges):
       REFUSE_IF(!task->starts || !task->middles, NULL_POINTER);
       REFUSE_IF(task->starts[task->targets] > 0 && (!task->weight || !task->offsets), NULL_POINTER);
@@ -156,7 +206,6 @@ static int32_t check_task(const struct task *task) {
       REFUSE_IF(task->stride_y != task->stride_x || task->stride_y > 2, BAD_SIZE);
       REFUSE_IF(task->stride_y == 1 && task->pitch != task->out_pitch, BAD_SIZE); /* fall through */
     case KIND(depthwise):
-    case KIND(convolution):
       REFUSE_IF(!task->weight, NULL_POINTER);
       REFUSE_IF(!task->kernel_height || !task->kernel_width || !task->stride_y || !task->stride_x, BAD_SIZE);
       break;
@@ -185,14 +234,13 @@ static int32_t check_call(const struct task *task, const struct call *call, int6
                           int64_t arena_size, int64_t scratch_size) {
   int64_t first = call->first, stop = first + call->rows, from = 0, to = task->height; /* rows of targets, and of sources */
   int32_t behind = 0, sources = task->sources;
-  REFUSE_IF(call->rows < 0 || first < -1, BAD_SIZE);
+  REFUSE_IF(call->rows < 0 || first < -(1 << 20), BAD_SIZE);
   switch (task->kind) {
     case KIND(edges):
     case KIND(matrix): from = first, to = stop, behind = OVER_READ; break;
     case KIND(node): from = first * task->stride_y - 1, to = (stop - 1) * task->stride_y + 2, behind = OVER_READ; break;
-    case KIND(depthwise):
-    case KIND(convolution): {
-      int64_t lines = (int64_t)(task->kind == KIND(convolution) ? sources : 1) * task->kernel_height * task->kernel_width;
+    case KIND(depthwise): {
+      int64_t lines = (int64_t)task->kernel_height * task->kernel_width;
       REFUSE_IF(lines * ((task->out_width + 15) / 16 * 16) > scratch_size, OUT_OF_BOUNDS);
       from = first * task->stride_y - task->pad_y, to = (stop - 1) * task->stride_y - task->pad_y + task->kernel_height;
       from = from > 0 ? from : 0, to = to < task->height ? to : task->height;
@@ -205,6 +253,56 @@ static int32_t check_call(const struct task *task, const struct call *call, int6
         if (task->source_channels[t] >= sources) sources = task->source_channels[t] + 1;
       break;
     case KIND(zero): sources = 0; break;
+    case KIND(sparse):
+    case KIND(dense): {
+      int64_t room = task->out_plane == 1 ? 1 : (int64_t)call->rows * task->pitch + OVER_READ, at = first * task->pitch;
+      for (int32_t i = 0; i < task->taps; i++) {
+        int64_t offset = call->in_offset + at + task->offsets[i];
+        REFUSE_IF(offset < 0 || offset + room > arena_size, OUT_OF_BOUNDS);
+      }
+      sources = 0, from = first, to = stop, behind = task->out_plane == 1 ? 0 : OVER_READ;
+      break;
+    }
+    case KIND(sum):
+    case KIND(product):
+      from = first, to = stop;
+      if (task->second_plane == 1 && task->plane != 1) {
+        REFUSE_IF(call->second_offset < 0 || call->second_offset + task->second_sources > arena_size, OUT_OF_BOUNDS);
+        REFUSE_IF(!lie_within(arena_size, call->in_offset, sources, task->plane, from, to, task->pitch, 0), OUT_OF_BOUNDS);
+        return lie_within(arena_size, call->out_offset, task->targets, task->out_plane, first, stop, task->out_pitch, 0)
+                   ? 0 : -OUT_OF_BOUNDS;
+      }
+      break;
+    case KIND(phases):
+      from = first * task->stride_y - task->pad_y, to = task->height;
+      from = from > 0 ? from : 0;
+      break;
+    case KIND(pool): {
+      int64_t line = ((int64_t)task->out_width + 16) * task->stride_x + (int64_t)task->kernel_width * task->dilation_x + 32;
+      REFUSE_IF(line > scratch_size || (int64_t)task->width + task->pad_x > line, OUT_OF_BOUNDS);
+      from = first * task->stride_y - task->pad_y;
+      to = (stop - 1) * task->stride_y - task->pad_y + (int64_t)(task->kernel_height - 1) * task->dilation_y + 1;
+      from = from > 0 ? from : 0, to = to < task->height ? to : task->height;
+      break;
+    }
+    case KIND(rearrange):
+      sources = 0;
+      for (int32_t i = 0; i < task->taps; i++) {
+        int64_t in = call->in_offset + task->offsets[i], out = call->out_offset + task->middles[i];
+        REFUSE_IF(in < 0 || in >= arena_size || out < 0 || out >= arena_size, OUT_OF_BOUNDS);
+      }
+      break;
+    case KIND(layer_norm): behind = task->plane == 1 ? 0 : OVER_READ; break;
+    case KIND(attention):
+      REFUSE_IF((int64_t)task->width + 16 > scratch_size, OUT_OF_BOUNDS);
+      REFUSE_IF(!lie_within(arena_size, call->in_offset, sources, task->plane, 0, 1, task->out_width, 0), OUT_OF_BOUNDS);
+      REFUSE_IF(!lie_within(arena_size, call->second_offset, sources, task->second_plane, 0, 1, task->pitch, OVER_READ),
+                OUT_OF_BOUNDS);
+      REFUSE_IF(!lie_within(arena_size, call->third_offset, task->targets, task->third_plane, 0, 1, task->pitch, OVER_READ),
+                OUT_OF_BOUNDS);
+      REFUSE_IF(!lie_within(arena_size, call->out_offset, task->targets, task->out_plane, 0, 1, task->out_pitch, 0),
+                OUT_OF_BOUNDS);
+      return 0;
     case KIND(slide):
       REFUSE_IF(!lie_within(arena_size, call->in_offset, task->targets, task->out_plane, first, stop, task->out_pitch, 0),
                 OUT_OF_BOUNDS);

@@ -269,125 +269,83 @@ static FAST void WIDTH(line)(const float *source, float *line, int32_t width, in
   for (x = high; x < (targets + LANES - 1) / LANES * LANES; x++) line[x] = 0.0f;
 }
 
-/* Sums of a row for `pair` targets, n vectors each, from the lines that they read. */
-INLINE FAST void WIDTH(convolution_tile)(const struct task *task, const float *lines, int32_t top, int32_t width,
-                                         int32_t sources, int32_t t, const int pair, const int n, vec *sums) {
-  int32_t area = task->kernel_height * task->kernel_width;
-  const float *weight = task->weight + (int64_t)t * sources * area;
-  vec sum[2 * PAIR_TILE];
+/* Sums of a row, n vectors, from the lines that they read. */
+INLINE FAST void WIDTH(depthwise_tile)(const struct task *task, const float *lines, int32_t top, int32_t width, int32_t t,
+                                       const int n, vec *sums) {
+  const float *weight = task->weight + (int64_t)t * task->kernel_height * task->kernel_width;
+  vec sum[PAIR_TILE];
 #pragma GCC unroll 16
   for (int k = 0; k < n; k++) sum[k] = (task->shift ? task->shift[t] : 0.0f) + (vec){0};
-  if (pair) {
+  for (int32_t ky = 0; ky < task->kernel_height; ky++) {
+    const float *line = lines + (int64_t)((top + ky) % task->kernel_height) * task->kernel_width * width;
+    for (int32_t kx = 0; kx < task->kernel_width; kx++, line += width) {
+      float one = *weight++;
 #pragma GCC unroll 16
-    for (int k = 0; k < n; k++) sum[n + k] = (task->shift ? task->shift[t + 1] : 0.0f) + (vec){0};
-  }
-  for (int32_t s = 0; s < sources; s++)
-    for (int32_t ky = 0; ky < task->kernel_height; ky++) {
-      int32_t slot = (top + ky) % task->kernel_height;
-      const float *line = lines + (int64_t)(s * task->kernel_height + slot) * task->kernel_width * width;
-      for (int32_t kx = 0; kx < task->kernel_width; kx++, line += width, weight++) {
-        float one = weight[0], other = pair ? weight[sources * area] : 0.0f;
-#pragma GCC unroll 16
-        for (int k = 0; k < n; k++) {
-          vec value = read(line + k * LANES);
-          sum[k] += one * value;
-          if (pair) sum[n + k] += other * value;
-        }
-      }
+      for (int k = 0; k < n; k++) sum[k] += one * read(line + k * LANES);
     }
+  }
 #pragma GCC unroll 16
   for (int k = 0; k < n; k++) sums[k] = sum[k];
-  if (pair) {
-#pragma GCC unroll 16
-    for (int k = 0; k < n; k++) sums[n + k] = sum[n + k];
-  }
 }
 
-/* Row by row: the pixels that a row of targets reads lie side by side in scratch; lines stay there while they are read. */
-static FAST void WIDTH(convolve)(const struct task *task, const struct call *call, const struct context *context,
-                                 const int depthwise) {
-  const float *in = (task->outside ? context->images : context->arena) + call->in_offset;
-  int32_t low = begin(context, task->targets), high = end(context, task->targets);
-  int32_t sources = depthwise ? 1 : task->sources, width = (task->out_width + LANES - 1) / LANES * LANES;
-  int32_t vectors = width / LANES, kernel = task->kernel_height;
-  for (int32_t first = low; first < (depthwise ? high : low + 1); first++) {
+/* Row by row: the pixels that a row reads lie side by side in scratch; lines stay there while they are read. */
+static FAST void WIDTH(depthwise)(const struct task *task, const struct call *call, const struct context *context) {
+  const float *maps = (task->outside ? context->images : context->arena) + call->in_offset;
+  int32_t width = (task->out_width + LANES - 1) / LANES * LANES, vectors = width / LANES, kernel = task->kernel_height;
+  for (int32_t t = begin(context, task->targets), stop = end(context, task->targets); t < stop; t++) {
+    const float *in = maps + (int64_t)t * task->plane, *added = added_map(task, t);
     int32_t known = -task->pad_y - 1; /* rows up to this one have lines */
     for (int32_t y = call->first; y < call->first + call->rows; y++) {
       int32_t top = y * task->stride_y - task->pad_y;
       if (y == call->first && known < top - 1) known = top - 1;
-      for (int32_t row = known + 1 > top ? known + 1 : top; row < top + kernel; row++)
-        for (int32_t s = 0; s < sources; s++) {
-          float *line = context->scratch + (int64_t)(s * kernel + (row + task->pad_y) % kernel) * task->kernel_width * width;
-          const float *source = in + ((int64_t)(depthwise ? first : s) * task->plane + (int64_t)row * task->pitch);
-          for (int32_t kx = 0; kx < task->kernel_width; kx++, line += width)
-            if (row < 0 || row >= task->height)
-              memset(line, 0, sizeof(float) * (size_t)width);
-            else
-              WIDTH(line)(source, line, task->width, task->out_width, task->stride_x, kx - task->pad_x);
-        }
-      known = top + kernel - 1;
-      for (int32_t t = depthwise ? first : low, stop = depthwise ? first + 1 : high; t < stop;) {
-        int pair = t + 1 < stop;
-        int32_t done = 0, tiles = (vectors + PAIR_TILE - 1) / PAIR_TILE;
-        for (int32_t tile = 0; tile < tiles; tile++) {
-          int n = (vectors - done + tiles - tile - 1) / (tiles - tile);
-          const float *lines = context->scratch + done * LANES;
-          vec sums[2 * PAIR_TILE];
-#define CASE(n) \
-  case n: \
-    if (pair) \
-      WIDTH(convolution_tile)(task, lines, top + task->pad_y, width, sources, t, 1, n, sums); \
-    else \
-      WIDTH(convolution_tile)(task, lines, top + task->pad_y, width, sources, t, 0, n, sums); \
-    break;
-          switch (n) {
-            CASE(1)
-            CASE(2)
-            CASE(3)
-            CASE(4)
-            CASE(5)
-            CASE(6)
-#if PAIR_TILE > 6
-            CASE(7)
-#endif
-          }
-#undef CASE
-          for (int32_t i = 0; i < 1 + pair; i++) {
-            int64_t at = call->out_offset + (int64_t)(t + i) * task->out_plane + (int64_t)y * task->out_pitch;
-            const float *added = added_map(task, t + i);
-            for (int k = 0; k < n; k++) {
-              int32_t x = (done + k) * LANES, count = task->out_pitch - x < LANES ? task->out_pitch - x : LANES;
-              vec sum = sums[i * n + k];
-              if (added) {
-                vec more = {0};
-                memcpy(&more, added + (int64_t)y * task->out_pitch + x, sizeof(float) * (size_t)count);
-                sum += more;
-              }
-              if (task->relu) sum = rectified(sum);
-              if (task->mask) sum = masked(sum, task->mask + x);
-              if (count == LANES)
-                write(context->arena + at + x, sum);
-              else
-                memcpy(context->arena + at + x, &sum, sizeof(float) * (size_t)count);
-            }
-          }
-          done += n;
-        }
-        for (int32_t i = 0; i < 1 + pair; i++)
-          blank(context->arena + (call->out_offset + (int64_t)(t + i) * task->out_plane + (int64_t)y * task->out_pitch), width,
-                task->out_pitch);
-        t += 1 + pair;
+      for (int32_t row = known + 1 > top ? known + 1 : top; row < top + kernel; row++) {
+        float *line = context->scratch + (int64_t)((row + task->pad_y) % kernel) * task->kernel_width * width;
+        for (int32_t kx = 0; kx < task->kernel_width; kx++, line += width)
+          if (row < 0 || row >= task->height)
+            memset(line, 0, sizeof(float) * (size_t)width);
+          else
+            WIDTH(line)(in + (int64_t)row * task->pitch, line, task->width, task->out_width, task->stride_x, kx - task->pad_x);
       }
+      known = top + kernel - 1;
+      float *out = context->arena + (call->out_offset + (int64_t)t * task->out_plane + (int64_t)y * task->out_pitch);
+      int32_t done = 0, tiles = (vectors + PAIR_TILE - 1) / PAIR_TILE;
+      for (int32_t tile = 0; tile < tiles; tile++) {
+        int n = (vectors - done + tiles - tile - 1) / (tiles - tile);
+        vec sums[PAIR_TILE];
+#define CASE(n) \
+  case n: WIDTH(depthwise_tile)(task, context->scratch + done * LANES, top + task->pad_y, width, t, n, sums); break;
+        switch (n) {
+          CASE(1)
+          CASE(2)
+          CASE(3)
+          CASE(4)
+          CASE(5)
+          CASE(6)
+#if PAIR_TILE > 6
+          CASE(7)
+#endif
+        }
+#undef CASE
+        for (int k = 0; k < n; k++) {
+          int32_t x = (done + k) * LANES, count = task->out_pitch - x < LANES ? task->out_pitch - x : LANES;
+          vec sum = sums[k];
+          if (added) {
+            vec more = {0};
+            memcpy(&more, added + (int64_t)y * task->out_pitch + x, sizeof(float) * (size_t)count);
+            sum += more;
+          }
+          if (task->relu) sum = rectified(sum);
+          if (task->mask) sum = masked(sum, task->mask + x);
+          if (count == LANES)
+            write(out + x, sum);
+          else
+            memcpy(out + x, &sum, sizeof(float) * (size_t)count);
+        }
+        done += n;
+      }
+      blank(out, width, task->out_pitch);
     }
   }
-}
-
-static FAST void WIDTH(depthwise)(const struct task *task, const struct call *call, const struct context *context) {
-  WIDTH(convolve)(task, call, context, 1);
-}
-
-static FAST void WIDTH(convolution)(const struct task *task, const struct call *call, const struct context *context) {
-  WIDTH(convolve)(task, call, context, 0);
 }
 
 /* What the columns to the left, above and to the right contribute to a vector of pixels. */
@@ -540,6 +498,8 @@ static FAST void WIDTH(slide)(const struct task *task, const struct call *call, 
     memmove(context->arena + (call->out_offset + at), context->arena + (call->in_offset + at), bytes);
   }
 }
+
+#include "_kernels_layers.h"
 
 static FAST void WIDTH(run)(const struct task *task, const struct call *call, const struct context *context) {
 #define CASE(kind) \

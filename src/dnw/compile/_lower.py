@@ -15,11 +15,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dnw.compile._program import Constant, Edges, Pick, Program, Restore
-from dnw.compile._tasks import Maps, Part, Task, tasks
+from dnw.compile._layers import ACTIVATIONS, Attention, Shift
+from dnw.compile._program import Edges, Mean, Pick, Program, Restore
+from dnw.compile._tasks import Maps, Part, Task, constant_of, edges_of, moved, tasks
 
 CACHE = 640 << 10
 """Bytes that the maps of a segment may take: what fits into a second-level cache of 1 MiB beside weights."""
+NEAREST = 28 << 10
+"""Bytes of the nearest cache that sources may take."""
+MOST_TILE = 14
+"""Vectors of sums that the sparse kernel holds in registers (_kernels_layers.h)."""
+ACTIVATION_NUMBERS = {kind: number for number, kind in enumerate(("none", *ACTIVATIONS))}
+"""As in _kernels.c."""
 _SLACK = 64
 """Floats behind all maps in the arena that belong to nobody: kernels that are marked OVER_READS (_kernels.c) work in whole
 vectors, wherever their rows end, and so reach up to OVER_READ floats behind. That it is enough is checked there, by dnw_check.
@@ -41,7 +48,7 @@ class Call:
 
     Attributes:
         task: the number of its record.
-        in_offset, second_offset, out_offset: where row 0 of the maps lies in the arena, or would lie.
+        in_offset, second_offset, third_offset, out_offset: where row 0 of the maps lies in the arena, or would lie.
     """
 
     task: int
@@ -49,6 +56,7 @@ class Call:
     rows: int
     in_offset: int
     second_offset: int
+    third_offset: int
     out_offset: int
 
 
@@ -72,10 +80,7 @@ class Lowered:
     def __post_init__(self) -> None:
         self._space = Space()
         self._numbers: dict[Task, int] = {}
-        found = list(tasks(self.program))
-        for task in found:
-            if task.kind == "node":
-                task.reads[0].maps.halo = True
+        found = tasks(self.program)
         segments = list(_segments(found))
         readers = {part.maps: i for i, segment in enumerate(segments) for task in segment for part in task.reads}
         allocated: set[Maps] = set()
@@ -95,7 +100,7 @@ class Lowered:
         if maps in allocated or maps.outside:
             return
         maps.held = maps.held or maps.rows
-        maps.first_row = -1 if maps.halo else 0
+        maps.first_row = -maps.top
         maps.offset = self._space.take(maps.floats + _SLACK)
         allocated.add(maps)
 
@@ -107,8 +112,8 @@ class Lowered:
         last = {part.maps: i for i, task in enumerate(segment) for part in task.reads}
         for i, task in enumerate(segment):
             self._allocate(task.writes.maps, allocated)
-            self._border(task, -1)
-            self._border(task, task.writes.maps.height)
+            self._above(task)
+            self._below(task)
             self._call(task, 0, task.writes.maps.height)
             for maps in {part.maps for part in task.reads}:
                 if last[maps] == i and readers[maps] == number and maps is not task.writes.maps:
@@ -132,14 +137,14 @@ class Lowered:
         for task, first, stop in events:
             maps = task.writes.maps
             if first == 0:
-                self._border(task, -1)
-            newest = stop + (maps.halo and stop == maps.height)
+                self._above(task)
+            newest = stop + (maps.bottom if stop == maps.height else 0)
             if maps in inside and newest - maps.first_row > maps.held:
                 self._slide(maps, _oldest(maps, segment, made), max(made[w] for w in segment if w.writes.maps is maps))
             self._call(task, first, stop - first)
             made[task] = stop
             if stop == maps.height:
-                self._border(task, stop)
+                self._below(task)
         for maps in {part.maps for task in segment for part in task.reads}:
             if readers[maps] == number:
                 self._free(maps)
@@ -151,14 +156,22 @@ class Lowered:
             self._numbers[task] = len(self.records)
             self.records.append(_record(task))
             self.scratch = max(self.scratch, _scratch(task))
-        parts = task.reads[0], task.reads[-1], task.writes
+        second = task.reads[min(1, len(task.reads) - 1)]
+        parts = task.reads[0], second, task.reads[-1], task.writes
         offsets = (part.maps.row_0 + part.first * part.maps.plane for part in parts)
         self.calls.append(Call(self._numbers[task], first, rows, *offsets))
 
-    def _border(self, task: Task, row: int) -> None:
-        """Zeros in a row above or below, unless an earlier task on the same maps has put them there."""
-        if task.writes.maps.halo and task.reads[0].maps is not task.writes.maps:
-            self._rows("zero", task.writes.maps, row, 1, task.writes.maps.row_0)
+    def _above(self, task: Task) -> None:
+        """Zeros in the rows above, unless an earlier task on the same maps has put them there."""
+        maps = task.writes.maps
+        if maps.top and task.reads[0].maps is not maps:
+            self._rows("zero", maps, -maps.top, maps.top, maps.row_0)
+
+    def _below(self, task: Task) -> None:
+        """Zeros in the rows below."""
+        maps = task.writes.maps
+        if maps.bottom and task.reads[0].maps is not maps:
+            self._rows("zero", maps, maps.height, maps.bottom, maps.row_0)
 
     def _slide(self, maps: Maps, first: int, stop: int) -> None:
         before = maps.row_0
@@ -169,7 +182,7 @@ class Lowered:
     def _rows(self, kind: str, maps: Maps, first: int, rows: int, before: int) -> None:
         numbers: dict[str, float] = {"targets": maps.channels, "out_pitch": maps.pitch, "out_plane": maps.plane}
         self.records.append(Record(kind, numbers, {}))
-        self.calls.append(Call(len(self.records) - 1, first, rows, before, before, maps.row_0))
+        self.calls.append(Call(len(self.records) - 1, first, rows, before, before, before, maps.row_0))
 
 
 # --- segments ---
@@ -186,7 +199,7 @@ def _segments(tasks: list[Task]) -> Iterator[list[Task]]:
             yield [task]
             continue
         segment.append(task)
-        if task.kind in ("node", "depthwise") and task.instruction.stride[0] > 1:
+        if task.halves:
             yield segment
             segment = []
     if segment:
@@ -224,7 +237,7 @@ def _simulated(segment: list[Task], inside: set[Maps], rows: int) -> tuple[list[
                 continue
             maps = task.writes.maps
             if maps in inside:
-                newest = stop + (maps.halo and stop == maps.height)
+                newest = stop + (maps.bottom if stop == maps.height else 0)
                 held[maps] = max(held[maps], newest - _oldest(maps, segment, made))
             events.append((task, made[task], stop))
             made[task] = stop
@@ -240,14 +253,20 @@ def _oldest(maps: Maps, segment: list[Task], made: dict[Task, int]) -> int:
     """The first row of maps that is still read, or not yet made."""
     oldest = [task.oldest(made[task]) for task in segment if any(part.maps is maps for part in task.reads)]
     unmade = [made[task] for task in segment if task.writes.maps is maps and made[task] < maps.height]
-    return max(min([*oldest, *unmade]), -1 if maps.halo else 0)
+    return max(min([*oldest, *unmade]), -maps.top)
 
 
 # --- what kernels take ---
 
 
 def _scratch(task: Task) -> int:
-    if task.kind not in ("depthwise", "convolution"):
+    if task.kind == "pool":
+        pool, width = task.instruction, task.writes.maps.width
+        line = (width + 16) * pool.stride[1] + pool.kernel[1] * pool.dilation[1]
+        return max(line, task.reads[0].maps.width + pool.padding[1]) + _SLACK
+    if task.kind == "attention":
+        return task.reads[1].maps.width + _SLACK
+    if task.kind != "depthwise":
         return 0
     return math.prod(task.instruction.weight.shape[1:]) * -(-task.writes.maps.width // 16) * 16 + _SLACK
 
@@ -258,13 +277,14 @@ def _record(task: Task) -> Record:
         "relu": task.relu or task.kind == "rectify",
         "outside": maps.outside,
         "sources": task.reads[0].count,
-        "second_sources": sum(part.count for part in task.reads[1:]),
+        "second_sources": sum(part.count for part in task.reads[1:2]),
         "targets": task.writes.count,
         "height": maps.height,
         "width": maps.width,
         "pitch": maps.pitch,
         "plane": maps.plane,
-        "second_plane": task.reads[-1].maps.plane,
+        "second_plane": task.reads[min(1, len(task.reads) - 1)].maps.plane,
+        "third_plane": task.reads[-1].maps.plane,
         "out_height": out.height,
         "out_width": out.width,
         "out_pitch": out.pitch,
@@ -273,6 +293,9 @@ def _record(task: Task) -> Record:
     arrays: dict[str, Tensor] = {}
     if out.halo and (out.pitch > out.width or out.pitch < 16):  # vectors are longer than rows
         arrays["mask"] = _mask(out, 0, out.height, 0, out.width)
+    if task.relu or task.activation:
+        numbers["activation"] = ACTIVATION_NUMBERS[task.activation.kind if task.activation else "relu"]
+        numbers |= {"first": task.activation.first, "second": task.activation.second} if task.activation else {}
     if task.kind == "edges":
         first, starts, sources = task.reads[0].count, instruction.starts, instruction.sources
         lies_first = sources < first
@@ -282,36 +305,158 @@ def _record(task: Task) -> Record:
         arrays |= {"weight": instruction.weight, "starts": starts, "middles": middles, "offsets": offsets}
     elif task.kind == "matrix":
         matrix = instruction.matrix() if isinstance(instruction, Edges) else instruction.weight.flatten(1)
-        grouped = matrix.new_zeros(-(-len(matrix) // 4) * 4, matrix.shape[1])
-        grouped[: len(matrix)] = matrix
-        arrays["weight"] = grouped.view(-1, 4, matrix.shape[1]).transpose(1, 2)
-    elif task.kind in ("affine", "instance_norm"):
+        arrays["weight"] = _grouped(matrix)
+    elif task.kind in ("sparse", "dense"):
+        _record_taps(task, numbers, arrays)
+    elif task.kind == "phases":
+        geometry = task.settings["geometry"]
+        numbers["blocks"] = len(geometry.phases)
+        numbers["stride_y"], numbers["stride_x"] = instruction.stride
+        numbers["pad_y"], numbers["pad_x"] = instruction.padding
+        arrays |= {
+            "starts": torch.tensor([y for y, _ in geometry.phases]),
+            "middles": torch.tensor([x for _, x in geometry.phases]),
+        }
+    elif task.kind in ("affine", "instance_norm", "layer_norm", "group_norm"):
         arrays |= {"scale": instruction.scale, "shift": instruction.shift}
-        numbers["eps"] = getattr(instruction, "eps", 0.0)
-    elif task.kind in ("depthwise", "convolution", "node"):
+        numbers["eps"], numbers["groups"] = getattr(instruction, "eps", 0.0), getattr(instruction, "groups", 1)
+    elif task.kind in ("depthwise", "node"):
         arrays["weight"] = instruction.weight
         numbers["kernel_height"], numbers["kernel_width"] = instruction.weight.shape[2:]
         numbers["stride_y"], numbers["stride_x"] = instruction.stride
         numbers["pad_y"], numbers["pad_x"] = instruction.padding
+    elif task.kind == "pool":
+        for name, (y, x) in (
+            ("kernel", (0, 0)),
+            ("stride", instruction.stride),
+            ("pad", instruction.padding),
+            ("dilation", instruction.dilation),
+        ):
+            if name == "kernel":
+                numbers["kernel_height"], numbers["kernel_width"] = instruction.kernel
+            else:
+                numbers[f"{name}_y"], numbers[f"{name}_x"] = y, x
+        numbers |= {"largest": instruction.largest, "padded": instruction.padded}
     elif task.kind == "mean":
-        start, bottom, right = instruction.start, min(instruction.stop, maps.height), min(instruction.stop, maps.width)
+        start, stop = (
+            (instruction.start, instruction.stop) if isinstance(instruction, Mean) else (0, max(maps.height, maps.width))
+        )
+        bottom, right = min(stop, maps.height), min(stop, maps.width)
         arrays["mask"] = _mask(maps, start, bottom, start, right)
         numbers["reciprocal"] = 1 / ((bottom - start) * (right - start))
     elif task.kind == "linear":
         arrays |= {"weight": instruction.weight, "shift": instruction.bias}
+    elif task.kind == "rearrange":
+        arrays["offsets"], arrays["middles"] = moved(task)
+        numbers |= {"taps": len(arrays["offsets"]), "clear": task.settings["clear"]}
+    elif isinstance(instruction, Attention):
+        numbers |= {
+            "groups": instruction.heads,
+            "reciprocal": instruction.scale,
+            "width": task.reads[1].maps.width,
+            "pitch": task.reads[1].maps.pitch,
+        }
+        if instruction.mask is not None:
+            arrays["added"] = task.reads[1].maps.padded(instruction.mask[:, None])
+            numbers["added_plane"] = arrays["added"].shape[1]
+    elif isinstance(instruction, Shift):
+        arrays["added"] = maps.padded(instruction.constant.view(len(instruction.constant), maps.height, maps.width))
+        numbers["added_plane"] = arrays["added"].shape[1]
     elif isinstance(instruction, Pick):
         arrays["source_channels"] = instruction.channels
     elif isinstance(instruction, Restore):
         added = instruction.constant.reshape(task.writes.count, -1)
         arrays |= {"source_channels": _positions(instruction.channels, task.writes.count), "added": added}
         numbers |= {"height": out.height, "width": out.width, "added_plane": added.shape[1]}
-    if isinstance(constant := getattr(instruction, "constant", None), Constant):
+    if task.kind != "phases" and (constant := constant_of(instruction)) is not None:
         arrays["shift"] = constant.base
         if len(constant.channels):
             added = out.padded(constant.core[:, constant.rows][:, :, constant.columns])
             arrays |= {"added_maps": _positions(constant.channels, task.writes.count), "added": added}
             numbers["added_plane"] = added.shape[1]
     return Record(task.kind, numbers, arrays)
+
+
+def _grouped(matrix: Tensor) -> Tensor:
+    """A matrix ``[targets, taps]`` as four targets side by side: ``[groups, taps, 4]``."""
+    grouped = matrix.new_zeros(-(-len(matrix) // 4) * 4, matrix.shape[1])
+    grouped[: len(matrix)] = matrix
+    return grouped.view(-1, 4, matrix.shape[1]).transpose(1, 2)
+
+
+def _record_taps(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor]) -> None:
+    """Weights of a convolution or matrix, and where what they are multiplied with lies."""
+    maps, instruction = task.reads[0].maps, task.instruction
+    geometry = task.settings.get("geometry")
+    if "point" in task.settings:
+        _record_point(task, numbers, arrays)
+        return
+    if geometry is None:
+        weight, places = instruction.weight, torch.arange(maps.channels) * maps.plane
+        arrays["shift"] = instruction.bias
+        taps, phases = 1, 1
+    else:
+        weight = instruction.weight if task.kind == "sparse" else instruction.whole()
+        taps, phases = len(geometry.taps), len(geometry.phases)
+        at = torch.tensor([phase * maps.plane + row * maps.pitch + column for phase, row, column in geometry.taps])
+        places = (torch.arange(maps.channels // phases).view(-1, 1) * phases * maps.plane + at).flatten()
+    if task.kind == "dense":
+        arrays |= {"weight": _grouped(weight.flatten(1)), "offsets": places}
+        numbers["taps"] = len(places)
+        return
+    if geometry is None:
+        target, source = weight.nonzero(as_tuple=True)
+        place, values = source, weight[target, source]
+    else:
+        target, source, tap, values = edges_of(instruction)
+        place = source * taps + tap
+    tile, each = (1, maps.channels) if maps.pitch == 1 else _tiled(task, maps.channels // phases, len(source))
+    block, blocks = source // each, -(-(maps.channels // phases) // each)
+    order = (block * task.writes.count + target).argsort(stable=True)
+    starts = torch.zeros(blocks, task.writes.count + 1, dtype=torch.int64)
+    ends = torch.zeros(blocks * task.writes.count + 1, dtype=torch.int64)
+    ends[1:] = (block * task.writes.count + target).bincount(minlength=blocks * task.writes.count).cumsum(0)
+    starts[:, :-1] = ends[:-1].view(blocks, -1)
+    starts[:, -1] = ends[task.writes.count :: task.writes.count]
+    arrays |= {"starts": starts.flatten(), "offsets": places[place[order]], "weight": values[order]}
+    numbers |= {"taps": len(order), "blocks": blocks, "tile": tile}
+
+
+def _record_point(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor]) -> None:
+    """Weights of a convolution that makes one pixel, and where what they are multiplied with lies."""
+    maps, convolution = task.reads[0].maps, task.instruction
+    target, source, tap, values = edges_of(convolution)
+    columns = convolution.weight.shape[3]
+    row = tap // columns * convolution.dilation[0] - convolution.padding[0]
+    column = tap % columns * convolution.dilation[1] - convolution.padding[1]
+    inside = (row >= 0) & (row < maps.height) & (column >= 0) & (column < maps.width)
+    ends = target[inside].bincount(minlength=task.writes.count).cumsum(0)
+    arrays["starts"] = torch.cat([ends.new_zeros(1), ends])
+    arrays["offsets"] = (source * maps.plane + row * maps.pitch + column)[inside]
+    arrays["weight"] = values[inside]
+    numbers |= {"taps": int(inside.count_nonzero()), "blocks": 1, "tile": 1}
+
+
+def _tiled(task: Task, sources: int, edges: int) -> tuple[int, int]:
+    """Of a sparse task: how many times 16 pixels at a time, and how many sources at a time, by what that is likely to cost.
+
+    Counted are cycles of one target: a vector of a product costs one where its source lies in the nearest cache, and two where
+    it does not; weights, beginning with another block, and sums that wait in memory cost besides.
+    """
+    maps, out, geometry = task.reads[0].maps, task.writes.maps, task.settings.get("geometry")
+    vectors, rows = -(-out.height * out.pitch // 16), task.window[0] - 1
+    phases = 1 if geometry is None else len(geometry.phases)
+    degree = edges / max(1, task.writes.count)
+    best = (math.inf, 1, sources)
+    for tiles in range(-(-vectors // MOST_TILE), -(-vectors // 3) + 1):
+        tile = -(-vectors // tiles)
+        bytes_each = 4 * phases * min(16 * tile + rows * maps.pitch, maps.plane)
+        for blocks in sorted({1, *(max(1, sources * bytes_each // (kib << 10)) for kib in (16, 20, 24, 28, 32, 48))}):
+            held = -(-sources // blocks) * bytes_each
+            near = min(1.0, NEAREST / held)
+            cost = degree * (tile * (2.1 - 1.05 * near) + 1.5) + blocks * (2 * tile + 14)
+            best = min(best, (cost * tiles, tile, -(-sources // blocks)))
+    return best[1], best[2]
 
 
 def _positions(channels: Tensor, count: int) -> Tensor:

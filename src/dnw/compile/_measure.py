@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from dnw.compile._native import Runtime
-from dnw.compile._program import Edges, Graph, Instruction, Program, Size, require_program
+from dnw.compile._program import Convolution, Edges, Graph, Instruction, Linear, Program, Size, require_program
 
 _ROUNDS = 9
+_MOST = 0.6
+"""Density above which sums are not measured, and stay dense: weight by weight there is next to nothing to gain."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,20 @@ def measured(program: Program, least: float = 0.1) -> tuple[Program, tuple[Timin
     """
     require_program(program)
     timings: list[Timing] = []
-    instructions = []
-    for number, (instruction, size) in enumerate(program.walk()):
+    nodes = []
+    for number, (node, (instruction, sizes)) in enumerate(zip(program.nodes, program.walk(), strict=True)):
+        size = sizes[0]
+        name = node.name or f"sums {number}"
         if isinstance(instruction, Edges):
-            instruction = _chosen(instruction, size, f"sums {number}", least, timings)
+            instruction = _chosen(instruction, size, name, least, timings)
+        elif isinstance(instruction, (Convolution, Linear)) and not (
+            isinstance(instruction, Convolution) and instruction.apart
+        ):
+            instruction = _weights_chosen(instruction, size, name, least, timings)
         elif isinstance(instruction, Graph):
             instruction = _graph(instruction, size, f"graph {number}", least, timings)
-        instructions.append(instruction)
-    return replace(program, instructions=tuple(instructions)), tuple(timings)
+        nodes.append(replace(node, instruction=instruction))
+    return replace(program, nodes=tuple(nodes)), tuple(timings)
 
 
 def _graph(graph: Graph, size: Size, name: str, least: float, timings: list[Timing]) -> Graph:
@@ -84,17 +92,34 @@ def _chosen(edges: Edges, size: Size, name: str, least: float, timings: list[Tim
     density = len(edges.weight) / (edges.num_targets * edges.num_sources)
     if density < least:
         return replace(edges, dense=False)
-    images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    sparse, dense = (_runner(replace(edges, dense=form), size) for form in (False, True))
-    times = [[_seconds(run, images) for run in (sparse, dense)] for _ in range(_ROUNDS)]
-    timing = Timing(name, density, min(t for t, _ in times), min(t for _, t in times))
+    timing = _timing(replace(edges, dense=False), replace(edges, dense=True), size, name, density)
     timings.append(timing)
     return replace(edges, dense=timing.faster_dense)
 
 
+def _weights_chosen(
+    instruction: Convolution | Linear, size: Size, name: str, least: float, timings: list[Timing]
+) -> Convolution | Linear:
+    """A convolution or matrix in the faster of both forms; where nearly all or nearly none are there, that is clear."""
+    weight = instruction.weight
+    groups = instruction.groups if isinstance(instruction, Convolution) else 1
+    density = int(weight.count_nonzero()) / max(1, weight.numel() * groups)
+    if density < least or density > _MOST:
+        return replace(instruction, sparse=density < least)
+    timing = _timing(replace(instruction, sparse=True), replace(instruction, sparse=False), size, name, density)
+    timings.append(timing)
+    return replace(instruction, sparse=not timing.faster_dense)
+
+
+def _timing(one: Instruction, other: Instruction, size: Size, name: str, density: float) -> Timing:
+    images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    sparse, dense = _runner(one, size), _runner(other, size)
+    times = [[_seconds(run, images) for run in (sparse, dense)] for _ in range(_ROUNDS)]
+    return Timing(name, density, min(t for t, _ in times), min(t for _, t in times))
+
+
 def _runner(instruction: Instruction, size: Size) -> Callable[[torch.Tensor], torch.Tensor]:
-    channels, height, width = size
-    return Runtime(Program((instruction,), (channels, height, width)))
+    return Runtime(Program.chain((instruction,), size))
 
 
 def _seconds(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> float:

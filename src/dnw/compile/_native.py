@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from dnw.compile._lower import CACHE, Lowered, Record
+from dnw.compile._pieces import Piece, flattened, pieces, unflattened
 from dnw.compile._program import Program, in_memory, require_program
 from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
-_VERSION = 7
+_VERSION = 8
 _FUNCTIONS = {
     "lanes": (),
     "check": (POINTER, INT32, INT64, POINTER, INT32, INT64, INT64, INT64, INT64, INT64),
@@ -103,11 +104,18 @@ class Runtime:
             raise ValueError("native=True: the kernels are not built; install the package again where there is a C compiler")
         self.program, self.threads = program, threads
         self.kind = "native" if native or (native is None and kernels() is not None) else "torch"
-        self.output_size = program.output_size
         if self.kind == "native":
             with torch.device("cpu"):
-                self._layout = _Layout(program)
+                self._pieces = pieces(program)
+                self._layouts = [_Layout(piece.program) if piece.native else None for piece in self._pieces]
             self._hire()
+
+    @property
+    def _layout(self) -> _Layout:
+        """Of a program that is one piece."""
+        (layout,) = self._layouts
+        assert layout is not None
+        return layout
 
     def _hire(self) -> None:
         """Threads of this process: a process that is forked from one has none."""
@@ -119,56 +127,79 @@ class Runtime:
     def __reduce__(self) -> tuple[Any, ...]:
         return _runtime, (self.program, self.threads, self.kind)
 
-    def __call__(self, images: Any) -> Any:
-        """Images ``[batch, channels, height, width]`` to outputs ``[batch, ...]`` in float32, as a tensor or as a NumPy array.
+    def __call__(self, *images: Any) -> Any:
+        """Inputs ``[batch, *size]`` to outputs ``[batch, ...]`` in float32, as tensors or as NumPy arrays; several as a tuple.
 
         Raises:
-            ValueError: another shape than the network was compiled for, no floating-point numbers, or no dense tensor.
+            ValueError: other shapes than the network was compiled for, no floating-point numbers, or no dense tensor.
         """
-        given = images if isinstance(images, Tensor) else self._from_numpy(images)
-        self.program.check_images(given)
+        given = [x if isinstance(x, Tensor) else self._from_numpy(x, i) for i, x in enumerate(images)]
+        self.program.check_images(*given)
         if self.kind == "torch":
-            outputs = self.program(given)
+            found = self.program(*given)
+            outputs = list(found) if isinstance(found, tuple) else [found]
         else:
-            outputs = self._run(in_memory(given, torch.float32))
-        return outputs if isinstance(images, Tensor) else outputs.numpy()
+            outputs = self._run_pieces([in_memory(x, torch.float32) for x in given])
+        if not isinstance(images[0], Tensor):
+            outputs = [output.numpy() for output in outputs]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _from_numpy(self, images: Any) -> Tensor:
+    def _run_pieces(self, values: list[Tensor]) -> list[Tensor]:
+        known = dict(enumerate(values))
+        for piece, layout in zip(self._pieces, self._layouts, strict=True):
+            known.update(zip(piece.writes, self._run_piece(piece, layout, [known[i] for i in piece.reads]), strict=True))
+        return [known[i] for i in self.program.outputs]
+
+    def _run_piece(self, piece: Piece, layout: _Layout | None, reads: list[Tensor]) -> list[Tensor]:
+        if layout is None:
+            return piece.program.run(*reads)
+        flat = self._run(layout, in_memory(flattened(reads, piece.program.input_sizes), torch.float32))
+        return list(unflattened(flat, piece.program.output_sizes))
+
+    def timed(self, images: list[Tensor]) -> Iterator[tuple[bool, float]]:
+        """Of each piece whether kernels run it, and the seconds that it takes on some inputs."""
+        known = dict(enumerate(images))
+        for piece, layout in zip(self._pieces, self._layouts, strict=True):
+            started = time.perf_counter()
+            found = self._run_piece(piece, layout, [known[i] for i in piece.reads])
+            yield piece.native, time.perf_counter() - started
+            known.update(zip(piece.writes, found, strict=True))
+
+    def _from_numpy(self, images: Any, number: int) -> Tensor:
         """An array of whatever strides, byte order and precision, as float32."""
         import numpy as np
 
         array = np.asarray(images)
         if array.dtype.kind != "f":
-            raise ValueError(self.program.refusal(array.dtype, array.shape))
+            size = self.program.input_sizes[min(number, len(self.program.input_sizes) - 1)]
+            raise ValueError(self.program.refusal(array.dtype, array.shape, size))
         return torch.from_numpy(np.require(array, np.float32, ["C_CONTIGUOUS", "WRITEABLE"]))
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, layout: _Layout, images: Tensor) -> Tensor:
         if self._process != os.getpid():
             self._hire()
-        outputs = _floats(len(images), *self.output_size)
+        outputs = _floats(len(images), layout.num_outputs)
         if self._pool is None or not len(images):
-            self._layout.run(images, outputs)
+            layout.run(images, outputs)
         elif len(images) < self.threads:
-            self._together(images, outputs)
+            self._together(layout, images, outputs)
         else:
             parts = zip(images.tensor_split(self.threads), outputs.tensor_split(self.threads), strict=True)
-            for done in [self._pool.submit(self._layout.run, *part) for part in parts]:
+            for done in [self._pool.submit(layout.run, *part) for part in parts]:
                 done.result()
         return outputs
 
-    def _together(self, images: Tensor, outputs: Tensor) -> None:
+    def _together(self, layout: _Layout, images: Tensor, outputs: Tensor) -> None:
         """All threads on one image after the other. They wait for each other, so the crew serves one caller at a time."""
         meeting = torch.zeros(2, dtype=torch.int32, device="cpu")
-        arena = self._layout.take_arena()
+        arena = layout.take_arena()
         with self._crew_is_busy:
             work = images, outputs, arena
-            others = [
-                self._crew.submit(self._layout.run, *work, thread, self.threads, meeting) for thread in range(1, self.threads)
-            ]
-            self._layout.run(*work, 0, self.threads, meeting)
+            others = [self._crew.submit(layout.run, *work, thread, self.threads, meeting) for thread in range(1, self.threads)]
+            layout.run(*work, 0, self.threads, meeting)
             for done in others:
                 done.result()
-        self._layout.give_arena(arena)
+        layout.give_arena(arena)
 
 
 def _runtime(program: Program, threads: int, kind: str) -> Runtime:
@@ -191,11 +222,16 @@ class _Layout:
         self._arrays: list[Tensor] = []  # what the records point to
         self._tasks = (found.task * len(lowered.records))(*map(self._task, lowered.records))
         self._calls = (found.call * len(lowered.calls))(*(_filled(found.call, vars(call)) for call in lowered.calls))
-        self._sizes = math.prod(program.input_size), math.prod(program.output_size)
+        self._sizes = sum(map(math.prod, program.input_sizes)), sum(map(math.prod, program.output_sizes))
         self._arenas: list[Tensor] = []  # of runs that are over
         tasks = self._tasks, len(self._tasks), ctypes.sizeof(found.task)
         calls = self._calls, len(self._calls), ctypes.sizeof(found.call)
         library.dnw_check(*tasks, *calls, *self._sizes, lowered.arena, lowered.scratch)
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that come out of one image."""
+        return self._sizes[1]
 
     def take_arena(self) -> Tensor:
         try:

@@ -6,6 +6,7 @@ widths are those that the program was compiled for.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,24 @@ import torch
 from torch import Tensor
 
 from dnw._files import write_whole
+from dnw.compile._layers import (
+    Activation,
+    AdaptiveMean,
+    Attention,
+    Concat,
+    Crop,
+    LayerNorm,
+    Pad,
+    PlaceMean,
+    Pool,
+    Product,
+    Rearrange,
+    Shift,
+    Sum,
+)
 from dnw.compile._program import (
     Affine,
+    Beside,
     Constant,
     Convolution,
     Edges,
@@ -62,51 +79,163 @@ class _Writer:
         self.numbers: list[Any] = []
 
     def model(self) -> Any:
-        from onnx import TensorProto, helper
+        from onnx import helper
 
-        x, size = "images", tuple(self.program.input_size)
-        for instruction in self.program.instructions:
-            x, size = self._add(instruction, x, size), instruction.check(size)
-        self._node("Identity", x, name="outputs")
-        ends = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *sides])
-            for name, sides in (("images", self.program.input_size), ("outputs", size))
-        ]
-        graph = helper.make_graph(self.nodes, "dnw", ends[:1], ends[1:], self.numbers)
+        sizes, program = self.program.sizes(), self.program
+        one = len(program.input_sizes) == 1
+        names = ["images" if one else f"inputs_{i}" for i in range(len(program.input_sizes))]
+        ends = [self._end(name, size) for name, size in zip(names, program.input_sizes, strict=True)]
+        count = len(names)
+        for node, made in zip(program.nodes, sizes[count:], strict=True):
+            self._made = made
+            names.append(self.add(node.instruction, [names[i] for i in node.reads], [sizes[i] for i in node.reads]))
+        outputs = []
+        for number, i in enumerate(program.outputs):
+            name = "outputs" if len(program.outputs) == 1 else f"outputs_{number}"
+            self._node("Identity", names[i], name=name)
+            outputs.append(self._end(name, sizes[i]))
+        graph = helper.make_graph(self.nodes, "dnw", ends, outputs, self.numbers)
         opset = helper.make_opsetid("", _OPSET)
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION, producer_name="dnw")
 
+    @staticmethod
+    def _end(name: str, size: Size) -> Any:
+        from onnx import TensorProto, helper
+
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *size])
+
+    def add(self, instruction: Instruction, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        """Appends an instruction on values of some sizes; returns the name of what comes out."""
+        emitter = EMITTERS.get(type(instruction))
+        if emitter is None:
+            raise ValueError(
+                f"PyTorch runs {getattr(instruction, 'name', type(instruction).__name__)}, which is not written as ONNX"
+            )
+        return emitter(self, instruction, names, sizes)
+
     def _add(self, instruction: Instruction, x: str, size: Size) -> str:
-        """Appends an instruction on maps of a size; returns the name of what comes out."""
-        ones = [1] * (len(size) - 1)
-        if isinstance(instruction, Graph):
-            return self._graph(instruction, x, size)
-        if isinstance(instruction, Edges):
-            return self._sums(x, instruction.matrix()[:, :, None, None], instruction.constant)
-        if isinstance(instruction, Convolution):
-            rows, columns = instruction.padding
-            settings: dict[str, Any] = {
-                "strides": instruction.stride,
-                "pads": (rows, columns, rows, columns),
-                "group": instruction.groups,
-            }
-            return self._sums(x, instruction.weight, instruction.constant, **settings)
-        if isinstance(instruction, Affine):
-            scale, shift = (self._number(t.view(-1, *ones)) for t in (instruction.scale, instruction.shift))
-            return self._node("Add", self._node("Mul", x, scale), shift)
-        if isinstance(instruction, InstanceNorm):
-            scale, shift = self._number(instruction.scale), self._number(instruction.shift)
-            return self._node("InstanceNormalization", x, scale, shift, epsilon=instruction.eps)
-        if isinstance(instruction, Rectify):
-            return self._node("Relu", x)
-        if isinstance(instruction, Mean):
-            return self._mean(instruction, x, size)
-        if isinstance(instruction, Linear):
+        return self.add(instruction, [x], [size])
+
+    def _affine(self, instruction: Affine, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        ones = [1] * (len(sizes[0]) - 1)
+        scale, shift = (self._number(t.view(-1, *ones)) for t in (instruction.scale, instruction.shift))
+        return self._node("Add", self._node("Mul", names[0], scale), shift)
+
+    def _convolution(self, instruction: Convolution, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        rows, columns = instruction.padding
+        settings: dict[str, Any] = {
+            "strides": instruction.stride,
+            "pads": (rows, columns, rows, columns),
+            "dilations": instruction.dilation,
+            "group": instruction.groups,
+        }
+        return self._sums(names[0], instruction.weight, instruction.constant, **settings)
+
+    def _linear(self, instruction: Linear, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        x, ones = names[0], len(sizes[0]) - 1
+        if not ones:
             return self._node("Gemm", x, self._number(instruction.weight), self._number(instruction.bias), transB=1)
-        if isinstance(instruction, Pick):
-            return self._node("Gather", x, self._number(instruction.channels), axis=1)
-        assert isinstance(instruction, Restore)
-        return self._restore(instruction, x)
+        weight = self._number(instruction.weight.reshape(*instruction.weight.shape, *[1] * ones))
+        return self._node("Conv", x, weight, self._number(instruction.bias), kernel_shape=[1] * ones)
+
+    def _activation(self, instruction: Activation, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        x, kind = names[0], instruction.kind
+        if kind == "clamp":
+            ends = (self._number(torch.tensor(max(-3.4e38, min(3.4e38, end)))) for end in instruction.numbers)
+            return self._node("Clip", x, *ends)
+        if kind == "silu":
+            return self._node("Mul", x, self._node("Sigmoid", x))
+        if kind.startswith("gelu"):
+            return self._gelu(x, kind == "gelu_tanh")
+        names_ = {"relu": "Relu", "leaky_relu": "LeakyRelu", "elu": "Elu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+        names_ |= {"hardswish": "HardSwish", "hardsigmoid": "HardSigmoid"}
+        settings: dict[str, Any] = {"alpha": instruction.first} if kind in ("leaky_relu", "elu") else {}
+        settings |= {"alpha": 1 / 6} if kind == "hardsigmoid" else {}
+        return self._node(names_[kind], x, **settings)
+
+    def _gelu(self, x: str, by_tanh: bool) -> str:
+        def number(value: float) -> str:
+            return self._number(torch.tensor(value))
+
+        if by_tanh:
+            cube = self._node("Mul", self._node("Mul", x, x), self._node("Mul", x, number(0.044715)))
+            inner = self._node("Tanh", self._node("Mul", self._node("Add", x, cube), number(0.7978845608)))
+        else:
+            inner = self._node("Erf", self._node("Mul", x, number(0.7071067812)))
+        return self._node("Mul", self._node("Mul", x, number(0.5)), self._node("Add", inner, number(1.0)))
+
+    def _joined(self, kind: str, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        ndim = max(map(len, sizes))
+        spread = []
+        for name, size in zip(names, sizes, strict=True):
+            more = list(range(1 + len(size), 1 + ndim))
+            spread.append(self._node("Unsqueeze", name, self._number(torch.tensor(more))) if more else name)
+        return self._node(kind, *spread)
+
+    def _pool(self, pool: Pool, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        (top, left), settings = pool.padding, dict[str, Any]()
+        settings |= {
+            "kernel_shape": pool.kernel,
+            "strides": pool.stride,
+            "pads": (top, left, top, left),
+            "ceil_mode": int(pool.ceil),
+        }
+        if pool.largest:
+            return self._node("MaxPool", names[0], dilations=pool.dilation, **settings)
+        return self._node("AveragePool", names[0], count_include_pad=int(pool.padded), **settings)
+
+    def _adaptive_mean(self, mean: AdaptiveMean, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        x = names[0]
+        for axis, (side, count) in enumerate(zip(sizes[0][1:], (mean.height, mean.width), strict=True), 2):
+            matrix = torch.zeros(side, count)
+            for i in range(count):
+                start, stop = i * side // count, -(-(i + 1) * side // count)
+                matrix[start:stop, i] = 1 / (stop - start)
+            if axis == 2:
+                x = self._node("MatMul", self._number(matrix.t()), x)
+            else:
+                x = self._node("MatMul", x, self._number(matrix))
+        return x
+
+    def _layer_norm(self, norm: LayerNorm, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        size, x = sizes[0], names[0]
+        whole = self._number(torch.tensor([0, *size]))
+        apart = [0, norm.groups, -1] if norm.over_places else [0, norm.groups, size[0] // norm.groups, *size[1:]]
+        x = self._node("Reshape", x, self._number(torch.tensor(apart)))
+        axes = self._number(torch.tensor([2]))
+        centred = self._node("Sub", x, self._node("ReduceMean", x, axes, keepdims=1))
+        spread = self._node("ReduceMean", self._node("Mul", centred, centred), axes, keepdims=1)
+        spread = self._node("Sqrt", self._node("Add", spread, self._number(torch.tensor(norm.eps))))
+        x = self._node("Reshape", self._node("Div", centred, spread), whole)
+        return self._affine(Affine(norm.scale, norm.shift), [x], sizes)
+
+    def _attention(self, attention: Attention, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        heads = [
+            self._node("Reshape", name, self._number(torch.tensor([0, attention.heads, size[0] // attention.heads, size[1]])))
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        queries = self._node(
+            "Mul", self._node("Transpose", heads[0], perm=[0, 1, 3, 2]), self._number(torch.tensor(attention.scale))
+        )
+        scores = self._node("MatMul", queries, heads[1])
+        if attention.mask is not None:
+            scores = self._node("Add", scores, self._number(attention.mask))
+        weights = self._node("Softmax", scores, axis=-1)
+        found = self._node("MatMul", heads[2], self._node("Transpose", weights, perm=[0, 1, 3, 2]))
+        return self._node("Reshape", found, self._number(torch.tensor([0, *self._made])))
+
+    def _crop(self, crop: Crop, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        ends = ([crop.start], [crop.stop], [1 + crop.axis], [crop.step])
+        return self._node("Slice", names[0], *(self._number(torch.tensor(end)) for end in ends))
+
+    def _rearrange(self, rearrange: Rearrange, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        x = self._node("Reshape", names[0], self._number(torch.tensor([0, *rearrange.split])))
+        x = self._node("Transpose", x, perm=[0, *(1 + axis for axis in rearrange.order)])
+        return self._node("Reshape", x, self._number(torch.tensor([0, *rearrange.size])))
+
+    def _place_mean(self, mean: PlaceMean, names: Sequence[str], sizes: Sequence[Size]) -> str:
+        axes = torch.arange(2, 1 + len(sizes[0]))
+        return self._node("ReduceMean", names[0], self._number(axes), keepdims=0)
 
     def _sums(self, x: str, weight: Tensor, constant: Constant | None, **settings: Any) -> str:
         inputs = [x, self._number(weight)]
@@ -158,3 +287,38 @@ class _Writer:
         name = name or f"x{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **settings))
         return name
+
+
+EMITTERS: dict[type[Instruction], Callable[..., str]] = {
+    Graph: lambda writer, graph, names, sizes: writer._graph(graph, names[0], sizes[0]),
+    Edges: lambda writer, edges, names, sizes: writer._sums(names[0], edges.matrix()[:, :, None, None], edges.constant),
+    Convolution: _Writer._convolution,
+    Affine: _Writer._affine,
+    InstanceNorm: lambda writer, norm, names, sizes: writer._node(
+        "InstanceNormalization", names[0], writer._number(norm.scale), writer._number(norm.shift), epsilon=norm.eps
+    ),
+    Rectify: lambda writer, rectify, names, sizes: writer._node("Relu", names[0]),
+    Activation: _Writer._activation,
+    Mean: lambda writer, mean, names, sizes: writer._mean(mean, names[0], sizes[0]),
+    PlaceMean: _Writer._place_mean,
+    Linear: _Writer._linear,
+    Beside: lambda writer, beside, names, sizes: writer._node(
+        "Add", writer._linear(beside.linear, names, sizes), writer._number(beside.constant[None])
+    ),
+    Sum: lambda writer, _, names, sizes: writer._joined("Add", names, sizes),
+    Product: lambda writer, _, names, sizes: writer._joined("Mul", names, sizes),
+    Shift: lambda writer, shift, names, sizes: writer._node("Add", names[0], writer._number(shift.constant[None])),
+    Pad: lambda writer, pad, names, sizes: writer._node(
+        "Pad", names[0], writer._number(torch.tensor([0, 0, pad.top, pad.left, 0, 0, pad.bottom, pad.right]))
+    ),
+    Pool: _Writer._pool,
+    AdaptiveMean: _Writer._adaptive_mean,
+    Concat: lambda writer, concat, names, sizes: writer._node("Concat", *names, axis=1 + concat.axis),
+    Crop: _Writer._crop,
+    Rearrange: _Writer._rearrange,
+    LayerNorm: _Writer._layer_norm,
+    Attention: _Writer._attention,
+    Pick: lambda writer, pick, names, sizes: writer._node("Gather", names[0], writer._number(pick.channels), axis=1),
+    Restore: lambda writer, restore, names, sizes: writer._restore(restore, names[0]),
+}
+"""What each instruction becomes: the table of ONNX."""

@@ -81,7 +81,7 @@ class Plan:
             ValueError: the model is not the one that the plan was made for, or has been trained on since.
             RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
         """
-        network = _network(model)
+        network = model_of(model)
         if _digest(network) != self.digest:
             raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
         with torch.device("cpu"):
@@ -145,7 +145,7 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
         ValueError: something in it is not compiled, or it does not take such inputs.
         RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
     """
-    network = _network(model)
+    network = model_of(model)
     sizes = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
@@ -153,7 +153,7 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
         return _plan(network, (sizes[0], sizes[1], sizes[2]))
 
 
-def _network(model: nn.Module) -> nn.Module:
+def model_of(model: nn.Module) -> nn.Module:
     """The user's model inside its wrappers.
 
     Raises:
@@ -186,7 +186,7 @@ def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> Plan:
         size=sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()]),
         kept_size=_size(program),
         digest=_digest(network),
-        zeros=sum(i.multiply_adds(size, zeros=True) for i, size in program.walk()) - program.multiply_adds,
+        zeros=sum(i.multiply_adds(*sizes, zeros=True) for i, sizes in program.walk()) - program.multiply_adds,
     )
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,10 +18,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dnw._checks import listing
 from dnw._files import write_whole
+from dnw.compile._layers import Activation, Concat, Crop, PlaceMean, Pool, Product, Rearrange, Shift, Sum
 from dnw.compile._lower import Space
-from dnw.compile._program import Constant, Convolution, Edges, Pick, Program, require_program
-from dnw.compile._tasks import Maps, Part, Task, tasks
+from dnw.compile._program import (
+    Affine,
+    Constant,
+    Convolution,
+    Edges,
+    Graph,
+    InstanceNorm,
+    Instruction,
+    Linear,
+    Mean,
+    Pick,
+    Program,
+    Rectify,
+    Restore,
+    Size,
+    require_program,
+)
+from dnw.compile._tasks import constant_of, edges_of
 
 
 @dataclass(frozen=True)
@@ -63,34 +81,92 @@ def save_c(program: Program, path: str | Path) -> Needs:
     return writer.needs
 
 
+@dataclass(eq=False)
+class _Buffer:
+    """Floats of one image that live while something reads them.
+
+    Attributes:
+        count: how many.
+        place: where they are, as C.
+        last: the number of the last call that touches them.
+    """
+
+    count: int
+    place: str = ""
+    last: int = -1
+
+
+@dataclass(frozen=True)
+class _At:
+    """Floats from some offset of a buffer on."""
+
+    buffer: _Buffer
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.buffer.place} + {self.offset}" if self.offset else self.buffer.place
+
+
+Given = tuple[_At, Size, int]
+"""What an instruction reads: where it is, its size, and the number of the value."""
+
+
 class _Writer:
-    """Writes the text of a network."""
+    """Writes the text of a network: each instruction becomes calls of functions in _standalone.h."""
 
     def __init__(self, program: Program, name: str) -> None:
         self.name, self.program = name, program
         self._arrays: list[str] = []
-        self._lines: list[str] = []
-        self._used: set[str] = set()
+        self._calls: list[tuple[str, tuple[object, ...]]] = []
         self._names: dict[tuple[str, str], str] = {}  # of arrays, by type and text
         self._bytes = 0
-        found = list(tasks(program))[:-1]  # what the last one does, the last but one can do here
-        self._largest = max([1, *(index for task in found for index in _largest(task))])
-        self._wide = 2 if self._largest < 1 << 16 else 4
-        self._space, self._offsets = Space(), dict[Maps, int]()
-        self._end = found[-1].writes.maps
-        last = {part.maps: i for i, task in enumerate(found) for part in task.reads}
-        for i, task in enumerate(found):
-            if task.writes.maps not in self._offsets and task.writes.maps is not self._end:
-                self._offsets[task.writes.maps] = self._space.take(_floats(task.writes.maps))
-            self._add(task)
-            for maps in {part.maps for part in task.reads}:
-                if last[maps] == i and maps in self._offsets and maps is not task.writes.maps:
-                    self._space.free(self._offsets[maps], _floats(maps))
+        self._wide = 2 if max([1, *map(_largest, program.instructions)]) < 1 << 16 else 4
+        self._values: list[_At] = []
+        start, image = 0, _Buffer(0, "image")
+        for size in program.input_sizes:
+            self._values.append(_At(image, start))
+            start += math.prod(size)
+        sizes, first = program.sizes(), len(program.input_sizes)
+        for number, (node, over) in enumerate(zip(program.nodes, program.last_reads(), strict=True)):
+            emitter = EMITTERS.get(type(node.instruction))
+            if emitter is None:
+                kind = getattr(node.instruction, "name", type(node.instruction).__name__)
+                raise ValueError(
+                    f"{kind} is not written as C; compiled for it are {listing(sorted(k.__name__ for k in EMITTERS))}"
+                )
+            self._size, self._over = sizes[first + number], over
+            reads = [(self._values[i], sizes[i], i) for i in node.reads]
+            self._values.append(emitter(self, node.instruction, *reads))
+        start = 0
+        for i in program.outputs:
+            count, value = math.prod(sizes[i]), self._values[i]
+            if value.buffer.place or value.buffer.count != count:
+                value = self._new(count)
+                self._call("copy", self._values[i], value, count)
+            value.buffer.place = f"outputs + {start}" if start else "outputs"
+            start += count
+        self._space = Space()
+        self._lines = list(self._placed())
         self.needs = Needs(self._bytes, 4 * self._space.size)
 
+    def _placed(self) -> Iterator[str]:
+        """The calls as C, once every buffer has its place."""
+        live: list[tuple[_Buffer, int]] = []
+        for number, (function, arguments) in enumerate(self._calls):
+            for at in arguments:
+                if isinstance(at, _At) and not at.buffer.place:
+                    offset = self._space.take(at.buffer.count)
+                    at.buffer.place = f"arena + {offset}"
+                    live.append((at.buffer, offset))
+            yield f"{function}({', '.join(map(str, arguments))});"
+            for buffer, offset in live:
+                if buffer.last == number:
+                    self._space.free(offset, buffer.count)
+            live = [(buffer, offset) for buffer, offset in live if buffer.last > number]
+
     def header(self) -> str:
-        upper, sizes = self.name.upper(), "x".join(map(str, self.program.input_size))
-        outputs = math.prod(self.program.output_size)
+        upper, sizes = self.name.upper(), " and ".join("x".join(map(str, size)) for size in self.program.input_sizes)
+        outputs = sum(map(math.prod, self.program.output_sizes))
         return textwrap.dedent(f"""\
             /* A network compiled by dnw. Images are {sizes} floats, row by row; outputs are {outputs}.
              * Constant numbers take {self.needs.flash} bytes, maps {self.needs.ram} bytes of static
@@ -98,7 +174,7 @@ class _Writer:
             #ifndef {upper}_H
             #define {upper}_H
 
-            #define {upper}_INPUTS {math.prod(self.program.input_size)}
+            #define {upper}_INPUTS {sum(map(math.prod, self.program.input_sizes))}
             #define {upper}_OUTPUTS {outputs}
             #define {upper}_ARENA {max(1, self._space.size)}
 
@@ -108,7 +184,7 @@ class _Writer:
             """)
 
     def source(self) -> str:
-        functions = [text for name, text in _functions() if name in self._used]
+        functions = [text for name, text in _functions() if name in {function for function, _ in self._calls}]
         parts = [
             f'#include "{self.name}.h"\n\n#include <math.h>\n#include <stdint.h>\n\ntypedef uint{8 * self._wide}_t index_t;\n',
             *functions,
@@ -120,59 +196,196 @@ class _Writer:
         ]
         return "\n".join(parts)
 
-    # --- tasks ---
+    # --- instructions ---
 
-    def _add(self, task: Task) -> None:
-        maps, out, instruction = task.reads[0].maps, task.writes.maps, task.instruction
-        from_, to = self._pointer(task.reads[0]), self._pointer(task.writes)
-        sources, targets, pixels = task.reads[0].count, task.writes.count, out.height * out.width
-        if isinstance(instruction, Edges):
-            second = self._pointer(task.reads[-1])
-            edges = self._integers(instruction.sources), self._integers(instruction.starts.diff())
-            weight, base = self._floats(instruction.weight), self._base(instruction.constant)
-            self._call("edges", from_, second, sources, to, targets, pixels, weight, *edges, base)
-        elif isinstance(instruction, Convolution):
-            sides = maps.height, maps.width, out.height, out.width, *instruction.weight.shape[2:]
-            depthwise = int(task.kind in ("depthwise", "node"))
-            arrays = self._floats(instruction.weight), self._base(instruction.constant)
-            numbers = sources, targets, depthwise, *sides, *instruction.stride, *instruction.padding
-            self._call("convolution", from_, to, *numbers, *arrays)
-        elif task.kind in ("affine", "instance_norm"):
-            arrays = self._floats(instruction.scale), self._floats(instruction.shift)
-            least = torch.finfo(torch.float32).tiny
-            eps = [_number(max(instruction.eps, least))] if task.kind == "instance_norm" else []
-            self._call(task.kind, from_, to, targets, pixels, *arrays, *eps)
-        elif task.kind == "mean":
-            self._call("mean", from_, to, targets, maps.height, maps.width, instruction.start, instruction.stop)
-        elif task.kind == "linear":
-            arrays = self._floats(instruction.weight), self._floats(instruction.bias)
-            self._call("linear", from_, to, sources, targets, *arrays)
-        elif isinstance(instruction, Pick):
-            self._call("pick", from_, to, targets, pixels, self._integers(instruction.channels))
-        elif task.kind == "copy" and instruction is not None:
-            arrays = self._integers(instruction.channels), self._floats(instruction.constant)
-            self._call("restore", from_, to, targets, pixels, len(instruction.channels), *arrays)
-        elif task.kind != "rectify":  # images, or the states of nodes that do nothing
-            self._call("copy", from_, to, targets * pixels)
-        constant = getattr(instruction, "constant", None)
-        if isinstance(constant, Constant) and len(constant.channels):
+    def _new(self, count: int) -> _At:
+        return _At(_Buffer(count))
+
+    def _to(self) -> _At:
+        """Room for what the present node makes."""
+        return self._new(math.prod(self._size))
+
+    def _own(self, given: Given) -> _At:
+        """Where what is made of each number by itself goes: to the same place, where nobody reads it any more."""
+        at, _, number = given
+        return at if number in self._over and not at.buffer.place else self._to()
+
+    def _call(self, function: str, *arguments: object) -> None:
+        for at in arguments:
+            if isinstance(at, _At):
+                at.buffer.last = len(self._calls)
+        self._calls.append((function, arguments))
+
+    def _edges(self, edges: Edges, given: Given, states: _At | None = None) -> _At:
+        x, size, _ = given
+        to, pixels = self._new(edges.num_targets * math.prod(size[1:])), math.prod(size[1:])
+        numbers = self._integers(edges.sources), self._integers(edges.starts.diff()), self._base(edges.constant)
+        weight = self._floats(edges.weight)
+        self._call("edges", x, states or x, size[0], to, edges.num_targets, pixels, weight, *numbers)
+        self._constants(edges.constant, to, size[1:])
+        return to
+
+    def _convolution(self, convolution: Convolution, given: Given, to: _At | None = None) -> _At:
+        x, size, _ = given
+        out = convolution.check(size)
+        to, kernel = to or self._new(math.prod(out)), tuple(convolution.weight.shape[2:])
+        sides = (*size[1:], *out[1:], *kernel, *convolution.stride, *convolution.padding, *convolution.dilation)
+        weight, base = convolution.weight, self._base(convolution.constant)
+        if 3 * int(weight.count_nonzero()) < 2 * weight.numel():  # a weight, where it comes from and which it is: less in all
+            target, source, tap, values = edges_of(convolution)
+            counts = self._integers(target.bincount(minlength=out[0]))
+            arrays = self._floats(values), self._integers(source), self._integers(tap), counts, base
+            self._call("sparse_convolution", x, to, out[0], *sides, *arrays)
+        else:
+            self._call("convolution", x, to, size[0], out[0], convolution.groups, *sides, self._floats(weight), base)
+        self._constants(convolution.constant, to, out[1:])
+        return to
+
+    def _constants(self, constant: Constant | None, to: _At, sides: Size) -> None:
+        if constant is not None and len(constant.channels):
             arrays = self._integers(constant.channels), self._floats(constant.core)
             lines = self._integers(constant.rows), self._integers(constant.columns)
             count, *core = constant.core.shape
-            self._call("add_constants", to, out.height, out.width, count, *arrays, *core, *lines)
-        if task.relu or task.kind == "rectify":
-            self._call("rectify", from_ if task.kind == "rectify" else to, to, targets * pixels)
+            self._call("add_constants", to, *sides, count, *arrays, *core, *lines)
 
-    def _call(self, function: str, *arguments: object) -> None:
-        self._used.add(function)
-        self._lines.append(f"{function}({', '.join(map(str, arguments))});")
+    def _linear(self, linear: Linear, given: Given) -> _At:
+        x, size, _ = given
+        to, places, (targets, sources) = self._to(), math.prod(size[1:]), linear.weight.shape
+        if places > 1 or 3 * int(linear.weight.count_nonzero()) < 2 * linear.weight.numel():
+            target, source = linear.weight.nonzero(as_tuple=True)
+            lists = self._integers(source), self._integers(target.bincount(minlength=targets)), self._floats(linear.bias)
+            self._call("edges", x, x, sources, to, targets, places, self._floats(linear.weight[target, source]), *lists)
+        else:
+            self._call("linear", x, to, sources, targets, self._floats(linear.weight), self._floats(linear.bias))
+        return to
 
-    def _pointer(self, part: Part) -> str:
-        if part.maps.outside:
-            return "image"
-        if part.maps is self._end:
-            return "outputs"
-        return f"arena + {self._offsets[part.maps] + part.first * part.maps.height * part.maps.width}"
+    def _norm(self, norm: Affine | InstanceNorm, given: Given) -> _At:
+        x, size, _ = given
+        to, arrays = self._own(given), (self._floats(norm.scale), self._floats(norm.shift))
+        if isinstance(norm, InstanceNorm):
+            eps = _number(max(norm.eps, torch.finfo(torch.float32).tiny))
+            self._call("instance_norm", x, to, size[0], math.prod(size[1:]), *arrays, eps)
+        else:
+            self._call("affine", x, to, size[0], math.prod(size[1:]), *arrays)
+        return to
+
+    def _rectify(self, _: Instruction, given: Given) -> _At:
+        to = self._own(given)
+        self._call("rectify", given[0], to, math.prod(given[1]))
+        return to
+
+    def _activation(self, activation: Activation, given: Given) -> _At:
+        if activation.kind == "relu":
+            return self._rectify(activation, given)
+        to = self._own(given)
+        numbers = (_number(max(-3.4e38, min(3.4e38, x))) for x in activation.numbers)
+        self._call(
+            "hyperbolic_tangent" if activation.kind == "tanh" else activation.kind, given[0], to, math.prod(given[1]), *numbers
+        )
+        return to
+
+    def _joined(self, kind: str, one: Given, other: Given) -> _At:
+        if len(one[1]) < len(other[1]):
+            one, other = other, one
+        to, numbers = self._own(one), int(len(one[1]) > len(other[1]))
+        self._call(kind, one[0], other[0], to, one[1][0], math.prod(one[1][1:]), numbers)
+        return to
+
+    def _shift(self, shift: Shift, given: Given) -> _At:
+        to = self._own(given)
+        self._call("sum", given[0], self._floats(shift.constant), to, given[1][0], math.prod(given[1][1:]), 0)
+        return to
+
+    def _pool(self, pool: Pool, given: Given) -> _At:
+        x, size, _ = given
+        to, sides = self._to(), (*size[1:], *self._size[1:], *pool.kernel, *pool.stride, *pool.padding)
+        if pool.largest:
+            self._call("max_pool", x, to, size[0], *sides, *pool.dilation)
+        else:
+            self._call("mean_pool", x, to, size[0], *sides, int(pool.padded))
+        return to
+
+    def _mean(self, mean: Mean | PlaceMean, given: Given) -> _At:
+        x, size, _ = given
+        to, sides = self._to(), size[1:] if len(size) == 3 else (1, *size[1:])
+        ends = (mean.start, mean.stop) if isinstance(mean, Mean) else (0, max(sides))
+        self._call("mean", x, to, size[0], *sides, *ends)
+        return to
+
+    def _pick(self, pick: Pick, given: Given) -> _At:
+        to = self._to()
+        self._call("pick", given[0], to, self._size[0], math.prod(self._size[1:]), self._integers(pick.channels))
+        return to
+
+    def _restore(self, restore: Restore, given: Given) -> _At:
+        to, arrays = self._to(), (self._integers(restore.channels), self._floats(restore.constant))
+        self._call("restore", given[0], to, self._size[0], math.prod(self._size[1:]), len(restore.channels), *arrays)
+        return to
+
+    def _concat(self, concat: Concat, *given: Given) -> _At:
+        """Values along an axis, each of them a few stretches of numbers."""
+        to, start, axis = self._to(), 0, concat.axis
+        whole = math.prod(self._size[axis:])
+        for x, size, _ in given:
+            count = math.prod(size[axis:])
+            self._call("stretches", x, _At(to.buffer, start), math.prod(size[:axis]), count, count, whole)
+            start += count
+        return to
+
+    def _rearrange(self, rearrange: Rearrange, given: Given) -> _At:
+        x, size, _ = given
+        to, count = self._to(), math.prod(size)
+        if rearrange.order == tuple(range(len(rearrange.order))):
+            self._call("copy", x, to, count)
+        else:
+            index = rearrange(torch.arange(count).view(1, *size)).flatten()
+            self._call("pick", x, to, count, 1, self._integers(index))
+        return to
+
+    def _crop(self, crop: Crop, given: Given) -> _At:
+        x, size, _ = given
+        to, index = self._to(), crop(torch.arange(math.prod(size)).view(1, *size)).flatten()
+        self._call("pick", x, to, len(index), 1, self._integers(index))
+        return to
+
+    def _graph(self, graph: Graph, given: Given) -> _At:
+        """States of the first level lie by themselves, those of all others one after the other."""
+        x, known, sources = self._node(graph.inputs, given, None), 0, given[1]
+        for instruction in graph.inputs:
+            sources = instruction.check(sources)
+        sides, pixels = sources[1:], math.prod(sources[1:])
+        states = self._new(max(1, sum(edges.num_targets for edges, _ in graph.levels) * pixels))
+        for edges, node in graph.levels:
+            sums = self._edges(edges, (x, sources, -1), states if known else None)
+            self._node(node, (sums, (edges.num_targets, *sides), -1), _At(states.buffer, known * pixels))
+            known += edges.num_targets
+        return self._edges(graph.outputs, (x, sources, -1), states if known else None)
+
+    def _node(self, node: Iterable[Instruction], given: Given, to: _At | None) -> _At:
+        """A node function, which ends with a convolution; it writes to ``to``."""
+        x, size, number = given
+        steps = list(node)
+        for i, instruction in enumerate(steps):
+            if isinstance(instruction, Convolution):
+                x = self._convolution(instruction, (x, size, number), to if i == len(steps) - 1 else None)
+                size = instruction.check(size)
+            else:
+                own = number == -1 or number in self._over
+                y = x if own and not x.buffer.place else self._new(math.prod(size))
+                if isinstance(instruction, Rectify):
+                    self._call("rectify", x, y, math.prod(size))
+                else:
+                    arrays = self._floats(instruction.scale), self._floats(instruction.shift)  # type: ignore[attr-defined]
+                    kind = "instance_norm" if isinstance(instruction, InstanceNorm) else "affine"
+                    least = torch.finfo(torch.float32).tiny
+                    eps = [_number(max(instruction.eps, least))] if isinstance(instruction, InstanceNorm) else []
+                    self._call(kind, x, y, size[0], math.prod(size[1:]), *arrays, *eps)
+                x = y
+            number = -1
+        if not steps and to is not None:
+            self._call("copy", x, to, math.prod(size))
+            x = to
+        return x
 
     # --- numbers ---
 
@@ -204,21 +417,28 @@ def _number(value: float) -> str:
     return f"{text}f" if {".", "e"} & set(text) else f"{text}.0f"
 
 
-def _floats(maps: Maps) -> int:
-    return maps.channels * maps.height * maps.width
-
-
-def _largest(task: Task) -> Iterable[int]:
-    """The largest of each list of whole numbers that a task needs."""
-    constant = getattr(task.instruction, "constant", None)
-    lists = [getattr(task.instruction, name, None) for name in ("sources", "channels")]
-    if isinstance(task.instruction, Edges):
-        lists.append(task.instruction.starts.diff())
-    if isinstance(constant, Constant):
+def _largest(instruction: Instruction) -> int:
+    """The largest of the whole numbers that an instruction needs in lists."""
+    if isinstance(instruction, Graph):
+        inner = [
+            *(edges for edges, _ in instruction.levels),
+            instruction.outputs,
+            *(n for _, node in instruction.levels for n in node),
+        ]
+        return max(map(_largest, [*inner, *instruction.inputs]))
+    lists = [getattr(instruction, name, None) for name in ("sources", "channels")]
+    most = [1]
+    if isinstance(instruction, Edges):
+        lists.append(instruction.starts.diff())
+    if isinstance(instruction, (Convolution, Linear)):
+        most += [instruction.weight[0].numel(), getattr(instruction, "groups", 1) * instruction.weight.shape[1]]
+    if isinstance(instruction, Rearrange):
+        most.append(math.prod(instruction.size))
+    if isinstance(instruction, Crop):
+        most.append(1 << 16)
+    if (constant := constant_of(instruction)) is not None:
         lists += [constant.channels, constant.rows, constant.columns]
-    for found in lists:
-        if isinstance(found, Tensor) and found.numel():
-            yield int(found.max())
+    return max(most + [int(found.max()) for found in lists if isinstance(found, Tensor) and found.numel()])
 
 
 def _functions() -> Iterable[tuple[str, str]]:
@@ -227,3 +447,27 @@ def _functions() -> Iterable[tuple[str, str]]:
     for part in text.split("\n/* FUNCTION ")[1:]:
         name, body = part.split(" */\n", 1)
         yield name, body.strip() + "\n"
+
+
+EMITTERS: dict[type[Instruction], Callable[..., _At]] = {
+    Edges: _Writer._edges,
+    Graph: _Writer._graph,
+    Convolution: _Writer._convolution,
+    Linear: _Writer._linear,
+    Affine: _Writer._norm,
+    InstanceNorm: _Writer._norm,
+    Rectify: _Writer._rectify,
+    Activation: _Writer._activation,
+    Sum: lambda writer, _, one, other: writer._joined("sum", one, other),
+    Product: lambda writer, _, one, other: writer._joined("product", one, other),
+    Shift: _Writer._shift,
+    Pool: _Writer._pool,
+    Mean: _Writer._mean,
+    PlaceMean: _Writer._mean,
+    Concat: _Writer._concat,
+    Crop: _Writer._crop,
+    Rearrange: _Writer._rearrange,
+    Pick: _Writer._pick,
+    Restore: _Writer._restore,
+}
+"""What each instruction becomes: the table of C. Norms of whole vectors and attention are not written."""

@@ -1,18 +1,38 @@
 """From the instructions of a program to tasks of kernels on maps: what is read, what is written, with which numbers.
 
-Contract: pure planning, nothing is run; where maps lie, and which rows are made when, is decided later (_lower.py).
+Contract: pure planning, nothing is run; where maps lie, and which rows are made when, is decided later (_lower.py). A value of
+a program lies as maps: of images, of tokens (one row of them) or of single numbers (one pixel).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dnw.compile._layers import (
+    Activation,
+    AdaptiveMean,
+    Attention,
+    Concat,
+    Crop,
+    LayerNorm,
+    Pad,
+    PlaceMean,
+    Pool,
+    Product,
+    Rearrange,
+    Shift,
+    Sum,
+)
 from dnw.compile._program import (
     Affine,
+    Beside,
+    Constant,
     Convolution,
     Edges,
     Graph,
@@ -20,19 +40,24 @@ from dnw.compile._program import (
     Instruction,
     Linear,
     Mean,
+    Node,
     Pick,
     Program,
     Rectify,
     Restore,
+    Size,
 )
 
 
 @dataclass(eq=False)
 class Maps:
-    """Maps in the arena. Rows are padded to ``pitch`` floats; with a halo there is a row of zeros above and below.
+    """Maps in the arena. Rows are padded to ``pitch`` floats.
 
     Attributes:
         outside: whether they are the images or the outputs of a user, not in the arena.
+        top, bottom: rows of zeros above and below.
+        margin: columns of zeros beside, at least.
+        wide: the pitch, where it is that of other maps.
         held: how many rows are there at a time.
         first_row: the row that lies first.
         offset: where that is, in floats.
@@ -42,23 +67,34 @@ class Maps:
     height: int
     width: int
     outside: bool = False
-    halo: bool = False
+    top: int = 0
+    bottom: int = 0
+    margin: int = 0
+    wide: int = 0
     held: int = 0
     first_row: int = 0
     offset: int = 0
 
     @property
+    def halo(self) -> bool:
+        """Whether there are zeros around them, which kernels read."""
+        return self.top > 0 or self.bottom > 0 or self.margin > 0
+
+    @property
     def pitch(self) -> int:
         if self.outside:
             return self.width
-        if self.height == self.width == 1:
+        if self.wide:
+            return self.wide
+        if self.height == self.width == 1 and not self.halo:
             return 1
-        return -(-self.width // 16) * 16 if self.width > 8 else max(2, 1 << (self.width - 1).bit_length())
+        width = self.width + self.margin
+        return -(-width // 16) * 16 if width > 8 else max(2, 1 << (width - 1).bit_length())
 
     @property
     def rows(self) -> int:
         """All of them."""
-        return self.height + 2 * self.halo
+        return self.top + self.height + self.bottom
 
     @property
     def plane(self) -> int:
@@ -75,6 +111,10 @@ class Maps:
     def row_0(self) -> int:
         """Where row 0 of the first map lies, or would lie."""
         return self.offset - self.first_row * self.pitch
+
+    def surround(self, top: int, bottom: int, margin: int = 0) -> None:
+        """Gives them at least so many rows and columns of zeros."""
+        self.top, self.bottom, self.margin = max(self.top, top), max(self.bottom, bottom), max(self.margin, margin)
 
     def padded(self, maps: Tensor) -> Tensor:
         """Maps ``[n, h, w]`` as they lie in memory, all rows and no halo, in whole vectors: ``[n, floats]``."""
@@ -95,6 +135,10 @@ class Part:
     def whole(cls, maps: Maps) -> Part:
         return cls(maps, 0, maps.channels)
 
+    @property
+    def is_whole(self) -> bool:
+        return self.count == self.maps.channels
+
 
 @dataclass(eq=False)
 class Task:
@@ -106,6 +150,9 @@ class Task:
         writes: where to.
         instruction: the one of the program that has its numbers; None where there are none.
         relu: whether what comes out is rectified.
+        activation: what else it becomes, of the kinds that know how.
+        window: rows that a row reads, how far apart those of neighbours begin, and how many lie above the first row.
+        node: the number of the program's node that it is for.
     """
 
     kind: str
@@ -113,22 +160,26 @@ class Task:
     writes: Part
     instruction: Any = None
     relu: bool = False
+    activation: Activation | None = None
+    window: tuple[int, int, int] = (1, 1, 0)
+    node: int = -1
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def by_rows(self) -> bool:
         """Whether it can make a few rows of its maps at a time."""
-        pitch = self.reads[0].maps.pitch
-        return self.kind in ("depthwise", "convolution") or (self.kind in ("edges", "matrix", "node") and pitch % 16 == 0)
+        if self.kind in ("depthwise", "phases", "pool", "sum"):
+            return True
+        return self.kind in ("edges", "matrix", "node", "sparse", "dense") and self.reads[0].maps.pitch % 16 == 0
 
-    def _window(self) -> tuple[int, int, int]:
-        """Rows of the kernel, stride and padding."""
-        if self.kind in ("depthwise", "convolution", "node"):
-            return self.instruction.weight.shape[2], self.instruction.stride[0], self.instruction.padding[0]
-        return 1, 1, 0
+    @property
+    def halves(self) -> bool:
+        """Whether its maps are smaller than those that it reads."""
+        return self.kind in ("node", "depthwise", "phases", "pool") and self.window[1] > 1
 
     def possible(self, available: int) -> int:
         """How many rows can be made when so many of what it reads are there."""
-        kernel, stride, padding = self._window()
+        kernel, stride, padding = self.window
         height = self.writes.maps.height
         if available >= self.reads[0].maps.height:
             return height
@@ -136,112 +187,476 @@ class Task:
 
     def oldest(self, made: int) -> int:
         """The first row that it still reads when so many are made."""
-        kernel, stride, padding = self._window()
+        kernel, stride, padding = self.window
         if made >= self.writes.maps.height:
             return self.reads[0].maps.height + kernel
-        return made * stride - padding
+        return made * stride - padding - (self.kind in ("sparse", "dense"))
 
 
-def tasks(program: Program) -> Iterator[Task]:
+def tasks(program: Program) -> list[Task]:
     """The tasks of a program, from the images of a user to where outputs go."""
-    found: list[Task] = []
-    x = Part.whole(Maps(*program.input_size, outside=True))
-    for instruction in program.instructions:
-        x = _add(found, instruction, x)
-    if x.maps.outside:  # a program that does nothing
-        x = _added(found, "spread", x, _like(x))
-    outside = Maps(x.maps.channels, x.maps.height, x.maps.width, outside=True)
-    _added(found, "gather", x, outside)
-    yield from found
+    return _Tasks(program).found
 
 
-def _like(x: Part) -> Maps:
-    return Maps(x.count, x.maps.height, x.maps.width)
+FUSED = ("sparse", "dense", "sum", "product")
+"""Kinds of tasks that take any activation with them."""
+RECTIFY = ("edges", "matrix", "affine", "instance_norm", "depthwise", "node", "linear", *FUSED)
+"""Kinds of tasks that can rectify what they make."""
 
 
-def _added(found: list[Task], kind: str, x: Part, to: Maps | Part, instruction: object = None) -> Part:
-    part = to if isinstance(to, Part) else Part.whole(to)
-    found.append(Task(kind, (x,), part, instruction))
-    return part
+def maps_of(size: Size, **settings: Any) -> Maps:
+    """How a value of some size lies."""
+    if len(size) > 3 or not size:
+        raise ValueError(f"a value of {size} does not lie as maps")
+    channels, height, width = (size[0], 1, size[1]) if len(size) == 2 else (*size, 1, 1)[:3]
+    return Maps(channels, height, width, **settings)
 
 
-def _add(found: list[Task], instruction: Instruction, x: Part, to: Part | None = None) -> Part:
-    """Appends the tasks of an instruction; returns what it makes, where it is told to if it is."""
-    if isinstance(instruction, Graph):
-        return _add_graph(found, instruction, x)
-    if isinstance(instruction, Rectify) and to is None and _absorbs(found, x):
-        found[-1].relu = True
-        return x
-    if x.maps.outside and not isinstance(instruction, Convolution):
-        x = _added(found, "spread", x, _like(x))
-    if isinstance(instruction, (Affine, InstanceNorm, Rectify)):
-        kind = {Affine: "affine", InstanceNorm: "instance_norm", Rectify: "rectify"}[type(instruction)]
-        own = bool(found) and found[-1].writes is x and x.count == x.maps.channels
-        return _added(found, kind, x, to or (x if own else _like(x)), instruction)
-    size = instruction.check((x.count, x.maps.height, x.maps.width) if _on_maps(instruction) else (x.count,))
-    channels, height, width = (*size, 1, 1)[:3]
-    kind = {Edges: _edges_kind(instruction), Mean: "mean", Linear: "linear", Pick: "copy", Restore: "copy"}.get(
-        type(instruction), ""
+class _Tasks:
+    def __init__(self, program: Program) -> None:
+        self.found: list[Task] = []
+        self._sizes = program.sizes()
+        self._first = len(program.input_sizes)
+        self._number = -1
+        self._readers = readers = [0] * len(self._sizes)
+        for node in program.nodes:
+            for i in node.reads:
+                readers[i] += 1
+        for i in program.outputs:
+            readers[i] += 1
+        self._margins = dict[tuple[int, int], int]()
+        for node in program.nodes:
+            self._widen(node)
+        self._homes = _homes(program, readers)
+        self._joined = dict[int, Maps]()  # of values that others are written into
+        self.values: list[Part] = []
+        offset = 0
+        for size in program.input_sizes:
+            self.values.append(Part.whole(maps_of(size, outside=True, offset=offset)))
+            offset += math.prod(size)
+        for number, node in enumerate(program.nodes):
+            self._number = number
+            self.values.append(EMITTERS[type(node.instruction)](self, node.instruction, *self._read(node)))
+        self._number = -1
+        offset = 0
+        for i in program.outputs:
+            x = self.inside(self.values[i])
+            self.add("gather", (x,), maps_of(self._sizes[i], outside=True, offset=offset))
+            offset += math.prod(self._sizes[i])
+
+    def _read(self, node: Node) -> list[Part]:
+        return [self.values[i] for i in node.reads]
+
+    # --- where things go ---
+
+    def _widen(self, node: Node) -> None:
+        """Notes how many columns of zeros maps of some size need, so that those of one size have one pitch."""
+        if not isinstance(node.instruction, Convolution):
+            return
+        size = self._sizes[node.reads[0]]
+        out = node.instruction.check(size)
+        form = form_of(node.instruction, size)
+        if form in ("sparse", "dense"):
+            geometry = Geometry.of(node.instruction, size)
+            sides = (out[1], out[2])
+            self._margins[sides] = max(self._margins.get(sides, 0), geometry.margin)
+
+    def maps(self, size: Size) -> Maps:
+        """New maps for a value of some size."""
+        found = maps_of(size)
+        found.margin = self._margins.get((found.height, found.width), 0)
+        return found
+
+    def home(self, size: Size) -> Part:
+        """Where what the present node makes goes: maps of its own, or its place among those that it is joined with."""
+        made = self._first + self._number
+        if made in self._homes:
+            joined, first = self._homes[made]
+            if joined not in self._joined:
+                self._joined[joined] = self.maps(self._sizes[joined])
+            return Part(self._joined[joined], first, size[0])
+        return Part.whole(self.maps(size))
+
+    @property
+    def size(self) -> Size:
+        """Of what the present node makes."""
+        return self._sizes[self._first + self._number]
+
+    def single(self, x: Part) -> bool:
+        """Whether only the present node reads a value."""
+        return any(self._readers[i] == 1 for i in [i for i, part in enumerate(self.values) if part is x][-1:])
+
+    def add(self, kind: str, reads: Sequence[Part], to: Maps | Part, instruction: object = None, **settings: Any) -> Part:
+        """Appends a task; returns where it writes."""
+        part = to if isinstance(to, Part) else Part.whole(to)
+        self.found.append(Task(kind, tuple(reads), part, instruction, node=self._number, **settings))
+        return part
+
+    def inside(self, x: Part) -> Part:
+        """A value in the arena, not in what a user gives."""
+        if not x.maps.outside:
+            return x
+        maps = Maps(x.count, x.maps.height, x.maps.width, margin=self._margins.get((x.maps.height, x.maps.width), 0))
+        found = self.add("spread", (x,), maps)
+        self.values[:] = [found if part is x else part for part in self.values]
+        return found
+
+    def absorbs(self, x: Part, kinds: Sequence[str]) -> bool:
+        """Whether the last task made just these maps for nobody else, and can do more to them on the way."""
+        if not self.found or self.found[-1].writes is not x or self.found[-1].kind not in kinds:
+            return False
+        last = self.found[-1]
+        return not last.relu and last.activation is None and self.single(x) and not self._at_home()
+
+    def _at_home(self) -> bool:
+        return self._first + self._number in self._homes
+
+
+def _homes(program: Program, readers: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Values that can be made where they are joined: in which value, from which channel on."""
+    sizes, first, found = program.sizes(), len(program.input_sizes), dict[int, tuple[int, int]]()
+    for number, node in enumerate(program.nodes):
+        if isinstance(node.instruction, Concat) and node.instruction.axis == 0:
+            at = 0
+            for i in node.reads:
+                alone = readers[i] == 1 and i >= first
+                if alone and isinstance(program.nodes[i - first].instruction, _WRITES):
+                    found[i] = (first + number, at)
+                at += sizes[i][0]
+    return found
+
+
+# --- convolutions ---
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution reads: pixels of phases of padded maps, side by side, without stride.
+
+    Attributes:
+        direct: whether it reads its maps as they are, with zeros around them.
+        phases: rows and columns that phases begin with.
+        taps: of each row and column of the kernel: its phase, and the row and column there.
+        rows, columns: of the phases.
+        margin: columns of zeros that its maps need.
+    """
+
+    direct: bool
+    phases: tuple[tuple[int, int], ...]
+    taps: tuple[tuple[int, int, int], ...]
+    rows: int
+    columns: int
+    margin: int
+
+    @classmethod
+    def of(cls, convolution: Convolution, size: Size) -> Geometry:
+        _, height, width = convolution.check(size)
+        kernel, (dy, dx), (sy, sx) = convolution.weight.shape[2:], convolution.dilation, convolution.stride
+        py, px = convolution.padding
+        points = [(y * dy, x * dx) for y in range(kernel[0]) for x in range(kernel[1])]
+        if (sy, sx) == (1, 1) and (height, width) == tuple(size[1:]):
+            taps = tuple((0, y - py, x - px) for y, x in points)
+            return cls(True, ((0, 0),), taps, height, width, max(abs(x) for _, _, x in taps))
+        phases = tuple(dict.fromkeys((y % sy, x % sx) for y, x in points))
+        taps = tuple((phases.index((y % sy, x % sx)), y // sy, x // sx) for y, x in points)
+        below, beside = max(y for _, y, _ in taps), max(x for _, _, x in taps)
+        return cls(False, phases, taps, height + below, width + beside, beside)
+
+
+def form_of(convolution: Convolution, size: Size) -> str:
+    """Which kernel runs a convolution."""
+    if convolution.apart and convolution.dilation == (1, 1) and not convolution.sparse:
+        return "apart"
+    if tuple(convolution.check(size)[1:]) == (1, 1):
+        return "point"
+    return "sparse" if convolution.sparse or convolution.groups > 1 else "dense"
+
+
+def edges_of(convolution: Convolution) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each weight that is not 0: target, source, the number of the tap, and the weight; by targets."""
+    targets, sources, *_ = convolution.weight.shape
+    target, source, row, column = convolution.weight.nonzero(as_tuple=True)
+    tap = row * convolution.weight.shape[3] + column
+    return (
+        target,
+        source + target // (targets // convolution.groups) * sources,
+        tap,
+        convolution.weight[target, source, row, column],
     )
-    if isinstance(instruction, Convolution):
-        kind = "convolution"
-        if instruction.groups > 1 or instruction.weight.shape[:2] == (1, 1):
-            kind = "node" if _is_node(instruction, x) else "depthwise"
-        elif not x.maps.outside and instruction.pointwise:
-            kind = "matrix"
-        if kind == "node" and x.maps.outside:
-            x = _added(found, "spread", x, _like(x))
-    return _added(found, kind, x, to or Maps(channels, height, width), instruction)
 
 
-def _on_maps(instruction: Instruction) -> bool:
-    """Whether it takes maps, not numbers."""
-    if isinstance(instruction, Restore):
-        return instruction.constant.ndim == 3
-    return not isinstance(instruction, Linear)
-
-
-def _absorbs(found: list[Task], x: Part) -> bool:
-    """Whether the last task made just these maps, and can rectify them on the way."""
-    kinds = ("edges", "matrix", "affine", "instance_norm", "depthwise", "convolution", "node", "linear")
-    return bool(found) and found[-1].writes is x and found[-1].kind in kinds
+def _convolution(found: _Tasks, convolution: Convolution, x: Part) -> Part:
+    size = (x.count, x.maps.height, x.maps.width)
+    to, form = found.home(convolution.check(size)), form_of(convolution, size)
+    kernel, stride, padding = convolution.weight.shape[2], convolution.stride[0], convolution.padding[0]
+    if form == "apart":
+        kind = "node" if _is_node(convolution, x) else "depthwise"
+        if kind == "node":
+            x = found.inside(x)
+            x.maps.surround(1, 1)
+        return found.add(kind, (x,), to, convolution, window=(kernel, stride, padding))
+    if form == "point":
+        return found.add("sparse", (found.inside(x),), to, convolution, settings={"point": True})
+    geometry = Geometry.of(convolution, size)
+    if geometry.direct:
+        x = found.inside(x)
+        above, below = -min(y for _, y, _ in geometry.taps), max(y for _, y, _ in geometry.taps)
+        beside = any(column for _, _, column in geometry.taps)
+        x.maps.surround(max(0, above) + beside, max(0, below) + beside, geometry.margin)
+        window = (above + below + 1, 1, above)
+    else:
+        maps = Maps(x.count * len(geometry.phases), geometry.rows, geometry.columns, wide=to.maps.pitch)
+        last = max(y for y, _ in geometry.phases)
+        settings = {"geometry": geometry}
+        x = found.add("phases", (x,), maps, convolution, window=(last + 1, stride, padding), settings=settings)
+        window = (geometry.rows - to.maps.height + 1, 1, 0)
+    return found.add(form, (x,), to, convolution, window=window, settings={"geometry": geometry})
 
 
 def _is_node(convolution: Convolution, x: Part) -> bool:
     """Whether a convolution per channel is one that the kernel for nodes does."""
-    if convolution.weight.shape[1:] != (1, 3, 3) or convolution.padding != (1, 1) or x.maps.pitch == 1:
+    if convolution.weight.shape[1:] != (1, 3, 3) or convolution.padding != (1, 1) or (x.maps.height, x.maps.width) == (1, 1):
         return False
     constant = convolution.constant
     return convolution.stride in ((1, 1), (2, 2)) and (constant is None or not len(constant.channels))
 
 
-def _add_graph(found: list[Task], graph: Graph, x: Part) -> Part:
-    """States of the first level lie by themselves, those of all others one after the other."""
-    x = _add_nodes(found, graph.inputs, x, None)
-    total = sum(edges.num_targets for edges, _ in graph.levels)
-    states = Maps(total, x.maps.height, x.maps.width)
-    known = 0
-    for edges, node in graph.levels:
-        sums = _add_edges(found, edges, x, Part(states, 0, known))
-        _add_nodes(found, node, sums, Part(states, known, edges.num_targets))
-        known += edges.num_targets
-    return _add_edges(found, graph.outputs, x, Part(states, 0, known))
+def _linear(found: _Tasks, linear: Linear, x: Part) -> Part:
+    x, to = found.inside(x), found.home(found.size)
+    if x.maps.pitch == 1:
+        return found.add("sparse" if linear.sparse else "linear", (x,), to, linear)
+    return found.add("sparse" if linear.sparse else "dense", (x,), to, linear)
 
 
-def _add_edges(found: list[Task], edges: Edges, x: Part, states: Part) -> Part:
-    to = Part.whole(Maps(edges.num_targets, x.maps.height, x.maps.width))
-    found.append(Task(_edges_kind(edges), (x, states) if states.count else (x,), to, edges))
-    return to
+def _beside(found: _Tasks, beside: Beside, x: Part) -> Part:
+    to = found.add("sparse" if beside.linear.sparse else "dense", (found.inside(x),), found.maps(found.size), beside.linear)
+    return found.add("sum", (to,), found.home(found.size), Shift(beside.constant))
+
+
+# --- what works pixel by pixel ---
+
+
+def _in_place(found: _Tasks, x: Part) -> Part:
+    """Where what is made of each number of some maps goes: to the same place, where nobody else reads it."""
+    if found._at_home() or not found.single(x) or not x.is_whole:
+        return found.home(found.size)
+    return x
+
+
+def _elementwise(kind: str) -> Callable[..., Part]:
+    def emit(found: _Tasks, instruction: Instruction, x: Part) -> Part:
+        x = found.inside(x)
+        return found.add(kind, (x,), _in_place(found, x), instruction)
+
+    return emit
+
+
+def _rectify(found: _Tasks, instruction: Instruction, x: Part) -> Part:
+    if found.absorbs(x, RECTIFY):
+        found.found[-1].relu = True
+        return x
+    return _elementwise("rectify")(found, instruction, x)
+
+
+def _activation(found: _Tasks, instruction: Activation, x: Part) -> Part:
+    if instruction.kind == "relu":
+        return _rectify(found, instruction, x)
+    if found.absorbs(x, FUSED):
+        found.found[-1].activation = instruction
+        return x
+    x = found.inside(x)
+    return found.add("sum", (x,), _in_place(found, x), None, activation=instruction)
+
+
+def _pair(kind: str) -> Callable[..., Part]:
+    def emit(found: _Tasks, instruction: Instruction, one: Part, other: Part) -> Part:
+        one, other = found.inside(one), found.inside(other)
+        if one.maps.pitch < other.maps.pitch:
+            one, other = other, one
+        last = found.found[-1] if found.found else None
+        if kind == "sum" and last and one is not other and one.maps.pitch == other.maps.pitch > 1:
+            mine, beside = (one, other) if last.writes is one else (other, one)
+            if last.writes is mine and found.absorbs(mine, ("sparse", "dense")) and len(last.reads) == 1:
+                last.reads = (*last.reads, beside)  # sums begin with what is added to them
+                return mine
+        return found.add(kind, (one, other), found.home(found.size), instruction)
+
+    return emit
+
+
+def _shift(found: _Tasks, instruction: Shift, x: Part) -> Part:
+    x = found.inside(x)
+    return found.add("sum", (x,), _in_place(found, x), instruction)
+
+
+# --- windows, norms, attention ---
+
+
+def _pad(found: _Tasks, pad: Pad, x: Part) -> Part:
+    _, height, width = found.size
+    geometry = Geometry(False, ((0, 0),), (), height, width, 0)
+    return found.add("phases", (x,), found.home(found.size), pad, window=(1, 1, pad.top), settings={"geometry": geometry})
+
+
+def _pool(found: _Tasks, pool: Pool, x: Part) -> Part:
+    rows = pool.dilation[0] * (pool.kernel[0] - 1) + 1
+    return found.add("pool", (found.inside(x),), found.home(found.size), pool, window=(rows, pool.stride[0], pool.padding[0]))
+
+
+def _plain(kind: str) -> Callable[..., Part]:
+    def emit(found: _Tasks, instruction: Instruction, *reads: Part) -> Part:
+        return found.add(kind, [found.inside(x) for x in reads], found.home(found.size), instruction)
+
+    return emit
+
+
+def _norm(found: _Tasks, norm: LayerNorm, x: Part) -> Part:
+    kind = "group_norm" if norm.over_places else "layer_norm"
+    return found.add(kind, (found.inside(x),), found.home(found.size), norm)
+
+
+# --- what moves numbers ---
+
+
+def _concat(found: _Tasks, concat: Concat, *reads: Part) -> Part:
+    made = found._first + found._number
+    joined = found._joined.pop(made, None) or found.maps(found.size)
+    if concat.axis:
+        to, start = Part.whole(joined), 0
+        for i, x in enumerate(reads):
+            x = found.inside(x)
+            found.add("rearrange", (x,), to, concat, settings={"start": start, "clear": not i})
+            start += x.maps.width if len(found.size) == 2 or concat.axis == 2 else x.maps.height
+        return to
+    at = 0
+    for x in reads:
+        part = Part(joined, at, x.count)
+        at += x.count
+        if x.maps is not joined:
+            found.add("copy", (found.inside(x),), part)
+    if made in found._homes:
+        return found.add("copy", (Part.whole(joined),), found.home(found.size))
+    return Part.whole(joined)
+
+
+def _rearrange(found: _Tasks, instruction: Instruction, x: Part) -> Part:
+    return found.add("rearrange", (found.inside(x),), found.home(found.size), instruction, settings={"clear": True, "start": 0})
+
+
+# --- graphs ---
+
+
+def _edges(found: _Tasks, edges: Edges, x: Part) -> Part:
+    return _add_edges(found, edges, found.inside(x), None, found.home(found.size))
 
 
 def _edges_kind(edges: Instruction) -> str:
     return "matrix" if isinstance(edges, Edges) and edges.dense else "edges"
 
 
-def _add_nodes(found: list[Task], node: Sequence[Instruction], x: Part, to: Part | None) -> Part:
-    """A node function whose last instruction writes to ``to``."""
+def _add_edges(found: _Tasks, edges: Edges, x: Part, states: Part | None, to: Part | None = None) -> Part:
+    part = to or Part.whole(found.maps((edges.num_targets, x.maps.height, x.maps.width)))
+    return found.add(_edges_kind(edges), (x, states) if states and states.count else (x,), part, edges)
+
+
+def _graph(found: _Tasks, graph: Graph, x: Part) -> Part:
+    """States of the first level lie by themselves, those of all others one after the other."""
+    x = _nodes(found, graph.inputs, found.inside(x), None, x)
+    total = sum(edges.num_targets for edges, _ in graph.levels)
+    states = found.maps((total, x.maps.height, x.maps.width))
+    known = 0
+    for edges, node in graph.levels:
+        sums = _add_edges(found, edges, x, Part(states, 0, known))
+        _nodes(found, node, sums, Part(states, known, edges.num_targets), None)
+        known += edges.num_targets
+    return _add_edges(found, graph.outputs, x, Part(states, 0, known), found.home(found.size))
+
+
+def _nodes(found: _Tasks, node: Sequence[Instruction], x: Part, to: Part | None, given: Part | None) -> Part:
+    """A node function whose last instruction writes to ``to``; what is given is not changed."""
     for i, instruction in enumerate(node):
-        x = _add(found, instruction, x, to if i == len(node) - 1 else None)
+        last = to if i == len(node) - 1 else None
+        own = found.found and found.found[-1].writes is x and (x is not given or found.single(x))
+        if isinstance(instruction, Rectify) and last is None and own and found.found[-1].kind in RECTIFY:
+            found.found[-1].relu = True
+        elif isinstance(instruction, Convolution):
+            x = _node_convolution(found, instruction, x, last)
+        else:
+            kind = {Affine: "affine", InstanceNorm: "instance_norm", Rectify: "rectify"}[type(instruction)]
+            size = (x.count, x.maps.height, x.maps.width)
+            x = found.add(kind, (x,), last or (x if own and x.is_whole else found.maps(size)), instruction)
     if not node and to is not None:
-        x = _added(found, "copy", x, to)
+        x = found.add("copy", (x,), to)
     return x
+
+
+def _node_convolution(found: _Tasks, convolution: Convolution, x: Part, to: Part | None) -> Part:
+    kind = "node" if _is_node(convolution, x) else "depthwise"
+    if kind == "node":
+        x.maps.surround(1, 1)
+    size = convolution.check((x.count, x.maps.height, x.maps.width))
+    window = (convolution.weight.shape[2], convolution.stride[0], convolution.padding[0])
+    return found.add(kind, (x,), to or found.maps(size), convolution, window=window)
+
+
+EMITTERS: dict[type[Instruction], Callable[..., Part]] = {
+    Convolution: _convolution,
+    Linear: _linear,
+    Beside: _beside,
+    Edges: _edges,
+    Graph: _graph,
+    Affine: _elementwise("affine"),
+    InstanceNorm: _elementwise("instance_norm"),
+    Rectify: _rectify,
+    Activation: _activation,
+    Sum: _pair("sum"),
+    Product: _pair("product"),
+    Shift: _shift,
+    Pad: _pad,
+    Pool: _pool,
+    AdaptiveMean: _plain("adaptive_mean"),
+    Mean: _plain("mean"),
+    PlaceMean: _plain("mean"),
+    LayerNorm: _norm,
+    Attention: _plain("attention"),
+    Concat: _concat,
+    Crop: _rearrange,
+    Rearrange: _rearrange,
+    Pick: _plain("copy"),
+    Restore: _plain("copy"),
+}
+"""What each instruction becomes: the kernels' table."""
+_WRITES = (Convolution, Linear, Edges, Sum, Product, Pool, Pick, AdaptiveMean, LayerNorm, Attention)
+"""Instructions that write to part of some maps as well as to maps of their own."""
+
+
+def constant_of(instruction: object) -> Constant | None:
+    """What an instruction adds to sums."""
+    found = getattr(instruction, "constant", None)
+    return found if isinstance(found, Constant) else None
+
+
+def moved(task: Task) -> tuple[Tensor, Tensor]:
+    """Of a task that rearranges: where each number lies in what it reads, and where it goes."""
+    source, target, instruction = task.reads[0].maps, task.writes.maps, task.instruction
+    sides = source.height, source.width
+    size = (task.reads[0].count, *sides)
+    index = torch.arange(math.prod(size)).view(1, *size)
+    lies = _lies(source, task.reads[0].count)
+    if isinstance(instruction, Concat):
+        made = _lies(target, task.writes.count).view(task.writes.count, target.height, target.width)
+        start = task.settings["start"]
+        if target.height == source.height:
+            made = made[:, :, start : start + source.width]
+        else:
+            made = made[:, start : start + source.height]
+        return lies, made.flatten()
+    given = index.flatten(2) if isinstance(instruction, Crop) and source.height == 1 and instruction.axis == 1 else index
+    return lies[instruction(given).flatten()], _lies(target, task.writes.count)
+
+
+def _lies(maps: Maps, channels: int) -> Tensor:
+    """Where each number of some channels lies, counted from row 0 of the first."""
+    planes = torch.arange(channels).view(-1, 1, 1) * maps.plane
+    rows = torch.arange(maps.height).view(-1, 1) * maps.pitch
+    return (planes + rows + torch.arange(maps.width)).flatten()

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from dnw.compile import Plan, Program, plan
+import torch
+
+from dnw.compile import Plan, Program, Report, plan
+from dnw.compile import compile as compiled
+from dnw.compile._analysis import is_of_graphs
 from dnw.train._network import Checkpoint, Network, load_network
 from dnw.train._run import RunDirectory
 
@@ -24,8 +28,8 @@ def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Network:
 
 def compile_run(
     path: Path, input_size: tuple[int, int, int] | None = None, checkpoint: Checkpoint | None = None
-) -> tuple[Plan, Program]:
-    """The plan for a run's network, and the network compacted by it.
+) -> tuple[Plan | Report, Program]:
+    """The plan for a run's network, or for one that is no network of graphs the report, and the compacted network.
 
     Args:
         path: run directory, or the file of a checkpoint in one (best.pt or last.pt).
@@ -48,5 +52,9 @@ def compile_run(
         path, checkpoint = path.parent, cast(Checkpoint, named)
     network = load_trained(path, checkpoint or "last")
     with network.wiring.settled():
-        found = plan(network.model, input_size or network.input_size)
-        return found, found.apply(network.model)
+        size = input_size or network.input_size
+        if is_of_graphs(network.model):
+            found = plan(network.model, size)
+            return found, found.apply(network.model)
+        other = compiled(network.model, torch.zeros(1, *size))
+        return other.report, other.program

@@ -1,0 +1,315 @@
+"""Any model, compiled: the passes in order.
+
+Contract: the model is left as it was. What comes out computes what the model computes in eval mode, on any number of images of
+the example's size; that it does is tried on the example before it is given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dnw._checks import listing
+from dnw.compile._analysis import Analysis, is_of_graphs
+from dnw.compile._capture import captured, evaluating
+from dnw.compile._file import save_program
+from dnw.compile._measure import Timing, measured
+from dnw.compile._native import Runtime
+from dnw.compile._plan import model_of
+from dnw.compile._program import Convolution, Edges, Graph, Linear, Program, Size
+from dnw.compile._shrink import shrunk
+from dnw.compile._torch import Foreign
+
+CLOSE = 1e-4
+"""How far outputs may be from the model's, as a fraction of the largest."""
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One instruction with weights, or one that PyTorch runs.
+
+    Attributes:
+        name: of its module.
+        kind: convolution, matrix, graph, or the operator of PyTorch.
+        size, out: of what comes in and goes out.
+        weights, density: how many weights are not 0, and which fraction of all.
+        way: "sparse", "dense", "apart" (a convolution per channel) or "PyTorch".
+        timing: where both ways were measured.
+    """
+
+    name: str
+    kind: str
+    size: Size
+    out: Size
+    weights: int
+    density: float
+    way: str
+    timing: Timing | None = None
+
+    def __str__(self) -> str:
+        sizes = f"{'x'.join(map(str, self.size))} -> {'x'.join(map(str, self.out))}"
+        if self.way == "PyTorch":
+            return f"{self.name}: {self.kind}, {sizes}: in PyTorch"
+        kept = ""
+        if self.timing is not None:
+            times = f"{self.timing.sparse * 1e3:.2f} ms sparse, {self.timing.dense * 1e3:.2f} ms dense"
+            kept = f" ({times}{'; keep it dense' if self.way == 'dense' else ''})"
+        return f"{self.name}: {self.kind}, {sizes}, density {self.density:.1%}: {self.way}{kept}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compiling a model did; ``print`` it.
+
+    Attributes:
+        channels: of all values, before and after what has no effect was left out.
+        parameters: numbers that are not 0, before and after.
+        multiply_adds: with weights that are not 0, of one input, before and after.
+        zeros: multiply-adds with weights that are 0, besides, in what runs dense.
+        rows: of what has weights, and of what PyTorch runs.
+        foreign: the fraction of the time that PyTorch takes for its part.
+        error: of outputs on the example, as a fraction of the largest.
+        kind: "native", or "torch" where the kernels are not built.
+    """
+
+    channels: tuple[int, int]
+    parameters: tuple[int, int]
+    multiply_adds: tuple[int, int]
+    zeros: int
+    rows: tuple[ReportRow, ...]
+    foreign: float
+    error: float
+    kind: str
+
+    def way(self, way: str) -> tuple[ReportRow, ...]:
+        """Rows that run in a way: "sparse", "dense", "apart" or "PyTorch"."""
+        return tuple(row for row in self.rows if row.way == way)
+
+    def __str__(self) -> str:
+        lines = []
+        for what in ("channels", "parameters", "multiply_adds"):
+            before, after = getattr(self, what)
+            share = f" ({after / before:.1%})" if before else ""
+            lines.append(f"{what.replace('_', '-')}: {before:,} -> {after:,}{share}")
+        if self.zeros:
+            lines.append(f"besides {self.zeros:,} multiply-adds with weights that are 0, in layers that run dense")
+        counts = [f"{len(self.way(way))} {way}" for way in ("sparse", "dense", "apart") if self.way(way)]
+        lines.append(
+            f"layers: {', '.join(counts) or 'none'}" + ("" if self.kind == "native" else "; all in PyTorch (no kernels)")
+        )
+        lines += [f"  {row}" for row in self.rows if row.way != "PyTorch"]
+        if foreign := self.way("PyTorch"):
+            lines.append(f"in PyTorch: {len(foreign)} operators, {self.foreign:.0%} of the time")
+            lines += [f"  {row}" for row in foreign]
+        lines.append(f"outputs on the example: within {self.error:.1e} of the model's, of the largest")
+        return "\n".join(lines)
+
+
+class CompiledNetwork:
+    """A compiled model: give it inputs, get its outputs.
+
+    Attributes:
+        program: what is computed.
+        runtime: what runs it.
+        report: what compiling did.
+    """
+
+    def __init__(
+        self, program: Program, runtime: Runtime, report: Report, spec: pytree.TreeSpec, whole: Sequence[bool]
+    ) -> None:
+        self.program, self.runtime, self.report, self._spec, self._whole = program, runtime, report, spec, tuple(whole)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Inputs ``[batch, ...]`` like the example, of any batch, to what the model returns, in float32.
+
+        Raises:
+            ValueError: other shapes than the model was compiled for, or numbers of another kind.
+        """
+        return _packed(self.runtime(*_as_floats(inputs, self._whole)), self._spec)
+
+    def save(self, path: str | Path) -> int:
+        """Writes it to a file, which ``load_program`` reads; returns the number of bytes.
+
+        Raises:
+            ValueError: PyTorch runs a part of it, which files do not hold.
+        """
+        return save_program(self.program, path)
+
+    def __repr__(self) -> str:
+        return f"CompiledNetwork({self.program!r})"
+
+
+def compile(
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Tensor | Sequence[Tensor],
+    *,
+    threads: int = 1,
+    strict: bool = False,
+) -> CompiledNetwork:
+    """Compiles a model for inputs of one size and any batch: smaller where parts have no effect, faster where weights are 0.
+
+    Args:
+        model: any model that ``torch.export`` takes, or what it has made of one with a free batch, of floating-point inputs; it
+            is read as in eval mode and not changed.
+            Where its rule evaluates with other weights than it trains with, compile inside ``wiring.settled()``.
+        example: an input, or several for a model that takes several: ``[batch, ...]``.
+        threads: how many work at once: on an image each, or together on one where there are fewer images.
+        strict: whether it is an error that PyTorch runs a part of it.
+
+    Raises:
+        ValueError: the model cannot be captured, does not take the example, or with ``strict`` has operators that are not
+            compiled.
+        RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``; or outputs
+            differ from the model's.
+    """
+    inputs = _inputs(example)
+    network = model_of(_module(model))
+    with torch.device("cpu"):
+        whole, spec, of_whole = _read(network, inputs)
+        program = whole if is_of_graphs(network) else shrunk(whole)
+        foreign = [node for node in program.nodes if isinstance(node.instruction, Foreign)]
+        if strict and foreign:
+            names = listing(sorted({node.instruction.name for node in foreign}))  # type: ignore[attr-defined]
+            raise ValueError(f"strict=True, and {names} (in {foreign[0].name or 'the model'}) would run in PyTorch")
+        program, timings = measured(program)
+        runtime = Runtime(program, threads=threads)
+        error = _error(network, runtime, inputs, spec, of_whole)
+        report = _report(whole, program, timings, runtime, error)
+    return CompiledNetwork(program, runtime, report, spec, of_whole)
+
+
+def _inputs(example: Any) -> tuple[Tensor, ...]:
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, (tuple, list)) else ()
+    if not inputs or not all(isinstance(x, Tensor) and x.ndim > 1 and not x.is_complex() and len(x) for x in inputs):
+        raise ValueError("example: expected a tensor [batch, ...] of numbers, or a tuple of them, of at least one image")
+    return tuple(x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs)
+
+
+def _module(model: nn.Module | torch.export.ExportedProgram) -> nn.Module:
+    if not isinstance(model, torch.export.ExportedProgram):
+        return model
+    found = model.module()
+    for module in found.modules():
+        module.training = False  # it has no modes, and says that it trains
+    return found
+
+
+def _read(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Program, pytree.TreeSpec, list[bool]]:
+    """The model as a program of all its channels; networks of graphs are read as what they are."""
+    if is_of_graphs(network) and len(inputs) == 1 and inputs[0].ndim == 4:
+        _, channels, height, width = inputs[0].shape
+        return Analysis(network, (channels, height, width)).program(), pytree.tree_structure(inputs[0]), [False]
+    capture = captured(network, inputs)
+    return capture.program(), capture.spec, capture.whole
+
+
+def _as_floats(inputs: Sequence[Any], whole: Sequence[bool]) -> list[Any]:
+    """Inputs of whole numbers as floating-point numbers, which are exact up to 16 million."""
+    found = list(inputs)
+    for i, (given, wanted) in enumerate(zip(inputs, whole, strict=False)):
+        if wanted and isinstance(given, Tensor):
+            if given.is_floating_point() or given.is_complex():
+                raise ValueError(f"input {i}: expected whole numbers, as in the example, got {given.dtype}")
+            if given.numel() and int(given.abs().max()) >= 1 << 24:
+                raise ValueError(
+                    f"input {i}: whole numbers from {int(given.min())} to {int(given.max())}; up to 2^24 are exact"
+                )
+            found[i] = given.float()
+    return found
+
+
+def _packed(outputs: Any, spec: pytree.TreeSpec) -> Any:
+    leaves = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _error(
+    network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], spec: pytree.TreeSpec, whole: Sequence[bool]
+) -> float:
+    """How far outputs are from the model's on the example.
+
+    Raises:
+        RuntimeError: too far.
+    """
+    kind = next((p.dtype for p in network.parameters()), torch.float32)
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    with evaluating(network), torch.no_grad():
+        expected = pytree.tree_leaves(network(*(x.to(device, kind) if x.is_floating_point() else x.to(device) for x in inputs)))
+    found = pytree.tree_leaves(_packed(runtime(*_as_floats(inputs, whole)), spec))
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        b = b.detach().to("cpu", torch.float32)
+        largest = float(b.abs().max()) if b.numel() else 0.0
+        error = float((a - b).abs().max()) / largest if largest else float(a.abs().max() if a.numel() else 0.0)
+        worst = max(worst, error)
+    if not worst < (CLOSE if kind in (torch.float32, torch.float64) else 0.05):
+        raise RuntimeError(
+            f"outputs of the compiled model differ from the model's by {worst:.1e} of the largest on the example; it is not "
+            "given out. A model that draws random numbers in eval mode does that; otherwise please report it as a fault of dnw"
+        )
+    return worst
+
+
+# --- the report ---
+
+
+def _report(whole: Program, program: Program, timings: Sequence[Timing], runtime: Runtime, error: float) -> Report:
+    by_name = {timing.name: timing for timing in timings}
+    multiply_adds = program.multiply_adds
+    return Report(
+        channels=(_channels(whole), _channels(program)),
+        parameters=(whole.num_parameters, program.num_parameters),
+        multiply_adds=(whole.multiply_adds, multiply_adds),
+        zeros=sum(i.multiply_adds(*sizes, zeros=True) for i, sizes in program.walk()) - multiply_adds,
+        rows=tuple(_rows(program, by_name)),
+        foreign=_foreign_share(runtime),
+        error=error,
+        kind=runtime.kind,
+    )
+
+
+def _channels(program: Program) -> int:
+    return sum(size[0] if size else 1 for size in program.sizes()[len(program.input_sizes) :])
+
+
+def _rows(program: Program, timings: dict[str, Timing]) -> list[ReportRow]:
+    sizes, first, rows = program.sizes(), len(program.input_sizes), []
+    for number, node in enumerate(program.nodes):
+        instruction, size, out = node.instruction, sizes[node.reads[0]], sizes[first + number]
+        name = node.name or f"instruction {number}"
+        row = ReportRow(name, "", size, out, 0, 0.0, "")
+        if isinstance(instruction, Foreign):
+            rows.append(replace(row, kind=instruction.name, way="PyTorch"))
+        elif isinstance(instruction, (Convolution, Linear)):
+            weights = int(instruction.weight.count_nonzero())
+            apart = isinstance(instruction, Convolution) and instruction.apart
+            groups = 1 if apart or isinstance(instruction, Linear) else instruction.groups
+            kernel = "x".join(map(str, instruction.weight.shape[2:]))
+            kind = f"convolution {kernel}" if isinstance(instruction, Convolution) else "matrix"
+            way = "apart" if apart else "sparse" if instruction.sparse or groups > 1 else "dense"
+            density = weights / max(1, instruction.weight.numel() * groups)
+            rows.append(replace(row, kind=kind, weights=weights, density=density, way=way, timing=timings.get(name)))
+        elif isinstance(instruction, (Edges, Graph)):
+            edges = instruction.num_edges if isinstance(instruction, Graph) else len(instruction.weight)
+            rows.append(replace(row, kind="graph" if isinstance(instruction, Graph) else "edges", weights=edges, way="sparse"))
+    return rows
+
+
+def _foreign_share(runtime: Runtime) -> float:
+    """Which fraction of the time PyTorch takes, of one image."""
+    if runtime.kind == "torch":
+        return 1.0
+    seconds = [0.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(1, *size, generator=generator) for size in runtime.program.input_sizes]
+    for warm in (False, True):
+        for native, taken in runtime.timed(images):
+            seconds[native] += taken if warm else 0.0
+    total = sum(seconds)
+    return seconds[0] / total if total else 0.0

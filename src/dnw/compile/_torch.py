@@ -1,0 +1,105 @@
+"""Operators that no instruction stands for: PyTorch runs them, one by one, on what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dnw.compile._program import Facts, Instruction, Size, _require, every
+from dnw.compile._views import BATCH, View
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """A constant for one image, that is repeated for each of a batch.
+
+    Attributes:
+        tensor: of one image.
+        shape: of all: -1 where the batch is.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+    def of(self, batch: int) -> Tensor:
+        return self.tensor.expand([batch if n == -1 else n for n in self.shape])
+
+
+@dataclass(frozen=True, eq=False)
+class Cast:
+    """A view of what PyTorch has as whole numbers, or as truth values."""
+
+    view: View
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign(Instruction):
+    """One operator of PyTorch.
+
+    Attributes:
+        target: what is called.
+        args, kwargs: with what; views where values belong, of the number that they have among those that are read, and sizes
+            that may depend on the batch.
+        reads: how many values are read.
+        size: of what it makes, without the batch.
+        at: which dimension of that the batch is.
+        item: which of several results it is.
+        batch: the symbol of the batch in sizes.
+    """
+
+    target: Any
+    args: Any
+    kwargs: Any
+    reads: int
+    size: Size
+    at: int
+    item: int | None
+    batch: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.target).removeprefix("aten.").split(".")[0]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        dtype, batch = inputs[0].dtype, len(inputs[0])
+
+        def filled(leaf: Any) -> Any:
+            if isinstance(leaf, Cast):
+                return seen(inputs[leaf.view.value], leaf.view).to(leaf.dtype)
+            if isinstance(leaf, View):
+                return seen(inputs[leaf.value], leaf)
+            if isinstance(leaf, Spread):
+                leaf = leaf.of(batch).clone()
+            if isinstance(leaf, torch.SymInt):
+                return int(leaf.node.expr.subs(self.batch, batch))
+            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        args, kwargs = pytree.tree_map(filled, (self.args, self.kwargs), is_leaf=lambda x: isinstance(x, (View, Cast)))
+        made = self.target(*args, **kwargs)
+        made = made if self.item is None else made[self.item]
+        return made.movedim(self.at, 0).reshape(batch, *self.size).to(dtype)
+
+    def check(self, *sizes: Size) -> Size:
+        _require(len(sizes) == self.reads, f"{len(sizes)} values for {self.name}")
+        return self.size
+
+    def varying(self, *facts: Facts) -> Tensor:
+        return torch.ones(self.size[0] if self.size else 1, dtype=torch.bool)
+
+    def settled(self, taken: list[Tensor], sent: Tensor, facts: Sequence[Facts]) -> tuple[list[Tensor], Tensor]:
+        return every(*taken), every(sent)[0]
+
+
+def seen(value: Tensor, view: View) -> Tensor:
+    """A value ``[batch, *size]`` as the tensor that a view shows."""
+    batch = len(value)
+    split = value.reshape(batch, *(n for _, n in view.atoms))
+    order = [0 if i == BATCH else 1 + i for dim in view.dims for i in dim]
+    shape = [batch if dim == (BATCH,) else view.length(dim) * (batch if BATCH in dim else 1) for dim in view.dims]
+    return split.permute(order).reshape(shape)

@@ -1,0 +1,614 @@
+"""Any model compiled: what PyTorch can write down and ``torch.export`` can read, on kernels, in files, as ONNX and as C."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import lively
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dnw
+from dnw.compile import (
+    Program,
+    Runtime,
+    _layers,
+    _onnx,
+    _program,
+    _standalone,
+    _tasks,
+    compile,
+    load_program,
+    save_c,
+    save_onnx,
+    save_program,
+)
+from dnw.compile import _native as native
+from dnw.compile._capture import HANDLERS, captured, operators_table
+from dnw.compile._program import Convolution, Instruction, Linear
+from dnw.compile._shrink import shrunk
+from dnw.compile._torch import Foreign
+
+
+class Residual(nn.Module):
+    """A bottleneck with a shortcut of its own."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, inner, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut = nn.Conv2d(channels, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).add_(self.shortcut(x))
+        return F.relu_(x)
+
+
+class Excited(nn.Module):
+    """Depthwise convolutions with squeeze and excitation."""
+
+    def __init__(self, channels: int, kernel: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.BatchNorm2d(2 * channels), activation)
+        self.apart = nn.Conv2d(2 * channels, 2 * channels, kernel, padding=kernel // 2, groups=2 * channels)
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2 * channels, 4, 1), nn.ReLU())
+        self.excite = nn.Sequential(nn.Conv2d(4, 2 * channels, 1), nn.Hardsigmoid())
+        self.project = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.apart(self.expand(x))
+        return x + self.project(self.excite(self.squeeze(inner)) * inner)
+
+
+class Shuffled(nn.Module):
+    """Half of the channels pass by, then all are shuffled."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.body = nn.Sequential(nn.Conv2d(half, half, 3, padding=1, groups=2), nn.BatchNorm2d(half), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.chunk(2, dim=1)
+        x = torch.cat([one, self.body(other)], dim=1)
+        batch, channels, height, width = x.shape
+        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class Grown(nn.Module):
+    """Each layer reads all before it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels + 4 * i) for i in range(3))
+        self.layers = nn.ModuleList(nn.Conv2d(channels + 4 * i, 4, 3, padding=1) for i in range(3))
+        self.down = nn.Sequential(nn.Conv2d(channels + 12, channels, 1), nn.AvgPool2d(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = [x]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            known.append(layer(F.relu(norm(torch.cat(known, 1)))))
+        return self.down(torch.cat(known, 1))
+
+
+class Windows(nn.Module):
+    """Convolutions and pools of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, (1, 7), padding=(0, 3))
+        self.b = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.c = nn.Conv2d(8, 16, 5, stride=(2, 1), padding=(1, 2))
+        self.d = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=16)
+        self.e = nn.Conv2d(16, 12, (3, 1), stride=3, groups=4)
+        self.f = nn.Conv2d(12, 24, 2, groups=12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.leaky_relu(self.a(x), 0.1), 3, 1, 1)
+        x = F.avg_pool2d(F.elu(self.b(x)), 3, 2, 1, ceil_mode=True, count_include_pad=False)
+        x = F.pad(torch.tanh(self.c(x)), (1, 2, 0, 1))
+        x = F.silu(self.e(F.gelu(self.d(x))))
+        x = F.max_pool2d(F.gelu(self.f(x), approximate="tanh"), (2, 3), (1, 2), (1, 1), dilation=(1, 1), ceil_mode=True)
+        return F.adaptive_avg_pool2d(x, (2, 3)).flatten(1)
+
+
+class Tokens(nn.Module):
+    """A small vision transformer."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.patches, self.heads = nn.Conv2d(3, width, 4, 4), heads
+        self.first = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 26, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], dim=1) + self.position
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        masked = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = (F.scaled_dot_product_attention(q, k, v) + masked).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + self.out(attended)
+        x = x + self.mlp(self.norms[1](x))
+        return self.head(self.norms[2](x)[:, 0])
+
+
+class ChannelsLast(nn.Module):
+    """A block of ConvNeXt, and norms of groups and images."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.apart, self.norm = nn.Conv2d(channels, channels, 7, padding=3, groups=channels), nn.LayerNorm(channels, eps=1e-6)
+        self.one, self.other = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+        self.scale = nn.Parameter(torch.randn(channels))
+        self.groups, self.images = nn.GroupNorm(2, channels), nn.InstanceNorm2d(channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.other(F.gelu(self.one(self.norm(self.apart(x).permute(0, 2, 3, 1))))) * self.scale
+        x = x + inner.permute(0, 3, 1, 2)
+        return self.images(self.groups(x)).mean((2, 3))
+
+
+class Several(nn.Module):
+    """Two inputs, and outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.numbers = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        x = self.maps(x) * self.numbers(y)[:, :, None, None]
+        return {"maps": x[:, 1::2], "sums": (2 - x**3).clamp(-1, 0.5).mean((2, 3)), "same": y}
+
+
+class Recurrent(nn.Module):
+    """What no kernel does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x)[0][:, -1]).softmax(-1)
+
+
+def convolutional(*blocks: nn.Module, channels: int = 16) -> nn.Module:
+    stem = nn.Sequential(nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(channels, 5))
+    return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), *blocks, *head)
+
+
+IMAGES = (3, 35, 30)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
+    "residual": (lambda: convolutional(Residual(16, 1), Residual(16, 2), Residual(16, 1)), (IMAGES,)),
+    "wide": (lambda: convolutional(Residual(16, 1)), ((3, 35, 64),)),
+    "excited": (lambda: convolutional(Excited(16, 3, nn.ReLU6()), Excited(16, 5, nn.Hardswish())), (IMAGES,)),
+    "shuffled": (lambda: convolutional(Shuffled(16), Shuffled(16), Excited(16, 3, nn.SiLU())), (IMAGES,)),
+    "grown": (lambda: convolutional(Grown(16), Grown(16)), ((3, 64, 50),)),
+    "windows": (Windows, (IMAGES,)),
+    "tokens": (Tokens, ((3, 20, 20),)),
+    "channels last": (lambda: ChannelsLast(6), ((6, 9, 12),)),
+    "several": (Several, ((3, 9, 7), (4,))),
+    "layers": (lambda: nn.Sequential(nn.Linear(9, 20), nn.BatchNorm1d(20), nn.Sigmoid(), nn.Linear(20, 4)), ((9,),)),
+}
+
+
+def thin(model: nn.Module, density: float, dead: float = 0.2, seed: int = 1) -> nn.Module:
+    """With few weights, and some channels that send or read nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                shape = module.weight.shape
+                kept = torch.rand(shape, generator=generator) < density
+                kept[torch.rand(len(kept), generator=generator) < dead] = False
+                module.weight.copy_(torch.randn(shape, generator=generator) * kept / math.sqrt(density * kept[0].numel()))
+    return model
+
+
+def network(name: str, density: float = 0.3, dead: float = 0.2, seed: int = 0) -> tuple[nn.Module, list[Tensor]]:
+    make, sizes = NETWORKS[name]
+    torch.manual_seed(seed)
+    model = thin(lively(make(), seed), density, dead, seed)
+    return model, [torch.randn(3, *size) for size in sizes]
+
+
+def results(model: Callable[..., object], inputs: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        found = model(*inputs)
+    if isinstance(found, Tensor):
+        return [found]
+    return list(found.values() if isinstance(found, dict) else found)  # type: ignore[call-overload]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], close: float = 2e-5) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= close * max(1e-3, float(b.abs().max()))
+
+
+def of_form(program: Program, sparse: bool) -> Program:
+    """With all weights run one by one, or all dense."""
+    nodes = [
+        replace(node, instruction=replace(node.instruction, sparse=sparse))
+        if isinstance(node.instruction, (Convolution, Linear)) and not getattr(node.instruction, "apart", False)
+        else node
+        for node in program.nodes
+    ]
+    return replace(program, nodes=tuple(nodes))
+
+
+def program_of(model: nn.Module, inputs: list[Tensor], sparse: bool | None = None) -> Program:
+    program = shrunk(captured(model, tuple(inputs)).program())
+    return program if sparse is None else of_form(program, sparse)
+
+
+# --- the same outputs ---
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_are_the_models(name):
+    model, inputs = network(name)
+    model.train()
+    found = compile(model, inputs)
+    assert model.training
+    model.eval()
+    assert_near(results(found, inputs), results(model, inputs))
+    assert_near(results(found, [x[:1] for x in inputs]), results(model, [x[:1] for x in inputs]))
+    assert results(found, [x[:0] for x in inputs])[0].shape[0] == 0
+    assert not found.report.way("PyTorch"), found.report
+    assert found.report.error < 1e-5
+    assert str(found.report).startswith("channels: ")
+    if isinstance(model, Several):
+        assert set(found(*inputs)) == {"maps", "sums", "same"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_program_of_all_channels_is_exact(name):
+    """In double precision, and what is left of it as well: nothing but rounding to single precision is lost."""
+    model, inputs = network(name)
+    whole = captured(model, tuple(inputs)).program()
+    expected = results(model.double(), [x.double() for x in inputs])
+    assert_near(whole.run(*(x.double() for x in inputs)), expected, 1e-12)
+    assert_near(shrunk(whole).run(*inputs), [x.float() for x in expected], 3e-6)
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dead_parts_go_and_outputs_stay(name, dead):
+    model, inputs = network(name, density=0.2, dead=dead)
+    whole, left = (p(captured(model, tuple(inputs)).program()) for p in (lambda program: program, shrunk))
+    assert_near(left.run(*inputs), results(model, inputs))
+    assert left.multiply_adds <= whole.multiply_adds
+    if dead == 0.5 and name not in ("several", "channels last", "tokens"):
+        assert left.multiply_adds < 0.9 * whole.multiply_adds
+    if dead == 1.0 and name != "windows":
+        assert left.multiply_adds == 0
+
+
+def test_channels_that_are_pruned_shrink_a_residual_network():
+    model, inputs = network("residual", density=1.0, dead=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dnw.wire(model, optimizer, rule=dnw.RandomGraph(), density=0.5, pattern=dnw.Channels(), seed=0).remove()
+    found = compile(model, inputs)
+    before, after = found.report.channels
+    assert after < 0.75 * before
+    assert_near(results(found, inputs), results(model, inputs))
+
+
+class InPlace(nn.Module):
+    """What is read after it was changed in place, and through another view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        flat = x.flatten(1)
+        y = x.relu_()
+        x.mul_(2.0)
+        return (x + y).flatten(1) + flat
+
+
+def test_what_is_changed_in_place_is_seen_by_all():
+    model, x = InPlace().eval(), torch.randn(2, 3, 5, 4)
+    assert_near(results(compile(model, x), [x]), results(model, [x]))
+
+
+def test_a_module_that_is_used_twice_and_weights_that_are_shared():
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.ReLU(), layer).eval(), torch.randn(2, 3, 6, 5)
+    assert_near(results(compile(model, x), [x]), results(model, [x]))
+
+
+def test_what_torch_export_has_made_is_compiled_too():
+    model, (x,) = network("residual")
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    found = compile(exported, x)
+    assert_near(results(found, [x[:1]]), results(model, [x[:1]]))
+
+
+# --- kernels ---
+
+kernels = pytest.mark.skipif(native.kernels() is None, reason="the kernels are not built (no C compiler)")
+
+
+@kernels
+@pytest.mark.kernels
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_agree_with_pytorch_whatever_memory_held(name, sparse, lanes, monkeypatch):
+    if lanes > native.lanes():
+        pytest.skip(f"this machine has no vectors of {lanes} floats")
+    monkeypatch.setattr(native, "lanes", lambda: lanes)
+    monkeypatch.setattr(native, "_floats", lambda *shape: torch.full(shape, math.nan))
+    monkeypatch.setattr(native._Layout, "take_arena", lambda layout: native._floats(layout.lowered.arena))
+    model, inputs = network(name)
+    program = program_of(model, inputs, sparse)
+    expected = results(model, inputs)
+    for cache in (1, 20_000, 60_000, 10**9):
+        runtime = Runtime(program)
+        runtime._layouts = [native._Layout(piece.program, cache) for piece in runtime._pieces]
+        assert_near(results(runtime, inputs), expected)
+    for threads in (2, 3):
+        runtime = Runtime(program, threads=threads)
+        assert_near(results(runtime, [x[:1] for x in inputs]), [y[:1] for y in expected])
+        assert_near(results(runtime, inputs), expected)
+
+
+@kernels
+@pytest.mark.kernels
+def test_every_kernel_of_layers_runs_in_these_networks():
+    kinds = set[str]()
+    for name in NETWORKS:
+        model, inputs = network(name)
+        for sparse in (False, True):
+            kinds |= {record.kind for record in Runtime(program_of(model, inputs, sparse))._layout.lowered.records}
+    assert kinds >= set(native.tables().kinds) - {"edges", "matrix", "instance_norm", "rectify", "slide"}
+
+
+@kernels
+@pytest.mark.kernels
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sides=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.sampled_from([(1, 5, 7), (2, 4, 6), (3, 3, 3), (4, 4, 8), (1, 1, 1), (1, 40, 9)]),
+    sparse=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_convolutions_of_any_kind(sides, kernel, stride, padding, dilation, groups, sparse, seed):
+    count, sources, targets = groups
+    if any(side + 2 * p < d * (k - 1) + 1 for side, p, d, k in zip(sides, padding, dilation, kernel, strict=True)):
+        return
+    torch.manual_seed(seed)
+    weight = torch.randn(targets, sources // count, *kernel)
+    weight = weight * (torch.rand_like(weight) < 0.4) if sparse else weight
+    convolution = Convolution(weight, None, stride, padding, count, dilation, sparse)
+    relu, after = (
+        _layers.Activation("relu"),
+        Convolution(torch.randn(2, targets, 3, 3), None, (1, 1), (1, 1), 1, (1, 1), sparse),
+    )
+    program = Program.chain((convolution, relu, after), (sources, *sides))
+    images = torch.randn(2, sources, *sides)
+    expected = program(images)
+    images[1] = math.nan
+    found = Runtime(program)(images)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@kernels
+@pytest.mark.parametrize("kind", _layers.ACTIVATIONS)
+def test_activations_over_their_whole_range(kind):
+    numbers = {"clamp": (-1.5, 2.0), "leaky_relu": (0.2,), "elu": (1.3,)}.get(kind, ())
+    activation = _layers.Activation(kind, *numbers)
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3.0, -3.0, 30.0, -30.0, 88.0, -88.0, 200.0, -200.0])
+    x = torch.cat([torch.linspace(-12, 12, 4096), ends]).view(1, 4, 1, -1)
+    program = Program.chain((activation,), (4, 1, x.shape[-1]))
+    torch.testing.assert_close(Runtime(program)(x), activation(x.double()).float(), rtol=3e-6, atol=4e-7)
+    assert Runtime(program)(torch.full_like(x, math.nan)).isnan().all()
+
+
+# --- other forms ---
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_files_hold_all_of_it(name, tmp_path):
+    model, inputs = network(name)
+    found = compile(model, inputs)
+    assert found.save(tmp_path / "net.dnw") == (tmp_path / "net.dnw").stat().st_size
+    loaded = load_program(tmp_path / "net.dnw")
+    for a, b in zip(loaded.run(*inputs), found.program.run(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_are_0_take_no_room_in_a_file(tmp_path):
+    sizes = []
+    for density in (1.0, 0.05):
+        layer = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        with torch.no_grad():
+            layer.weight.mul_(torch.rand_like(layer.weight) < density)
+        sizes.append(compile(layer, torch.randn(1, 64, 8, 8)).save(tmp_path / "net.dnw"))
+    assert sizes[1] < 0.15 * sizes[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_computes_the_same(name, tmp_path):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, inputs = network(name)
+    save_onnx(program_of(model, inputs), tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    given = {end.name: x.numpy() for end, x in zip(session.get_inputs(), inputs, strict=True)}
+    assert_near([torch.from_numpy(x) for x in session.run(None, given)], results(model, inputs), 1e-4)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_c_computes_the_same(name, tmp_path):
+    model, inputs = network(name)
+    program = program_of(model, inputs)
+    if name in ("tokens", "channels last", "windows"):
+        with pytest.raises(
+            ValueError, match=r"(LayerNorm|AdaptiveMean|Pad|Attention) is not written as C; compiled for it are"
+        ):
+            save_c(program, tmp_path / "net.c")
+        return
+    save_c(program, tmp_path / "net.c")
+    (tmp_path / "main.c").write_text(
+        '#include <stdio.h>\n#include "net.h"\n'
+        "static float image[NET_INPUTS], outputs[NET_OUTPUTS];\n"
+        "int main(void) {\n"
+        "  while (fread(image, sizeof image, 1, stdin) == 1) {\n"
+        "    net_run(image, outputs);\n"
+        "    fwrite(outputs, sizeof outputs, 1, stdout);\n"
+        "  }\n"
+        "  return 0;\n"
+        "}\n"
+    )
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    subprocess.run(["cc", *flags, "-O1", "net.c", "main.c", "-lm", "-o", "net"], cwd=tmp_path, check=True)
+    given = torch.cat([x.flatten(1) for x in inputs], 1).contiguous()
+    ran = subprocess.run(["./net"], cwd=tmp_path, input=given.numpy().tobytes(), capture_output=True, check=True)
+    found = torch.frombuffer(bytearray(ran.stdout), dtype=torch.float32).view(3, -1)
+    expected = results(model, inputs)
+    parts = found.split([math.prod(y.shape[1:]) for y in expected], dim=1)
+    assert_near([part.reshape(y.shape) for part, y in zip(parts, expected, strict=True)], expected)
+
+
+def test_every_target_has_every_instruction_or_refuses_it_by_name():
+    modules = (_program, _layers)
+    kinds = {kind for kind in Instruction.__subclasses__() if kind.__module__ in {module.__name__ for module in modules}}
+    assert set(_tasks.EMITTERS) == kinds
+    assert set(_onnx.EMITTERS) == kinds
+    by_name = {"AdaptiveMean", "Attention", "Beside", "LayerNorm", "Pad"}
+    assert {kind.__name__ for kind in kinds - set(_standalone.EMITTERS)} == by_name
+
+
+# --- what PyTorch runs, and what is refused ---
+
+
+def test_what_no_instruction_stands_for_runs_in_pytorch(tmp_path):
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(4, 5, 6)
+    found = compile(model, x)
+    assert_near(results(found, [x]), results(model, [x]))
+    assert {row.kind for row in found.report.way("PyTorch")} == {"lstm", "softmax"}
+    assert 0 < found.report.foreign <= 1
+    assert "in PyTorch: 2 operators" in str(found.report)
+    with pytest.raises(ValueError, match="strict=True, and 'lstm', 'softmax'"):
+        compile(model, x, strict=True)
+    with pytest.raises(ValueError, match="lstm is not written as ONNX|PyTorch runs lstm"):
+        save_onnx(found.program, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="lstm"):
+        save_c(found.program, tmp_path / "net.c")
+    with pytest.raises(ValueError, match="PyTorch runs lstm, which files do not hold"):
+        save_program(found.program, tmp_path / "net.dnw")
+    assert not list(tmp_path.iterdir())
+    assert any(isinstance(node.instruction, Foreign) for node in found.program.nodes)
+
+
+class Words(nn.Module):
+    """Whole numbers in, a mask of them, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(20, 12), nn.Linear(12, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words) * (words > 3).unsqueeze(-1)
+        zeros = torch.zeros(words.shape[0], 1, 12)
+        return self.out(torch.cat([zeros, x + zeros], 1)[:, words.shape[1] // 2 :])
+
+
+def test_whole_numbers_go_in():
+    torch.manual_seed(0)
+    model, words = Words().eval(), torch.randint(20, (5, 7))
+    found = compile(model, words)
+    assert_near(results(found, [words]), results(model, [words]))
+    assert_near(results(found, [words[:1]]), results(model, [words[:1]]))
+    with pytest.raises(ValueError, match="input 0: expected whole numbers"):
+        found(words.float())
+    with pytest.raises(ValueError, match=r"up to 2\^24 are exact"):
+        found(words + (1 << 24))
+
+
+class OfTheBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean()
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x.sum() > 0) else -x
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, -1)
+
+
+class Random(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line():
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="mean.default mixes the images of a batch"):
+        compile(OfTheBatch(), x)
+    with pytest.raises(ValueError, match=r"cannot be exported by torch\.export, which compiling begins with \(\w+: .*\)$"):
+        compile(Branches(), x)
+    with pytest.raises(ValueError, match=r"its code fixes the number of images in a batch"):
+        compile(FixedBatch(), x)
+    with pytest.raises(RuntimeError, match="outputs of the compiled model differ .* draws random numbers"):
+        compile(Random(), x)
+    for wrong in (x + 1j, torch.tensor(1.0), x[:0], [], "x", None):
+        with pytest.raises(ValueError, match="example: expected a tensor"):
+            compile(nn.Conv2d(3, 4, 1), wrong)
+    with pytest.raises(ValueError, match="no model to compile"):
+        compile(lambda y: y, x)  # type: ignore[arg-type]
+    found = compile(nn.Conv2d(3, 4, 1), x)
+    for wrong in (x[:, :2], x[..., :3], x[0]):
+        with pytest.raises(ValueError, match=r"expected floating-point images \[batch, 3, 4, 4\]"):
+            found(wrong)
+    with pytest.raises(ValueError, match="2 inputs for a network of 1"):
+        found(x, x)
+
+
+def test_the_docs_have_the_table_of_operators():
+    docs = Path(__file__).parents[1] / "docs" / "compile.md"
+    assert f"<!-- operators -->\n\n{operators_table()}\n" in docs.read_text(), f"put this there:\n\n{operators_table()}"
+
+
+def test_handlers_are_named_after_operators_that_pytorch_has():
+    for name in HANDLERS:
+        assert hasattr(torch.ops.aten, name) or name in ("numpy_T", "lift_fresh_copy"), name
