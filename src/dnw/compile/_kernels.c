@@ -15,7 +15,7 @@
 /* The kernels, and the fields of the records that say what they do. Python reads these tables from the library (dnw_names). */
 /* clang-format off */
 #define KINDS(X) \
-  X(spread) X(edges) X(matrix) X(affine) X(instance_norm) X(rectify) X(depthwise) X(node) X(mean) X(linear) \
+  X(spread) X(edges) X(matrix) X(affine) X(instance_norm) X(rectify) X(node) X(mean) X(linear) \
   X(copy) X(zero) X(slide) X(gather) \
   X(sparse) X(dense) X(phases) X(sum) X(product) X(pool) X(adaptive_mean) X(rearrange) X(layer_norm) X(group_norm) X(attention)
 #define ACTIVATIONS(X) \
@@ -204,10 +204,9 @@ static int32_t check_task(const struct task *task) {
     case KIND(node):
       REFUSE_IF(task->kernel_height != 3 || task->kernel_width != 3 || task->pad_y != 1 || task->pad_x != 1, BAD_SIZE);
       REFUSE_IF(task->stride_y != task->stride_x || task->stride_y > 2, BAD_SIZE);
-      REFUSE_IF(task->stride_y == 1 && task->pitch != task->out_pitch, BAD_SIZE); /* fall through */
-    case KIND(depthwise):
+      REFUSE_IF(task->stride_y == 1 && task->pitch != task->out_pitch, BAD_SIZE);
       REFUSE_IF(!task->weight, NULL_POINTER);
-      REFUSE_IF(!task->kernel_height || !task->kernel_width || !task->stride_y || !task->stride_x, BAD_SIZE);
+      REFUSE_IF(!task->stride_y, BAD_SIZE);
       break;
     case KIND(mean): REFUSE_IF(!task->mask, NULL_POINTER); break;
     case KIND(linear): REFUSE_IF(!task->weight || !task->shift, NULL_POINTER); break;
@@ -239,13 +238,6 @@ static int32_t check_call(const struct task *task, const struct call *call, int6
     case KIND(edges):
     case KIND(matrix): from = first, to = stop, behind = OVER_READ; break;
     case KIND(node): from = first * task->stride_y - 1, to = (stop - 1) * task->stride_y + 2, behind = OVER_READ; break;
-    case KIND(depthwise): {
-      int64_t lines = (int64_t)task->kernel_height * task->kernel_width;
-      REFUSE_IF(lines * ((task->out_width + 15) / 16 * 16) > scratch_size, OUT_OF_BOUNDS);
-      from = first * task->stride_y - task->pad_y, to = (stop - 1) * task->stride_y - task->pad_y + task->kernel_height;
-      from = from > 0 ? from : 0, to = to < task->height ? to : task->height;
-      break;
-    }
     case KIND(copy):
       if (!task->source_channels) break;
       sources = 0;
@@ -268,10 +260,14 @@ static int32_t check_call(const struct task *task, const struct call *call, int6
       from = first, to = stop;
       if (task->second_plane == 1 && task->plane != 1) {
         REFUSE_IF(call->second_offset < 0 || call->second_offset + task->second_sources > arena_size, OUT_OF_BOUNDS);
-        REFUSE_IF(!lie_within(arena_size, call->in_offset, sources, task->plane, from, to, task->pitch, 0), OUT_OF_BOUNDS);
-        return lie_within(arena_size, call->out_offset, task->targets, task->out_plane, first, stop, task->out_pitch, 0)
-                   ? 0 : -OUT_OF_BOUNDS;
+        REFUSE_IF(!lie_within(arena_size, call->in_offset, sources, task->plane, from, to, task->pitch, OVER_READ),
+                  OUT_OF_BOUNDS);
+        REFUSE_IF(
+            !lie_within(arena_size, call->out_offset, task->targets, task->out_plane, first, stop, task->out_pitch, OVER_READ),
+            OUT_OF_BOUNDS);
+        return 0;
       }
+      behind = task->plane == 1 ? 0 : OVER_READ;
       break;
     case KIND(phases):
       from = first * task->stride_y - task->pad_y, to = task->height;

@@ -1,64 +1,5 @@
 /* The kernels of layers that are no graphs, for vectors of LANES floats; _kernels_vector.h includes this. */
 
-/* Where the mask is set from one, elsewhere from the other. */
-INLINE FAST vec WIDTH(chosen)(bits mask, vec one, vec other) { return (vec)(((bits)one & mask) | ((bits)other & ~mask)); }
-#define chosen WIDTH(chosen)
-
-/* e to the power of x, within two units in the last place. */
-INLINE FAST vec WIDTH(exponential)(vec x) {
-  x = chosen(x < -87.0f, (vec){0} - 87.0f, chosen(x > 88.0f, (vec){0} + 88.0f, x));
-  vec whole = x * 1.44269504f + 12582912.0f; /* its last bits are the whole number */
-  bits power = (bits)whole << 23;
-  whole -= 12582912.0f;
-  vec rest = x - whole * 0.693359375f + whole * 2.12194440e-4f, sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f, sum = sum * rest + 4.1665795894e-2f, sum = sum * rest + 1.6666665459e-1f;
-  sum = (sum * rest + 5.0000001201e-1f) * rest * rest + rest + 1.0f;
-  return (vec)((bits)sum + power);
-}
-#define exponential WIDTH(exponential)
-
-/* The error function, within 1.2e-7 (Abramowitz and Stegun 7.1.26). */
-INLINE FAST vec WIDTH(erf)(vec x) {
-  vec size = (vec)((bits)x & 0x7fffffff), t = 1.0f / (1.0f + 0.3275911f * size);
-  vec sum = 1.061405429f * t - 1.453152027f;
-  sum = sum * t + 1.421413741f, sum = sum * t - 0.284496736f, sum = (sum * t + 0.254829592f) * t;
-  vec found = 1.0f - sum * exponential((vec){0} - size * size);
-  return (vec)((bits)found | ((bits)x & ~(bits)((bits){0} + 0x7fffffff)));
-}
-
-static FAST vec WIDTH(activated)(const struct task *task, vec x) {
-  vec first = task->first + (vec){0}, second = task->second + (vec){0};
-  switch (task->activation) {
-    case ACTIVATION(relu): return rectified(x);
-    case ACTIVATION(clamp): return x = chosen(x < first, first, x), chosen(x > second, second, x);
-    case ACTIVATION(leaky_relu): return chosen(x < 0.0f, first * x, x);
-    case ACTIVATION(elu): return chosen(x < 0.0f, first * (exponential(x) - 1.0f), x);
-    case ACTIVATION(sigmoid): return 1.0f / (1.0f + exponential((vec){0} - x));
-    case ACTIVATION(tanh): return 2.0f / (1.0f + exponential(-2.0f * x)) - 1.0f;
-    case ACTIVATION(silu): return x / (1.0f + exponential((vec){0} - x));
-    case ACTIVATION(hardswish):
-    case ACTIVATION(hardsigmoid): {
-      vec gate = x + 3.0f;
-      gate = chosen(gate < 0.0f, (vec){0}, gate), gate = chosen(gate > 6.0f, (vec){0} + 6.0f, gate) * (1.0f / 6.0f);
-      if (task->activation == ACTIVATION(hardswish)) gate *= x;
-      return gate;
-    }
-    case ACTIVATION(gelu): return 0.5f * x * (1.0f + WIDTH(erf)(x * 0.70710678f));
-    case ACTIVATION(gelu_tanh): return x / (1.0f + exponential(-1.5957691f * (x + 0.044715f * x * x * x)));
-    default: return x;
-  }
-}
-
-/* The activation of sums that lie in memory, and the mask. */
-static FAST void WIDTH(activate)(const struct task *task, float *at, const int32_t *mask, const int n) {
-  for (int k = 0; k < n; k++) {
-    vec value = WIDTH(activated)(task, read(at + k * LANES));
-    write(at + k * LANES, mask ? masked(value, mask + k * LANES) : value);
-  }
-}
-
-static FAST float WIDTH(activated_number)(const struct task *task, float x) { return WIDTH(activated)(task, x + (vec){0})[0]; }
-
 #define SPARSE_TILE 14
 
 /* out[t] = base[t] + second[t] + sum of weight * in[offset] over the edges of t, n vectors of pixels in registers. Edges come
@@ -268,31 +209,28 @@ static FAST void WIDTH(phases)(const struct task *task, const struct call *call,
   }
 }
 
-/* What a function of two vectors makes of two maps, or of a map and a number or a constant. */
+/* What a function of two vectors makes of two maps, or of a map and a number or a constant; rows of maps are one line. */
 #define JOINED(name, operator, neutral) \
-  static FAST void WIDTH(name)(const struct task *task, const struct call *call, const struct context *context) { \
-    int32_t numbers = task->second_plane == 1; \
+  static OVER_READS FAST void WIDTH(name)(const struct task *task, const struct call *call, const struct context *context) { \
+    int64_t start = (int64_t)call->first * task->pitch, floats = (int64_t)call->rows * task->pitch; \
+    const int32_t *mask = task->mask ? task->mask + start : 0; \
     for (int32_t c = begin(context, task->targets), stop = end(context, task->targets); c < stop; c++) { \
-      int64_t start = (int64_t)call->first * task->pitch; \
-      const float *in = context->arena + (call->in_offset + start + (int64_t)c * task->plane); \
-      const float *second = 0; \
-      if (task->second_sources) second = context->arena + (call->second_offset + (int64_t)c * task->second_plane); \
+      const float *in = context->arena + (call->in_offset + start + (int64_t)c * task->plane), *second = 0; \
       float *out = context->arena + (call->out_offset + start + (int64_t)c * task->out_plane), number = neutral; \
-      if (second && numbers) number = *second, second = 0; \
+      if (task->second_sources) second = context->arena + (call->second_offset + (int64_t)c * task->second_plane); \
+      if (second && task->second_plane == 1) number = *second, second = 0; \
       if (second) second += start; \
       if (task->added) second = task->added + (start + (int64_t)c * task->added_plane); \
-      for (int32_t y = 0; y < call->rows; y++, in += task->pitch, out += task->pitch) { \
-        int32_t x = 0; \
-        for (; x + LANES <= task->width; x += LANES) { \
-          vec other = number + (vec){0}; \
-          if (second) other = read(second + x); \
-          write(out + x, WIDTH(activated)(task, read(in + x) operator other)); \
-        } \
-        for (; x < task->width; x++) \
-          out[x] = WIDTH(activated_number)(task, in[x] operator(second ? second[x] : number)); \
-        blank(out, task->width, task->pitch); \
-        if (second) second += task->pitch; \
+      if (task->out_plane == 1) { \
+        *out = WIDTH(activated_number)(task, *in operator(second ? *second : number)); \
+        continue; \
       } \
+      for (int64_t x = 0; x < floats; x += LANES) { \
+        vec other = number + (vec){0}; \
+        if (second) other = read(second + x); \
+        write(out + x, read(in + x) operator other); \
+      } \
+      if (task->activation || mask) WIDTH(activate)(task, out, mask, (floats + LANES - 1) / LANES); \
     } \
   }
 JOINED(sum, +, 0.0f)
@@ -529,5 +467,3 @@ static OVER_READS FAST void WIDTH(attention)(const struct task *task, const stru
 }
 
 #undef SPARSE_TILE
-#undef chosen
-#undef exponential

@@ -2,19 +2,16 @@
 
 #if LANES == 16
 #define TILE 7       /* vectors of sums held in registers */
-#define PAIR_TILE 7  /* the same for two targets at once */
 #define GROUP_TILE 6 /* and for four */
 #define LATER 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16
 #elif LANES == 8
 #define TILE 14
-#define PAIR_TILE 6
 #define GROUP_TILE 3
 #define LATER 7, 8, 9, 10, 11, 12, 13, 14
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8
 #else
 #define TILE 14
-#define PAIR_TILE 6
 #define GROUP_TILE 3
 #define LATER 3, 4, 5, 6
 #define EARLIER 1, 2, 3, 4
@@ -29,6 +26,73 @@ INLINE FAST vec WIDTH(masked)(vec value, const int32_t *mask) { return (vec)((bi
 #define read WIDTH(read)
 #define write WIDTH(write)
 #define masked WIDTH(masked)
+
+/* Where the mask is set from one, elsewhere from the other. */
+INLINE FAST vec WIDTH(chosen)(bits mask, vec one, vec other) { return (vec)(((bits)one & mask) | ((bits)other & ~mask)); }
+#define chosen WIDTH(chosen)
+
+/* e to the power of x, within two units in the last place. */
+INLINE FAST vec WIDTH(exponential)(vec x) {
+  x = chosen(x < -87.0f, (vec){0} - 87.0f, chosen(x > 88.0f, (vec){0} + 88.0f, x));
+  vec whole = x * 1.44269504f + 12582912.0f; /* its last bits are the whole number */
+  bits power = (bits)whole << 23;
+  whole -= 12582912.0f;
+  vec rest = x - whole * 0.693359375f + whole * 2.12194440e-4f, sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f, sum = sum * rest + 4.1665795894e-2f, sum = sum * rest + 1.6666665459e-1f;
+  sum = (sum * rest + 5.0000001201e-1f) * rest * rest + rest + 1.0f;
+  return (vec)((bits)sum + power);
+}
+#define exponential WIDTH(exponential)
+
+/* The error function, within 1.2e-7 (Abramowitz and Stegun 7.1.26). */
+INLINE FAST vec WIDTH(erf)(vec x) {
+  vec size = (vec)((bits)x & 0x7fffffff), t = 1.0f / (1.0f + 0.3275911f * size);
+  vec sum = 1.061405429f * t - 1.453152027f;
+  sum = sum * t + 1.421413741f, sum = sum * t - 0.284496736f, sum = (sum * t + 0.254829592f) * t;
+  vec found = 1.0f - sum * exponential((vec){0} - size * size);
+  return (vec)((bits)found | ((bits)x & ~(bits)((bits){0} + 0x7fffffff)));
+}
+
+/* What an activation makes of sums. Where its kind is a constant, nothing else of this is left. */
+INLINE FAST vec WIDTH(activated)(const struct task *task, vec x, const int kind) {
+  vec first = task->first + (vec){0}, second = task->second + (vec){0};
+  switch (kind) {
+    case ACTIVATION(relu): return rectified(x);
+    case ACTIVATION(clamp): return x = chosen(x < first, first, x), chosen(x > second, second, x);
+    case ACTIVATION(leaky_relu): return chosen(x < 0.0f, first * x, x);
+    case ACTIVATION(elu): return chosen(x < 0.0f, first * (exponential(x) - 1.0f), x);
+    case ACTIVATION(sigmoid): return 1.0f / (1.0f + exponential((vec){0} - x));
+    case ACTIVATION(tanh): return 2.0f / (1.0f + exponential(-2.0f * x)) - 1.0f;
+    case ACTIVATION(silu): return x / (1.0f + exponential((vec){0} - x));
+    case ACTIVATION(hardswish):
+    case ACTIVATION(hardsigmoid): {
+      vec gate = x + 3.0f;
+      gate = chosen(gate < 0.0f, (vec){0}, gate), gate = chosen(gate > 6.0f, (vec){0} + 6.0f, gate) * (1.0f / 6.0f);
+      if (kind == ACTIVATION(hardswish)) gate *= x;
+      return gate;
+    }
+    case ACTIVATION(gelu): return 0.5f * x * (1.0f + WIDTH(erf)(x * 0.70710678f));
+    case ACTIVATION(gelu_tanh): return x / (1.0f + exponential(-1.5957691f * (x + 0.044715f * x * x * x)));
+    default: return x;
+  }
+}
+
+static FAST float WIDTH(activated_number)(const struct task *task, float x) {
+  return WIDTH(activated)(task, x + (vec){0}, task->activation)[0];
+}
+
+/* The activation of vectors that lie in memory, and the mask. */
+static FAST void WIDTH(activate)(const struct task *task, float *at, const int32_t *mask, const int64_t n) {
+#define CASE(kind) \
+  case ACTIVATION(kind): \
+    for (int64_t k = 0; k < n; k++) { \
+      vec value = WIDTH(activated)(task, read(at + k * LANES), ACTIVATION(kind)); \
+      write(at + k * LANES, mask ? masked(value, mask + k * LANES) : value); \
+    } \
+    break;
+  switch (task->activation) { ACTIVATIONS(CASE) }
+#undef CASE
+}
 
 /* out[t] = base[t] + sum of weight * in[source] over the edges of t, n vectors of pixels in registers. What is added to targets
  * is read from a pixel on. */
@@ -252,111 +316,18 @@ static FAST void WIDTH(instance_norm)(const struct task *task, const struct call
   }
 }
 
-/* line[x] = source[x * stride + from] for a row of width floats, 0 beyond its ends. */
-static FAST void WIDTH(line)(const float *source, float *line, int32_t width, int32_t targets, int32_t stride, int32_t from) {
-  int32_t low = 0, high = targets; /* the targets whose source lies inside */
-  while (low < high && low * stride + from < 0) low++;
-  while (high > low && (high - 1) * stride + from >= width) high--;
-  for (int32_t x = 0; x < low; x++) line[x] = 0.0f;
-  int32_t x = low;
-  if (stride == 1) {
-    memcpy(line + low, source + low + from, sizeof(float) * (size_t)(high - low));
-    x = high;
-  } else if (stride == 2)
-    for (; x + LANES <= high && 2 * x + from + 2 * LANES <= width; x += LANES)
-      write(line + x, SHUFFLE(read(source + 2 * x + from), read(source + 2 * x + from + LANES), EVEN));
-  for (; x < high; x++) line[x] = source[(int64_t)x * stride + from];
-  for (x = high; x < (targets + LANES - 1) / LANES * LANES; x++) line[x] = 0.0f;
-}
-
-/* Sums of a row, n vectors, from the lines that they read. */
-INLINE FAST void WIDTH(depthwise_tile)(const struct task *task, const float *lines, int32_t top, int32_t width, int32_t t,
-                                       const int n, vec *sums) {
-  const float *weight = task->weight + (int64_t)t * task->kernel_height * task->kernel_width;
-  vec sum[PAIR_TILE];
-#pragma GCC unroll 16
-  for (int k = 0; k < n; k++) sum[k] = (task->shift ? task->shift[t] : 0.0f) + (vec){0};
-  for (int32_t ky = 0; ky < task->kernel_height; ky++) {
-    const float *line = lines + (int64_t)((top + ky) % task->kernel_height) * task->kernel_width * width;
-    for (int32_t kx = 0; kx < task->kernel_width; kx++, line += width) {
-      float one = *weight++;
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[k] += one * read(line + k * LANES);
-    }
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < n; k++) sums[k] = sum[k];
-}
-
-/* Row by row: the pixels that a row reads lie side by side in scratch; lines stay there while they are read. */
-static FAST void WIDTH(depthwise)(const struct task *task, const struct call *call, const struct context *context) {
-  const float *maps = (task->outside ? context->images : context->arena) + call->in_offset;
-  int32_t width = (task->out_width + LANES - 1) / LANES * LANES, vectors = width / LANES, kernel = task->kernel_height;
-  for (int32_t t = begin(context, task->targets), stop = end(context, task->targets); t < stop; t++) {
-    const float *in = maps + (int64_t)t * task->plane, *added = added_map(task, t);
-    int32_t known = -task->pad_y - 1; /* rows up to this one have lines */
-    for (int32_t y = call->first; y < call->first + call->rows; y++) {
-      int32_t top = y * task->stride_y - task->pad_y;
-      if (y == call->first && known < top - 1) known = top - 1;
-      for (int32_t row = known + 1 > top ? known + 1 : top; row < top + kernel; row++) {
-        float *line = context->scratch + (int64_t)((row + task->pad_y) % kernel) * task->kernel_width * width;
-        for (int32_t kx = 0; kx < task->kernel_width; kx++, line += width)
-          if (row < 0 || row >= task->height)
-            memset(line, 0, sizeof(float) * (size_t)width);
-          else
-            WIDTH(line)(in + (int64_t)row * task->pitch, line, task->width, task->out_width, task->stride_x, kx - task->pad_x);
-      }
-      known = top + kernel - 1;
-      float *out = context->arena + (call->out_offset + (int64_t)t * task->out_plane + (int64_t)y * task->out_pitch);
-      int32_t done = 0, tiles = (vectors + PAIR_TILE - 1) / PAIR_TILE;
-      for (int32_t tile = 0; tile < tiles; tile++) {
-        int n = (vectors - done + tiles - tile - 1) / (tiles - tile);
-        vec sums[PAIR_TILE];
-#define CASE(n) \
-  case n: WIDTH(depthwise_tile)(task, context->scratch + done * LANES, top + task->pad_y, width, t, n, sums); break;
-        switch (n) {
-          CASE(1)
-          CASE(2)
-          CASE(3)
-          CASE(4)
-          CASE(5)
-          CASE(6)
-#if PAIR_TILE > 6
-          CASE(7)
-#endif
-        }
-#undef CASE
-        for (int k = 0; k < n; k++) {
-          int32_t x = (done + k) * LANES, count = task->out_pitch - x < LANES ? task->out_pitch - x : LANES;
-          vec sum = sums[k];
-          if (added) {
-            vec more = {0};
-            memcpy(&more, added + (int64_t)y * task->out_pitch + x, sizeof(float) * (size_t)count);
-            sum += more;
-          }
-          if (task->relu) sum = rectified(sum);
-          if (task->mask) sum = masked(sum, task->mask + x);
-          if (count == LANES)
-            write(out + x, sum);
-          else
-            memcpy(out + x, &sum, sizeof(float) * (size_t)count);
-        }
-        done += n;
-      }
-      blank(out, width, task->out_pitch);
-    }
-  }
+INLINE FAST vec WIDTH(finished)(const struct task *task, vec sum, int64_t at) {
+  if (task->activation == ACTIVATION(relu))
+    sum = rectified(sum);
+  else if (task->activation == ACTIVATION(clamp))
+    sum = WIDTH(activated)(task, sum, ACTIVATION(clamp));
+  return task->mask ? masked(sum, task->mask + at) : sum;
 }
 
 /* What the columns to the left, above and to the right contribute to a vector of pixels. */
 #define COLUMNS(a, b, d) \
   left = w[0] * (a) + w[3] * (b) + w[6] * (d), middle = shift + w[1] * (a) + w[4] * (b) + w[7] * (d), \
   right = w[2] * (a) + w[5] * (b) + w[8] * (d)
-
-INLINE FAST vec WIDTH(finished)(const struct task *task, vec sum, int64_t at) {
-  if (task->relu) sum = rectified(sum);
-  return task->mask ? masked(sum, task->mask + at) : sum;
-}
 
 /* A convolution of 3x3 pixels, map by map, padded by 1 and of stride 1 or 2. Its maps have a halo: the zeros above, below and
  * beyond the ends of rows are its padding. */
@@ -512,8 +483,9 @@ static FAST void WIDTH(run)(const struct task *task, const struct call *call, co
 #undef write
 #undef masked
 #undef TILE
-#undef PAIR_TILE
 #undef GROUP_TILE
 #undef LATER
 #undef EARLIER
 #undef COLUMNS
+#undef chosen
+#undef exponential

@@ -266,9 +266,7 @@ def _scratch(task: Task) -> int:
         return max(line, task.reads[0].maps.width + pool.padding[1]) + _SLACK
     if task.kind == "attention":
         return task.reads[1].maps.width + _SLACK
-    if task.kind != "depthwise":
-        return 0
-    return math.prod(task.instruction.weight.shape[1:]) * -(-task.writes.maps.width // 16) * 16 + _SLACK
+    return 0
 
 
 def _record(task: Task) -> Record:
@@ -320,7 +318,7 @@ def _record(task: Task) -> Record:
     elif task.kind in ("affine", "instance_norm", "layer_norm", "group_norm"):
         arrays |= {"scale": instruction.scale, "shift": instruction.shift}
         numbers["eps"], numbers["groups"] = getattr(instruction, "eps", 0.0), getattr(instruction, "groups", 1)
-    elif task.kind in ("depthwise", "node"):
+    elif task.kind == "node":
         arrays["weight"] = instruction.weight
         numbers["kernel_height"], numbers["kernel_width"] = instruction.weight.shape[2:]
         numbers["stride_y"], numbers["stride_x"] = instruction.stride
@@ -447,6 +445,9 @@ def _tiled(task: Task, sources: int, edges: int) -> tuple[int, int]:
     vectors, rows = -(-out.height * out.pitch // 16), task.window[0] - 1
     phases = 1 if geometry is None else len(geometry.phases)
     degree = edges / max(1, task.writes.count)
+    if getattr(task.instruction, "groups", 1) == sources:  # nothing is read twice
+        tiles = -(-vectors // MOST_TILE)
+        return -(-vectors // tiles), sources
     best = (math.inf, 1, sources)
     for tiles in range(-(-vectors // MOST_TILE), -(-vectors // 3) + 1):
         tile = -(-vectors // tiles)

@@ -154,7 +154,7 @@ class Runtime:
         if layout is None:
             return piece.program.run(*reads)
         flat = self._run(layout, in_memory(flattened(reads, piece.program.input_sizes), torch.float32))
-        return list(unflattened(flat, piece.program.output_sizes))
+        return list(unflattened(flat, piece.sizes))
 
     def timed(self, images: list[Tensor]) -> Iterator[tuple[bool, float]]:
         """Of each piece whether kernels run it, and the seconds that it takes on some inputs."""

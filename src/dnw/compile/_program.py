@@ -486,7 +486,7 @@ class Graph(Instruction):
             states = torch.cat([states, run(node, edges(states))], dim=1)
         return self.outputs(states)
 
-    def _walk(self, size: Size) -> Iterator[tuple[Instruction, Size]]:
+    def walk(self, size: Size) -> Iterator[tuple[Instruction, Size]]:
         """Every instruction inside with the size that comes to it; checked on the way."""
         states = yield from self._node(self.inputs, size)
         for edges, node in self.levels:
@@ -510,12 +510,12 @@ class Graph(Instruction):
 
     def check(self, size: Size) -> Size:
         out = size
-        for instruction, inner in self._walk(size):
+        for instruction, inner in self.walk(size):
             out = instruction.check(inner)
         return out
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
-        return sum(instruction.multiply_adds(inner, zeros=zeros) for instruction, inner in self._walk(size))
+        return sum(instruction.multiply_adds(inner, zeros=zeros) for instruction, inner in self.walk(size))
 
     @property
     def num_edges(self) -> int:

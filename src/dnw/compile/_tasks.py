@@ -168,14 +168,15 @@ class Task:
     @property
     def by_rows(self) -> bool:
         """Whether it can make a few rows of its maps at a time."""
-        if self.kind in ("depthwise", "phases", "pool", "sum"):
+        if self.kind in ("phases", "pool"):
             return True
-        return self.kind in ("edges", "matrix", "node", "sparse", "dense") and self.reads[0].maps.pitch % 16 == 0
+        return self.kind in ("edges", "matrix", "node", "sparse", "dense", "sum") and self.reads[0].maps.pitch % 16 == 0
 
     @property
     def halves(self) -> bool:
-        """Whether its maps are smaller than those that it reads."""
-        return self.kind in ("node", "depthwise", "phases", "pool") and self.window[1] > 1
+        """Whether its maps are smaller than those of the arena that it reads."""
+        smaller = self.kind in ("node", "phases", "pool") and self.window[1] > 1
+        return smaller and not self.reads[0].maps.outside
 
     def possible(self, available: int) -> int:
         """How many rows can be made when so many of what it reads are there."""
@@ -200,7 +201,9 @@ def tasks(program: Program) -> list[Task]:
 
 FUSED = ("sparse", "dense", "sum", "product")
 """Kinds of tasks that take any activation with them."""
-RECTIFY = ("edges", "matrix", "affine", "instance_norm", "depthwise", "node", "linear", *FUSED)
+CLAMPED = (*FUSED, "node")
+"""Kinds of tasks that can keep what they make within bounds."""
+RECTIFY = ("edges", "matrix", "affine", "instance_norm", "linear", *CLAMPED)
 """Kinds of tasks that can rectify what they make."""
 
 
@@ -251,15 +254,13 @@ class _Tasks:
 
     def _widen(self, node: Node) -> None:
         """Notes how many columns of zeros maps of some size need, so that those of one size have one pitch."""
-        if not isinstance(node.instruction, Convolution):
-            return
         size = self._sizes[node.reads[0]]
-        out = node.instruction.check(size)
-        form = form_of(node.instruction, size)
-        if form in ("sparse", "dense"):
-            geometry = Geometry.of(node.instruction, size)
-            sides = (out[1], out[2])
-            self._margins[sides] = max(self._margins.get(sides, 0), geometry.margin)
+        inner = node.instruction.walk(size) if isinstance(node.instruction, Graph) else [(node.instruction, size)]
+        for instruction, given in inner:
+            if isinstance(instruction, Convolution) and form_of(instruction, given) in ("sparse", "dense"):
+                _, *sides = instruction.check(given)
+                margin = Geometry.of(instruction, given).margin
+                self._margins[sides[0], sides[1]] = max(self._margins.get((sides[0], sides[1]), 0), margin)
 
     def maps(self, size: Size) -> Maps:
         """New maps for a value of some size."""
@@ -365,11 +366,11 @@ class Geometry:
 
 def form_of(convolution: Convolution, size: Size) -> str:
     """Which kernel runs a convolution."""
-    if convolution.apart and convolution.dilation == (1, 1) and not convolution.sparse:
-        return "apart"
+    if _is_node(convolution, size):
+        return "node"
     if tuple(convolution.check(size)[1:]) == (1, 1):
         return "point"
-    return "sparse" if convolution.sparse or convolution.groups > 1 else "dense"
+    return "sparse" if convolution.sparse or convolution.groups > 1 or convolution.apart else "dense"
 
 
 def edges_of(convolution: Convolution) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -385,16 +386,14 @@ def edges_of(convolution: Convolution) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _convolution(found: _Tasks, convolution: Convolution, x: Part) -> Part:
+def _convolution(found: _Tasks, convolution: Convolution, x: Part, to: Part | None = None) -> Part:
     size = (x.count, x.maps.height, x.maps.width)
-    to, form = found.home(convolution.check(size)), form_of(convolution, size)
+    to, form = to or found.home(convolution.check(size)), form_of(convolution, size)
     kernel, stride, padding = convolution.weight.shape[2], convolution.stride[0], convolution.padding[0]
-    if form == "apart":
-        kind = "node" if _is_node(convolution, x) else "depthwise"
-        if kind == "node":
-            x = found.inside(x)
-            x.maps.surround(1, 1)
-        return found.add(kind, (x,), to, convolution, window=(kernel, stride, padding))
+    if form == "node":
+        x = found.inside(x)
+        x.maps.surround(1, 1)
+        return found.add(form, (x,), to, convolution, window=(kernel, stride, padding))
     if form == "point":
         return found.add("sparse", (found.inside(x),), to, convolution, settings={"point": True})
     geometry = Geometry.of(convolution, size)
@@ -413,9 +412,11 @@ def _convolution(found: _Tasks, convolution: Convolution, x: Part) -> Part:
     return found.add(form, (x,), to, convolution, window=window, settings={"geometry": geometry})
 
 
-def _is_node(convolution: Convolution, x: Part) -> bool:
-    """Whether a convolution per channel is one that the kernel for nodes does."""
-    if convolution.weight.shape[1:] != (1, 3, 3) or convolution.padding != (1, 1) or (x.maps.height, x.maps.width) == (1, 1):
+def _is_node(convolution: Convolution, size: Size) -> bool:
+    """Whether a convolution is one per channel that the kernel for nodes does."""
+    if convolution.weight.shape[1:] != (1, 3, 3) or convolution.padding != (1, 1) or tuple(size[1:]) == (1, 1):
+        return False
+    if not convolution.apart or convolution.dilation != (1, 1):
         return False
     constant = convolution.constant
     return convolution.stride in ((1, 1), (2, 2)) and (constant is None or not len(constant.channels))
@@ -461,7 +462,7 @@ def _rectify(found: _Tasks, instruction: Instruction, x: Part) -> Part:
 def _activation(found: _Tasks, instruction: Activation, x: Part) -> Part:
     if instruction.kind == "relu":
         return _rectify(found, instruction, x)
-    if found.absorbs(x, FUSED):
+    if found.absorbs(x, CLAMPED if instruction.kind == "clamp" else FUSED):
         found.found[-1].activation = instruction
         return x
     x = found.inside(x)
@@ -580,7 +581,8 @@ def _nodes(found: _Tasks, node: Sequence[Instruction], x: Part, to: Part | None,
         if isinstance(instruction, Rectify) and last is None and own and found.found[-1].kind in RECTIFY:
             found.found[-1].relu = True
         elif isinstance(instruction, Convolution):
-            x = _node_convolution(found, instruction, x, last)
+            size = instruction.check((x.count, x.maps.height, x.maps.width))
+            x = _convolution(found, instruction, x, last or Part.whole(found.maps(size)))
         else:
             kind = {Affine: "affine", InstanceNorm: "instance_norm", Rectify: "rectify"}[type(instruction)]
             size = (x.count, x.maps.height, x.maps.width)
@@ -588,15 +590,6 @@ def _nodes(found: _Tasks, node: Sequence[Instruction], x: Part, to: Part | None,
     if not node and to is not None:
         x = found.add("copy", (x,), to)
     return x
-
-
-def _node_convolution(found: _Tasks, convolution: Convolution, x: Part, to: Part | None) -> Part:
-    kind = "node" if _is_node(convolution, x) else "depthwise"
-    if kind == "node":
-        x.maps.surround(1, 1)
-    size = convolution.check((x.count, x.maps.height, x.maps.width))
-    window = (convolution.weight.shape[2], convolution.stride[0], convolution.padding[0])
-    return found.add(kind, (x,), to or found.maps(size), convolution, window=window)
 
 
 EMITTERS: dict[type[Instruction], Callable[..., Part]] = {
