@@ -345,6 +345,39 @@ def test_a_module_that_is_used_twice_and_weights_that_are_shared():
     assert_near(results(compile(model, x), [x]), results(model, [x]))
 
 
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf"])
+def test_networks_that_nobody_here_wrote(name):
+    """The long list is in benchmarks/foreign_networks.py."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = thin(lively(getattr(torchvision.models, name)(weights=None)), 0.1, dead=0.05)
+    images = torch.randn(2, 3, 64, 64)
+    found = compile(model, images)
+    assert not found.report.way("PyTorch")
+    assert_near(results(found, [images]), results(model, [images]), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_transformers_of_another_library(name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "bert":
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+    else:
+        sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16}
+        tokens = {"bos_token_id": 1, "eos_token_id": 1}
+        model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=50, use_cache=False, **sizes, **tokens))
+    words = torch.randint(50, (3, 9))
+    found = compile(model.eval(), words)
+    assert {row.kind for row in found.report.way("PyTorch")} == {"embedding"}
+    with torch.no_grad():
+        expected = model(words).last_hidden_state
+    assert_near([found(words).last_hidden_state], [expected], 1e-4)
+
+
 def test_what_torch_export_has_made_is_compiled_too():
     model, (x,) = network("residual")
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
