@@ -212,7 +212,6 @@ def test_what_is_said_of_records_is_checked(other, why, layout):
         ("attention", {"groups": 7}, SIZE),
         ("attention", {"third_plane": 1 << 20}, "beyond the memory"),
         ("rearrange", {"offsets": None}, NULL),
-        ("rearrange", {"taps": 1 << 12}, "beyond the memory"),
         ("dense", {"weight": None}, NULL),
         ("dense", {"added_maps": P}, NULL),
         ("dense", {"activation": 99}, "there is no such kernel"),

@@ -304,7 +304,10 @@ class _Layout:
         found = tables()
         values: dict[str, float | int | None] = {"kind": found.kinds[record.kind], **record.numbers}
         for name, array in record.arrays.items():
-            held = in_memory(array, torch.float32 if name in found.float_arrays else torch.int32)
+            floats = name in found.float_arrays
+            if not floats and array.numel() and int(array.abs().max()) >= 1 << 31:
+                raise ValueError("maps that lie beyond 2^31 numbers; kernels reach no further")
+            held = in_memory(array, torch.float32 if floats else torch.int32)
             self._arrays.append(held)
             values[name] = address(held)
         return _filled(found.task, values)
