@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import lively
+from compiled import lively, thinned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from dnw.compile._capture import HANDLERS, captured, operators_table
 from dnw.compile._program import Convolution, Instruction, Linear, tensors
 from dnw.compile._shrink import shrunk
 from dnw.compile._torch import Foreign
+from dnw.models import tiny_digits
 
 
 class Residual(nn.Module):
@@ -333,6 +334,18 @@ def test_dead_parts_go_and_outputs_stay(name, dead):
         assert left.multiply_adds < 0.9 * whole.multiply_adds
     if dead == 1.0 and name != "windows":
         assert left.multiply_adds == 0
+
+
+def test_the_report_of_a_network_of_graphs_is_that_of_its_plan():
+    model = thinned(lively(tiny_digits()), 3, num_edges=100)
+    report, planned = compile(model, torch.randn(2, 1, 8, 8)).report, dnw.compile.plan(model, (1, 8, 8))
+    assert report.parameters == (planned.parameters, planned.kept_parameters)
+    assert report.multiply_adds == (planned.multiply_adds, planned.kept_multiply_adds)
+    gone = [sum(nodes) - sum(kept) for nodes, kept in ((row.nodes, row.kept) for row in planned.rows)]
+    assert report.channels[0] - report.channels[1] == sum(gone) > 0
+    (graph,) = (row for row in report.rows if row.kind == "graph")
+    assert graph.weights == planned.rows[0].kept_edges
+    assert 0 < graph.density < 1
 
 
 def test_channels_that_are_pruned_shrink_a_residual_network():
@@ -670,6 +683,11 @@ class Random(nn.Module):
         return x + torch.randn_like(x)
 
 
+class RandomNaN(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(torch.rand_like(x) < 0.5, x, math.nan)
+
+
 def test_what_cannot_be_compiled_is_refused_in_one_line():
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match="mean.default mixes the images of a batch"):
@@ -678,8 +696,9 @@ def test_what_cannot_be_compiled_is_refused_in_one_line():
         compile(Branches(), x)
     with pytest.raises(ValueError, match=r"its code fixes the number of images in a batch"):
         compile(FixedBatch(), x)
-    with pytest.raises(RuntimeError, match="outputs of the compiled model differ .* draws random numbers"):
-        compile(Random(), x)
+    for drawn in (Random(), RandomNaN()):
+        with pytest.raises(RuntimeError, match="outputs of the compiled model differ .* draws random numbers"):
+            compile(drawn, x)
     for wrong in (x + 1j, torch.tensor(1.0), x[:0], [], "x", None):
         with pytest.raises(ValueError, match="example: expected a tensor"):
             compile(nn.Conv2d(3, 4, 1), wrong)

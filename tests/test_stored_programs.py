@@ -171,6 +171,13 @@ def test_a_file_of_the_first_version_is_read(tmp_path):
     assert program(torch.tensor([[[[3.0]], [[4.0]]]])).tolist() == [[[[2.0]]]]
 
 
+def test_a_number_beyond_single_precision_is_refused(tmp_path):
+    program = Program.chain((Activation("clamp", -1e300, float("inf")),), SIZE)
+    save_program(program, tmp_path / "net.dnw")
+    with pytest.raises(ValueError, match=r"-1e\+300 is beyond single precision"):
+        load_program(tmp_path / "net.dnw")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

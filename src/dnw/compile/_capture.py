@@ -809,7 +809,6 @@ def _activates(name: str, kind: str, *defaults: float) -> None:
 
 for _name, _kind, _defaults in (
     ("relu", "relu", ()),
-    ("relu6", "clamp", ()),
     ("hardtanh", "clamp", (-1.0, 1.0)),
     ("leaky_relu", "leaky_relu", (0.01,)),
     ("sigmoid", "sigmoid", ()),

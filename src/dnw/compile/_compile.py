@@ -6,23 +6,24 @@ the example's size; that it does is tried on the example before it is given out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dnw._checks import listing
-from dnw.compile._analysis import Analysis, is_of_graphs
+from dnw.compile._analysis import is_of_graphs
 from dnw.compile._capture import captured, evaluating
 from dnw.compile._file import save_program
 from dnw.compile._measure import Timing, measured
 from dnw.compile._native import Runtime
-from dnw.compile._plan import model_of
-from dnw.compile._program import Convolution, Edges, Graph, Linear, Program, Size
+from dnw.compile._plan import model_of, planned
+from dnw.compile._program import Convolution, Edges, Graph, Instruction, Linear, Program, Size
 from dnw.compile._shrink import shrunk
 from dnw.compile._torch import Foreign
 
@@ -171,8 +172,7 @@ def compile(
     inputs = _inputs(example)
     network = model_of(_module(model))
     with torch.device("cpu"):
-        whole, spec, of_whole = _read(network, inputs)
-        program = whole if is_of_graphs(network) else shrunk(whole)
+        program, before, spec, of_whole = _read(network, inputs)
         foreign = [node for node in program.nodes if isinstance(node.instruction, Foreign)]
         if strict and foreign:
             names = listing(sorted({node.instruction.name for node in foreign}))  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ def compile(
         program, timings = measured(program)
         runtime = Runtime(program, threads=threads)
         error = _error(network, runtime, inputs, spec, of_whole)
-        report = _report(whole, program, timings, runtime, error)
+        report = _report(before, program, timings, runtime, error)
     return CompiledNetwork(program, runtime, report, spec, of_whole)
 
 
@@ -200,13 +200,24 @@ def _module(model: nn.Module | torch.export.ExportedProgram) -> nn.Module:
     return found
 
 
-def _read(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Program, pytree.TreeSpec, list[bool]]:
-    """The model as a program of all its channels; networks of graphs are read as what they are."""
+class _Before(NamedTuple):
+    """What there is before anything is left out."""
+
+    channels: int
+    parameters: int
+    multiply_adds: int
+
+
+def _read(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Program, _Before, pytree.TreeSpec, list[bool]]:
+    """The compacted model; networks of graphs are read as what they are."""
     if is_of_graphs(network) and len(inputs) == 1 and inputs[0].ndim == 4:
-        _, channels, height, width = inputs[0].shape
-        return Analysis(network, (channels, height, width)).program(), pytree.tree_structure(inputs[0]), [False]
+        found, program = planned(network, inputs[0].shape[1:])
+        nodes = sum(n for row in found.rows for n in row.nodes) - sum(n for row in found.rows for n in row.kept)
+        before = _Before(_channels(program) + nodes, found.parameters, found.multiply_adds)
+        return program, before, pytree.tree_structure(inputs[0]), [False]
     capture = captured(network, inputs)
-    return capture.program(), capture.spec, capture.whole
+    whole = capture.program()
+    return shrunk(whole), _Before(_channels(whole), whole.num_parameters, whole.multiply_adds), capture.spec, capture.whole
 
 
 def _as_floats(inputs: Sequence[Any], whole: Sequence[bool]) -> list[Any]:
@@ -245,9 +256,9 @@ def _error(
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         b = b.detach().to("cpu", torch.float32)
-        largest = float(b.abs().max()) if b.numel() else 0.0
-        error = float((a - b).abs().max()) / largest if largest else float(a.abs().max() if a.numel() else 0.0)
-        worst = max(worst, error)
+        if b.numel():
+            apart = (a - b).abs().masked_fill(a.isnan() & b.isnan(), 0.0)
+            worst = max(worst, float(apart.max()) / (float(b.nan_to_num().abs().max()) or 1.0), key=_nan_is_most)
     if not worst < (CLOSE if kind in (torch.float32, torch.float64) else 0.05):
         raise RuntimeError(
             f"outputs of the compiled model differ from the model's by {worst:.1e} of the largest on the example; it is not "
@@ -256,16 +267,20 @@ def _error(
     return worst
 
 
+def _nan_is_most(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
 # --- the report ---
 
 
-def _report(whole: Program, program: Program, timings: Sequence[Timing], runtime: Runtime, error: float) -> Report:
+def _report(before: _Before, program: Program, timings: Sequence[Timing], runtime: Runtime, error: float) -> Report:
     by_name = {timing.name: timing for timing in timings}
     multiply_adds = program.multiply_adds
     return Report(
-        channels=(_channels(whole), _channels(program)),
-        parameters=(whole.num_parameters, program.num_parameters),
-        multiply_adds=(whole.multiply_adds, multiply_adds),
+        channels=(before.channels, _channels(program)),
+        parameters=(before.parameters, program.num_parameters),
+        multiply_adds=(before.multiply_adds, multiply_adds),
         zeros=sum(i.multiply_adds(*sizes, zeros=True) for i, sizes in program.walk()) - multiply_adds,
         rows=tuple(_rows(program, by_name)),
         foreign=_foreign_share(runtime),
@@ -275,7 +290,16 @@ def _report(whole: Program, program: Program, timings: Sequence[Timing], runtime
 
 
 def _channels(program: Program) -> int:
-    return sum(size[0] if size else 1 for size in program.sizes()[len(program.input_sizes) :])
+    """Of all values that are made, those of the levels of graphs as well."""
+    inside = sum(edges.num_targets for node in program.nodes for edges in _edges(node.instruction)[:-1])
+    return inside + sum(size[0] if size else 1 for size in program.sizes()[len(program.input_sizes) :])
+
+
+def _edges(instruction: Instruction) -> list[Edges]:
+    """Those of a graph, into each of its levels and into its outputs, or of sums alone."""
+    if isinstance(instruction, Graph):
+        return [*(edges for edges, _ in instruction.levels), instruction.outputs]
+    return [instruction] if isinstance(instruction, Edges) else []
 
 
 def _rows(program: Program, timings: dict[str, Timing]) -> list[ReportRow]:
@@ -296,8 +320,11 @@ def _rows(program: Program, timings: dict[str, Timing]) -> list[ReportRow]:
             density = weights / max(1, instruction.weight.numel() * groups)
             rows.append(replace(row, kind=kind, weights=weights, density=density, way=way, timing=timings.get(name)))
         elif isinstance(instruction, (Edges, Graph)):
-            edges = instruction.num_edges if isinstance(instruction, Graph) else len(instruction.weight)
-            rows.append(replace(row, kind="graph" if isinstance(instruction, Graph) else "edges", weights=edges, way="sparse"))
+            inner = _edges(instruction)
+            weights = sum(len(edges.weight) for edges in inner)
+            density = weights / max(1, sum(edges.num_targets * edges.num_sources for edges in inner))
+            kind, way = ("graph" if isinstance(instruction, Graph) else "edges"), "sparse"
+            rows.append(replace(row, kind=kind, weights=weights, density=density, way=way))
     return rows
 
 

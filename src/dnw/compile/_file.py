@@ -242,6 +242,8 @@ def _value(item: Any, kind: Any, arrays: memoryview) -> Any:
     if kind in (bool, float, int):
         if type(item) is not kind or (kind is int and abs(item) >= 1 << 31):
             raise ValueError(f"{item!r:.40} is no {kind.__name__}")
+        if kind is float and math.isfinite(item) and abs(item) > torch.finfo(torch.float32).max:
+            raise ValueError(f"{item!r:.40} is beyond single precision")
         return item
     if get_origin(kind) is tuple:
         inner = get_args(kind)

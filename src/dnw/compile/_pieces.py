@@ -19,15 +19,12 @@ class Piece:
 
     Attributes:
         native: whether kernels run it.
-        first, stop: the nodes.
         reads, writes: the values that come from outside of it, and those that are read outside of it.
         program: of those nodes alone.
         sizes: of what it writes.
     """
 
     native: bool
-    first: int
-    stop: int
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     program: Program
@@ -55,12 +52,12 @@ def _piece(program: Program, sizes: list[Size], native: bool, start: int, stop: 
     reads = tuple(dict.fromkeys(i for node in nodes for i in node.reads if i not in inside))
     later = {i for node in program.nodes[stop:] for i in node.reads} | set(program.outputs)
     if start == 0 and stop == len(program.nodes):
-        return Piece(native, start, stop, tuple(range(first)), program.outputs, program, program.output_sizes)
+        return Piece(native, tuple(range(first)), program.outputs, program, program.output_sizes)
     writes = tuple(i for i in inside if i in later)
     at = {i: n for n, i in enumerate([*reads, *inside])}
     inner = tuple(Node(node.instruction, tuple(at[i] for i in node.reads)) for node in nodes)
     made = Program(inner, tuple(sizes[i] for i in reads), tuple(at[i] for i in writes))
-    return Piece(native, start, stop, reads, writes, made, made.output_sizes)
+    return Piece(native, reads, writes, made, made.output_sizes)
 
 
 def flattened(values: list[Tensor], sizes: tuple[Size, ...]) -> Tensor:

@@ -145,6 +145,11 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
         ValueError: something in it is not compiled, or it does not take such inputs.
         RuntimeError: its rule evaluates with other weights than it trains with, outside of ``wiring.settled()``.
     """
+    return planned(model, input_size)[0]
+
+
+def planned(model: nn.Module, input_size: Sequence[int]) -> tuple[Plan, Program]:
+    """The plan, and what applying it gives, from one analysis."""
     network = model_of(model)
     sizes = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
@@ -171,11 +176,11 @@ def model_of(model: nn.Module) -> nn.Module:
     return unwrap_model(model)
 
 
-def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> Plan:
+def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> tuple[Plan, Program]:
     analysis = Analysis(network, input_size)
     program = analysis.program()
     weights = _weights(network)
-    return Plan(
+    found = Plan(
         input_size=input_size,
         rows=tuple(_row(graph) for graph in analysis.graphs()),
         channels=tuple(tuple(kept.nonzero().flatten().tolist()) for kept in analysis.kept),
@@ -188,6 +193,7 @@ def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> Plan:
         digest=_digest(network),
         zeros=sum(i.multiply_adds(*sizes, zeros=True) for i, sizes in program.walk()) - program.multiply_adds,
     )
+    return found, program
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -671,6 +671,13 @@ class Program:
                 values[i] = values[0][:0]
         return [values[i] for i in self.outputs]
 
+    def readers(self) -> list[int]:
+        """How often each value is read; an output once more."""
+        counts = [0] * (len(self.input_sizes) + len(self.nodes))
+        for i in (*(i for node in self.nodes for i in node.reads), *self.outputs):
+            counts[i] += 1
+        return counts
+
     def last_reads(self) -> list[tuple[int, ...]]:
         """Of each node the values that it reads and nobody after it."""
         seen, found = {0, *self.outputs}, list[tuple[int, ...]]()

@@ -77,20 +77,9 @@ def shrunk(program: Program) -> Program:
 # --- instructions that become part of others ---
 
 
-def readers_of(program: Program) -> list[int]:
-    """How often each value is read; an output once more."""
-    counts = [0] * (len(program.input_sizes) + len(program.nodes))
-    for node in program.nodes:
-        for i in node.reads:
-            counts[i] += 1
-    for i in program.outputs:
-        counts[i] += 1
-    return counts
-
-
 def folded(program: Program) -> Program:
     """With scales and shifts as part of the sums that come before them, where nothing else reads those."""
-    first, counts, sizes = len(program.input_sizes), readers_of(program), program.sizes()
+    first, counts, sizes = len(program.input_sizes), program.readers(), program.sizes()
     nodes = list(program.nodes)
     moved = dict[int, int]()  # values that are now made by an earlier node
     for number, node in enumerate(nodes):

@@ -109,6 +109,8 @@ class _At:
 
 Given = tuple[_At, Size, int]
 """What an instruction reads: where it is, its size, and the number of the value."""
+_INSIDE = -1
+"""Stands for the number of what is made within a graph, and read there once."""
 
 
 class _Writer:
@@ -207,8 +209,9 @@ class _Writer:
 
     def _own(self, given: Given) -> _At:
         """Where what is made of each number by itself goes: to the same place, where nobody reads it any more."""
-        at, _, number = given
-        return at if number in self._over and not at.buffer.place else self._to()
+        at, size, number = given
+        own = number in self._over or number == _INSIDE
+        return at if own and not at.buffer.place else self._new(math.prod(size))
 
     def _call(self, function: str, *arguments: object) -> None:
         for at in arguments:
@@ -356,10 +359,10 @@ class _Writer:
         sides, pixels = sources[1:], math.prod(sources[1:])
         states = self._new(max(1, sum(edges.num_targets for edges, _ in graph.levels) * pixels))
         for edges, node in graph.levels:
-            sums = self._edges(edges, (x, sources, -1), states if known else None)
-            self._node(node, (sums, (edges.num_targets, *sides), -1), _At(states.buffer, known * pixels))
+            sums = self._edges(edges, (x, sources, _INSIDE), states if known else None)
+            self._node(node, (sums, (edges.num_targets, *sides), _INSIDE), _At(states.buffer, known * pixels))
             known += edges.num_targets
-        return self._edges(graph.outputs, (x, sources, -1), states if known else None)
+        return self._edges(graph.outputs, (x, sources, _INSIDE), states if known else None)
 
     def _node(self, node: Iterable[Instruction], given: Given, to: _At | None) -> _At:
         """A node function, which ends with a convolution; it writes to ``to``."""
@@ -370,18 +373,8 @@ class _Writer:
                 x = self._convolution(instruction, (x, size, number), to if i == len(steps) - 1 else None)
                 size = instruction.check(size)
             else:
-                own = number == -1 or number in self._over
-                y = x if own and not x.buffer.place else self._new(math.prod(size))
-                if isinstance(instruction, Rectify):
-                    self._call("rectify", x, y, math.prod(size))
-                else:
-                    arrays = self._floats(instruction.scale), self._floats(instruction.shift)  # type: ignore[attr-defined]
-                    kind = "instance_norm" if isinstance(instruction, InstanceNorm) else "affine"
-                    least = torch.finfo(torch.float32).tiny
-                    eps = [_number(max(instruction.eps, least))] if isinstance(instruction, InstanceNorm) else []
-                    self._call(kind, x, y, size[0], math.prod(size[1:]), *arrays, *eps)
-                x = y
-            number = -1
+                x = EMITTERS[type(instruction)](self, instruction, (x, size, number))
+            number = _INSIDE
         if not steps and to is not None:
             self._call("copy", x, to, math.prod(size))
             x = to

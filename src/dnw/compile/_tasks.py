@@ -152,7 +152,6 @@ class Task:
         relu: whether what comes out is rectified.
         activation: what else it becomes, of the kinds that know how.
         window: rows that a row reads, how far apart those of neighbours begin, and how many lie above the first row.
-        node: the number of the program's node that it is for.
     """
 
     kind: str
@@ -162,7 +161,6 @@ class Task:
     relu: bool = False
     activation: Activation | None = None
     window: tuple[int, int, int] = (1, 1, 0)
-    node: int = -1
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -221,12 +219,7 @@ class _Tasks:
         self._sizes = program.sizes()
         self._first = len(program.input_sizes)
         self._number = -1
-        self._readers = readers = [0] * len(self._sizes)
-        for node in program.nodes:
-            for i in node.reads:
-                readers[i] += 1
-        for i in program.outputs:
-            readers[i] += 1
+        self._readers = readers = program.readers()
         self._margins = dict[tuple[int, int], int]()
         for node in program.nodes:
             self._widen(node)
@@ -290,7 +283,7 @@ class _Tasks:
     def add(self, kind: str, reads: Sequence[Part], to: Maps | Part, instruction: object = None, **settings: Any) -> Part:
         """Appends a task; returns where it writes."""
         part = to if isinstance(to, Part) else Part.whole(to)
-        self.found.append(Task(kind, tuple(reads), part, instruction, node=self._number, **settings))
+        self.found.append(Task(kind, tuple(reads), part, instruction, **settings))
         return part
 
     def inside(self, x: Part) -> Part:

@@ -91,10 +91,6 @@ class View:
         at = {BATCH: BATCH, **{old: new for new, old in enumerate(order)}}
         return View(self.value, tuple(atoms[i] for i in order), tuple(tuple(at[i] for i in dim) for dim in dims))._short()
 
-    def axes(self, dim: int) -> tuple[int, ...]:
-        """Which axes of the value a dimension goes through."""
-        return tuple(dict.fromkeys(BATCH if i == BATCH else self.atoms[i][0] for i in self.dims[dim]))
-
     def whole(self, axis: int) -> tuple[int, ...]:
         """All atoms of an axis."""
         return tuple(i for i, (a, _) in enumerate(self.atoms) if a == axis)

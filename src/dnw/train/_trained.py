@@ -7,9 +7,10 @@ from typing import cast
 
 import torch
 
-from dnw.compile import Plan, Program, Report, plan
+from dnw.compile import Plan, Program, Report
 from dnw.compile import compile as compiled
 from dnw.compile._analysis import is_of_graphs
+from dnw.compile._plan import planned
 from dnw.train._network import Checkpoint, Network, load_network
 from dnw.train._run import RunDirectory
 
@@ -54,7 +55,6 @@ def compile_run(
     with network.wiring.settled():
         size = input_size or network.input_size
         if is_of_graphs(network.model):
-            found = plan(network.model, size)
-            return found, found.apply(network.model)
-        other = compiled(network.model, torch.zeros(1, *size))
+            return planned(network.model, size)
+        other = compiled(network.model, torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
         return other.report, other.program
