@@ -206,7 +206,7 @@ static int32_t check_task(const struct task *task) {
       REFUSE_IF(task->stride_y != task->stride_x || task->stride_y > 2, BAD_SIZE);
       REFUSE_IF(task->stride_y == 1 && task->pitch != task->out_pitch, BAD_SIZE);
       REFUSE_IF(!task->weight, NULL_POINTER);
-      REFUSE_IF(!task->stride_y, BAD_SIZE);
+      REFUSE_IF(!task->stride_y || !task->pitch, BAD_SIZE);
       break;
     case KIND(mean): REFUSE_IF(!task->mask, NULL_POINTER); break;
     case KIND(linear): REFUSE_IF(!task->weight || !task->shift, NULL_POINTER); break;
@@ -237,7 +237,10 @@ static int32_t check_call(const struct task *task, const struct call *call, int6
   switch (task->kind) {
     case KIND(edges):
     case KIND(matrix): from = first, to = stop, behind = OVER_READ; break;
-    case KIND(node): from = first * task->stride_y - 1, to = (stop - 1) * task->stride_y + 2, behind = OVER_READ; break;
+    case KIND(node):
+      from = first * task->stride_y - 1, to = (stop - 1) * task->stride_y + 2, behind = OVER_READ;
+      if (16 % task->pitch && task->pitch % 16) from--; /* the left neighbours of the first row's first pixel */
+      break;
     case KIND(copy):
       if (!task->source_channels) break;
       sources = 0;

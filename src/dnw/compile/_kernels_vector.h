@@ -43,6 +43,16 @@ INLINE FAST vec WIDTH(exponential)(vec x) {
 }
 #define exponential WIDTH(exponential)
 
+/* x / (1 + e to the power of -x), within 2e-6 of it; NaN of NaN. Two to the power of the rest is a polynomial (least squares). */
+INLINE FAST vec WIDTH(silu)(vec x) {
+  vec power = -1.44269504f * x, bounded = chosen(power > -126.0f, power, (vec){0} - 126.0f);
+  bounded = chosen(bounded < 126.0f, bounded, (vec){0} + 126.0f);
+  vec whole = bounded + 12582912.0f, scale = (vec)(((bits)whole << 23) + 0x3f800000);
+  vec rest = bounded - (whole - 12582912.0f), sum = rest * 1.326697039e-3f + 9.675459746e-3f;
+  sum = sum * rest + 5.550742616e-2f, sum = sum * rest + 2.402212175e-1f, sum = sum * rest + 6.931469492e-1f;
+  return x / ((sum * rest + 1.0f) * scale + 1.0f);
+}
+
 /* The error function, within 1.2e-7 (Abramowitz and Stegun 7.1.26). */
 INLINE FAST vec WIDTH(erf)(vec x) {
   vec size = (vec)((bits)x & 0x7fffffff), t = 1.0f / (1.0f + 0.3275911f * size);
@@ -62,7 +72,7 @@ INLINE FAST vec WIDTH(activated)(const struct task *task, vec x, const int kind)
     case ACTIVATION(elu): return chosen(x < 0.0f, first * (exponential(x) - 1.0f), x);
     case ACTIVATION(sigmoid): return 1.0f / (1.0f + exponential((vec){0} - x));
     case ACTIVATION(tanh): return 2.0f / (1.0f + exponential(-2.0f * x)) - 1.0f;
-    case ACTIVATION(silu): return x / (1.0f + exponential((vec){0} - x));
+    case ACTIVATION(silu): return WIDTH(silu)(x);
     case ACTIVATION(hardswish):
     case ACTIVATION(hardsigmoid): {
       vec gate = x + 3.0f;
@@ -337,6 +347,7 @@ static OVER_READS FAST void WIDTH(node)(const struct task *task, const struct ca
     float *out = context->arena + (call->out_offset + (int64_t)c * task->out_plane + (int64_t)call->first * task->out_pitch);
     const float *w = task->weight + 9 * (int64_t)c;
     float shift = task->shift ? task->shift[c] : 0.0f;
+    float *made = out;
     vec left, middle, right;
     if (stride == 2)
       for (int32_t y = 0; y < call->rows; y++, in += 2 * pitch, out += task->out_pitch) {
@@ -371,6 +382,13 @@ static OVER_READS FAST void WIDTH(node)(const struct task *task, const struct ca
         vec sum = middle + SHUFFLE(before, left, LATER) + SHUFFLE(right, (vec){0}, EARLIER);
         write(out + pitch - LANES, WIDTH(finished)(task, sum, pitch - LANES));
       }
+    else if (LANES % pitch) /* rows that end anywhere in a vector, with zeros between them */
+      for (int32_t at = 0; at < call->rows * pitch; at += LANES) {
+        const float *b = in + at - 1, *a = b - pitch, *d = b + pitch;
+        vec sum = shift + (vec){0};
+        for (int i = 0; i < 3; i++) sum += w[i] * read(a + i) + w[3 + i] * read(b + i) + w[6 + i] * read(d + i);
+        write(out + at, WIDTH(finished)(task, sum, at));
+      }
     else { /* several rows in a vector */
       vec before = {0};
       bits has_left, has_right;
@@ -385,6 +403,8 @@ static OVER_READS FAST void WIDTH(node)(const struct task *task, const struct ca
         write(out + at, WIDTH(finished)(task, sum, at));
       }
     }
+    if (task->activation > ACTIVATION(clamp)) /* before the map leaves the nearest cache */
+      WIDTH(activate)(task, made, task->mask, ((int64_t)call->rows * task->out_pitch + LANES - 1) / LANES);
   }
 }
 

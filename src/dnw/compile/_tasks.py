@@ -89,7 +89,14 @@ class Maps:
         if self.height == self.width == 1 and not self.halo:
             return 1
         width = self.width + self.margin
-        return -(-width // 16) * 16 if width > 8 else max(2, 1 << (width - 1).bit_length())
+        if width > 8:
+            return width if self.margin and self.height * width <= 128 else -(-width // 16) * 16
+        return max(2, 1 << (width - 1).bit_length())
+
+    @property
+    def even(self) -> bool:
+        """Whether rows begin where vectors do, or whole numbers of them are in one."""
+        return self.pitch % 16 == 0 or 16 % self.pitch == 0
 
     @property
     def rows(self) -> int:
@@ -197,11 +204,9 @@ def tasks(program: Program) -> list[Task]:
     return _Tasks(program).found
 
 
-FUSED = ("sparse", "dense", "sum", "product")
+FUSED = ("sparse", "dense", "node", "sum", "product")
 """Kinds of tasks that take any activation with them."""
-CLAMPED = (*FUSED, "node")
-"""Kinds of tasks that can keep what they make within bounds."""
-RECTIFY = ("edges", "matrix", "affine", "instance_norm", "linear", *CLAMPED)
+RECTIFY = ("edges", "matrix", "affine", "instance_norm", "linear", *FUSED)
 """Kinds of tasks that can rectify what they make."""
 
 
@@ -385,7 +390,7 @@ def _convolution(found: _Tasks, convolution: Convolution, x: Part, to: Part | No
     kernel, stride, padding = convolution.weight.shape[2], convolution.stride[0], convolution.padding[0]
     if form == "node":
         x = found.inside(x)
-        x.maps.surround(1, 1)
+        x.maps.surround(1 if x.maps.even else 2, 1)
         return found.add(form, (x,), to, convolution, window=(kernel, stride, padding))
     if form == "point":
         return found.add("sparse", (found.inside(x),), to, convolution, settings={"point": True})
@@ -455,7 +460,7 @@ def _rectify(found: _Tasks, instruction: Instruction, x: Part) -> Part:
 def _activation(found: _Tasks, instruction: Activation, x: Part) -> Part:
     if instruction.kind == "relu":
         return _rectify(found, instruction, x)
-    if found.absorbs(x, CLAMPED if instruction.kind == "clamp" else FUSED):
+    if found.absorbs(x, FUSED):
         found.found[-1].activation = instruction
         return x
     x = found.inside(x)
