@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     compiling.add_argument("--checkpoint", choices=("last", "best"), help="which of the run's (default: last)")
     compiling.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the run's)")
     compiling.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to write it: NAME.dnw, .onnx or .c (default: only the plan)"
+        "--out", type=Path, metavar="FILE", help="where to write it: NAME.dnw, .onnx or .c (default: only print)"
     )
     compiling.set_defaults(run=_compile)
 
@@ -190,10 +190,11 @@ def _count(parsed: argparse.Namespace) -> None:
 
 
 def _compile(parsed: argparse.Namespace) -> None:
-    """Print the plan for a trained network: what has no effect and can go. With --out, write what stays, compacted.
+    """Print what compiling a trained network does: what has no effect and goes, what stays, and how each layer runs.
 
-    The ending of FILE says as what: .onnx for ONNX, .c for plain C99 (and a header beside it), any other for our own runtime.
-    For that, sums that are not sparse enough are measured, and become matrices where that is faster on this machine.
+    Layers that are not very sparse are measured, and run dense where that is faster on this machine. With --out, write the
+    compacted network: as .onnx (needs dnw[onnx]), as .c in plain C99 with a header beside it, or for our own
+    runtime under any other name. What PyTorch would run a part of cannot be written; the error says which part.
     """
     from dnw.compile import Plan, measured, save_c, save_onnx, save_program
     from dnw.compile._measure import summary

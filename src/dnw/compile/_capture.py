@@ -12,11 +12,12 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from dnw.compile._layers import (
@@ -47,7 +48,7 @@ from dnw.compile._program import (
     Restore,
     Size,
 )
-from dnw.compile._torch import Cast, Foreign, Spread
+from dnw.compile._torch import EXACT, SYMBOLS, Cast, Foreign, Spread, numbers
 from dnw.compile._views import BATCH, View
 
 _PRIME = 1_000_003
@@ -58,15 +59,24 @@ class NotCompiled(Exception):
     """What no instruction stands for; it stays with PyTorch."""
 
 
+class _OverImages(Exception):
+    """What is no network on images one by one."""
+
+
 def captured(model: nn.Module, example: tuple[Tensor, ...]) -> Capture:
     """A model, in whatever mode, captured as in eval mode for inputs like the examples.
 
     Raises:
         ValueError: it cannot be exported, or not with a free batch.
     """
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     two = tuple(x[:1].detach().expand(2, *x.shape[1:]).clone() for x in example)
+    two = tuple(x.to(kind) if x.is_floating_point() else x for x in two)
     with evaluating(model), _silence():
-        return Capture(_exported(model, two))
+        try:
+            return Capture(_exported(model, two))
+        except _OverImages as error:
+            raise ValueError(str(error)) from None
 
 
 def _exported(model: nn.Module, example: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -78,7 +88,7 @@ def _exported(model: nn.Module, example: tuple[Tensor, ...]) -> torch.export.Exp
             reason = reason or f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
             continue
         if _is_free(found):
-            return found
+            return found.run_decompositions({})  # what is changed in place, and what is copied, becomes plain values
         reason = "its code fixes the number of images in a batch, by len(x) or int(x.shape[0]), say; x.shape[0] leaves it free"
     raise ValueError(f"the model cannot be exported by torch.export, which compiling begins with ({reason})")
 
@@ -125,25 +135,88 @@ def _silence() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@dataclass(frozen=True)
+class Given:
+    """How an input of the model becomes one of the program, ``[batch, *size]`` in floating-point numbers.
+
+    Attributes:
+        size: of the model's input, without the batch.
+        whole: whether it holds whole numbers, or truth values.
+    """
+
+    size: Size
+    whole: bool = False
+
+    def floats(self, x: Any, number: int) -> Any:
+        """What the program takes; of inputs that do not fit what they are.
+
+        Raises:
+            ValueError: numbers of another kind, or whole ones that are not exact in float32.
+        """
+        if self.whole:
+            x = x if isinstance(x, Tensor) else torch.as_tensor(x)
+            if x.is_floating_point() or x.is_complex():
+                raise ValueError(f"input {number}: expected whole numbers, as in the example, got {x.dtype}")
+            if x.numel() and x.dtype != torch.bool and max(-int(x.min()), int(x.max())) >= EXACT:
+                raise ValueError(f"input {number}: whole numbers from {int(x.min())} to {int(x.max())}; up to 2^24 are exact")
+            x = x.to(torch.float32)
+        return x if self.size or getattr(x, "ndim", 0) != 1 else x.reshape(-1, 1)
+
+
+@dataclass(frozen=True)
+class Returned:
+    """How an output of the program becomes one of the model.
+
+    Attributes:
+        size: of the model's output, without the batch.
+        at: which dimension of it is the batch.
+        dtype: of the model's, where that is no floating-point number.
+    """
+
+    size: Size
+    at: int
+    dtype: torch.dtype | None
+
+    def packed(self, x: Any) -> Any:
+        x = x.reshape(len(x), *self.size)
+        if not isinstance(x, Tensor):  # a NumPy array
+            return self.packed(torch.from_numpy(x)).numpy()
+        return x.movedim(0, self.at).to(self.dtype or x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Uneven:
+    """A constant of the batch's size that is not the same for each image, for batches of two and of three."""
+
+    two: Tensor
+    three: Tensor
+
+    def of(self, batch: int) -> Tensor:
+        return self.two if batch == 2 else self.three
+
+
 class Capture:
     """A program of an exported model, and which parts of it PyTorch runs.
 
     Attributes:
         nodes, sizes: of the program as it grows; of each value its size.
         outputs: the values that are returned.
-        whole: of each input whether it holds whole numbers; in the program they are floating-point numbers all the same.
-        spec: how outputs are packed.
+        given: how each input is taken.
+        returned: of all that the model returns how, or what it is where it is the same for all inputs.
+        spec: how that is packed.
     """
 
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
         self.nodes: list[Node] = []
         self.sizes: list[Size] = []
         self.outputs: list[int] = []
-        self.whole: list[bool] = []
+        self.given: list[Given] = []
+        self.returned: list[Any] = []
         self.spec = exported.call_spec.out_spec
         self._env: dict[fx.Node, Any] = {}
         self._where = ""
-        self._batch: Any = None
+        self._batches = dict[Any, int]()  # the symbols of the batch, one for each input that PyTorch has not seen meet others
+        self._signature = exported.graph_signature
         lifted = _lifted(exported)
         for node in exported.graph.nodes:
             self._where = _where(node)
@@ -151,8 +224,10 @@ class Capture:
                 self._env[node] = lifted[node.name] if node.name in lifted else self._input(node)
             elif node.op == "output":
                 self._finish(node.args[0])
-            else:
+            elif node.op == "call_function" and not isinstance(node.target, torch._ops.HigherOrderOperator):
                 self._run(node)
+            else:
+                raise ValueError(f"{self._where or 'the model'}: {node.target} is not compiled")
 
     def program(self) -> Program:
         sizes = tuple(self.sizes[: len(self.sizes) - len(self.nodes)])
@@ -164,20 +239,46 @@ class Capture:
         given = node.meta["val"]
         if not isinstance(given, Tensor):
             raise ValueError(f"the input {node.name} is a {type(given).__name__}; compiled are networks on tensors")
-        self.whole.append(not given.is_floating_point())
+        if given.is_complex():
+            raise ValueError(f"the input {node.name} holds complex numbers, which are not compiled")
         first: Any = given.shape[0]
-        self._batch = first.node.expr
-        self.sizes.append(tuple(int(n) for n in given.shape[1:]))
-        return View.of(len(self.sizes) - 1, self.sizes[-1])
+        self._batches[first.node.expr] = _PRIME
+        size = tuple(int(n) for n in given.shape[1:])
+        self.given.append(Given(size, not given.is_floating_point()))
+        self.sizes.append(size or (1,))
+        return self.shown(len(self.sizes) - 1, size)
 
     def _finish(self, results: Sequence[Any]) -> None:
-        for result in results:
+        for spec, result in zip(self._signature.output_specs, results, strict=True):
+            if spec.kind is not OutputKind.USER_OUTPUT:  # buffers and inputs that the model changes; here they stay
+                continue
+            if isinstance(result, fx.Node) and isinstance(self._env[result], Uneven):
+                self._env[result] = self._foreign(result, result.target, *self._made(result))
             found = self._env.get(result) if isinstance(result, fx.Node) else result
             if isinstance(found, Spread):
-                found = self.view(self.emit(Restore(torch.empty(0, dtype=torch.int64), found.tensor[0].double()), 0))
-            if not isinstance(found, View):
-                raise ValueError(f"the model returns a {type(result).__name__}; compiled are networks that return tensors")
-            self.outputs.append(self.raw(found).value)
+                at = found.at
+                constant = found.tensor.movedim(at, 0)[0].double()
+                value = self.emit(Restore(torch.empty(0, dtype=torch.int64), constant.reshape(constant.shape or (1,))), 0)
+                shown = list(self.shown(value, tuple(constant.shape)).dims[1:])
+                found = View(value, self.view(value).atoms, (*shown[:at], (BATCH,), *shown[at:]))
+            if isinstance(found, View):
+                self.returned.append(self._returned(found, result.meta["val"].dtype))
+            elif isinstance(found, Tensor):
+                self.returned.append(found.float() if found.is_floating_point() else found)
+            elif found is None or isinstance(found, (bool, int, float, str)):
+                self.returned.append(found)
+            else:
+                raise ValueError(f"the model returns a {type(found).__name__}; compiled are networks that return tensors")
+        if not self.outputs:
+            raise ValueError("nothing that the model returns depends on its inputs")
+
+    def _returned(self, view: View, dtype: torch.dtype) -> Returned:
+        at = [i for i, dim in enumerate(view.dims) if dim == (BATCH,)]
+        if not at:
+            raise ValueError(f"{self._where}: the batch is merged with other dimensions of an output; that is not compiled")
+        found = self.raw(view.permuted([at[0], *(i for i in range(len(view.dims)) if i != at[0])]))
+        self.outputs.append(found.value)
+        return Returned(found.shape[1:], at[0], None if dtype.is_floating_point else dtype)
 
     def emit(self, instruction: Instruction, *reads: int) -> int:
         """Appends an instruction; returns the number of what it makes."""
@@ -186,52 +287,63 @@ class Capture:
         self.sizes.append(size)
         return len(self.sizes) - 1
 
+    def resized(self, value: int, size: Size) -> int:
+        """The same numbers in the same order, as a size."""
+        axes = self.sizes[value]
+        return value if axes == size else self.emit(Rearrange(axes, tuple(range(len(axes))), size), value)
+
     def view(self, value: int) -> View:
         """Of a value as it is."""
         return View.of(value, self.sizes[value])
+
+    def shown(self, value: int, size: Size) -> View:
+        """Of a value as a tensor ``[batch, *size]``; where that is a number, the value has one channel."""
+        return View.of(value, size) if size else View(value, (), ((BATCH,),))
 
     def shape(self, node: fx.Node | Any) -> tuple[int, ...]:
         """Of what a node makes; the batch counts as ``_PRIME``."""
         return tuple(self._number(n) for n in node.meta["val"].shape)
 
     def _number(self, n: Any) -> int:
-        return n if isinstance(n, int) else int(n.node.expr.subs(self._batch, _PRIME))
+        return n if isinstance(n, int) else int(n.node.expr.subs(self._batches))
 
     def _run(self, node: fx.Node) -> None:
         target: Any = node.target
-        given: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
-        args, kwargs = given
+        args, kwargs = self._given(node)
         leaves = pytree.tree_leaves((args, kwargs))
-        if isinstance(node.meta.get("val"), (torch.SymInt, int)):
-            self._env[node] = node.meta["val"]
+        if any(isinstance(leaf, View) for leaf in leaves) and any(isinstance(leaf, Uneven) for leaf in leaves):
+            args, kwargs = self._made(node)
+            leaves = pytree.tree_leaves((args, kwargs))
+        made = node.meta.get("val")
+        if isinstance(made, (*SYMBOLS, int, float)):
+            self._env[node] = made
             return
+        if any(isinstance(x, Tensor) and x.is_complex() for x in pytree.tree_leaves(made)):
+            raise ValueError(f"{self._where or 'the model'}: {target} makes complex numbers, which are not compiled")
         if target is operator.getitem and isinstance(args[0], (list, tuple)):
             self._env[node] = args[0][args[1]]
             return
-        name = target.name() if isinstance(target, torch._ops.OpOverload) else str(target)
-        base = name.split("::")[-1].split(".")[0]
-        inplace = base.endswith("_") and not base.endswith("__")
         if not any(isinstance(leaf, View) for leaf in leaves):
             self._env[node] = self._constant(node, target, args, kwargs)
             return
-        handler = HANDLERS.get(base.removesuffix("_") if inplace else base)
+        name = target.name() if isinstance(target, torch._ops.OpOverload) else str(target)
+        handler = HANDLERS.get(name.split("::")[-1].split(".")[0])
         before = len(self.nodes)
         try:
-            if handler is None or (handler not in _OF_SHAPES and (self._is_of_batch(leaves) or self._is_whole(node))):
+            moves = handler in _OF_SHAPES and not (handler is _view and any(isinstance(leaf, torch.dtype) for leaf in leaves))
+            if handler is None or not (moves or handler is _to or not (self._is_of_batch(leaves) or self._is_whole(node))):
                 raise NotCompiled
             of_one = pytree.tree_map(lambda leaf: leaf.tensor if isinstance(leaf, Spread) else leaf, (args, kwargs))
             found = handler(self, node, *of_one[0], **of_one[1])
-        except NotCompiled:
+        except (NotCompiled, ValueError, ZeroDivisionError):  # also what instructions do not take
             inputs = self._inputs
             del self.nodes[before:], self.sizes[inputs + before :]
             found = self._foreign(node, target, args, kwargs)
         self._env[node] = found
-        if inplace and isinstance(args[0], View) and isinstance(found, View):
-            self._rebind(args[0], found)
 
     @staticmethod
     def _is_of_batch(leaves: Sequence[Any]) -> bool:
-        return any(isinstance(leaf, torch.SymInt) for leaf in leaves)
+        return any(isinstance(leaf, SYMBOLS) for leaf in leaves)
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether a node makes, or reads of a value, what are no floating-point numbers."""
@@ -243,36 +355,46 @@ class Capture:
     def _inputs(self) -> int:
         return len(self.sizes) - len(self.nodes)
 
-    def _rebind(self, old: View, new: View) -> None:
-        """All that sees a value sees what an operator in place has made of it."""
-        for node, seen in self._env.items():
-            if isinstance(seen, View) and seen.value == old.value != new.value:
-                self._env[node] = new if seen == old else replace(seen, value=new.value)
-                if seen != old and (new.atoms, new.dims) != (old.atoms, old.dims):
-                    raise ValueError(f"{self._where}: changes in place what other views show; that is not compiled")
+    def _given(self, node: fx.Node) -> Any:
+        """What a node is called with."""
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
+
+    def _made(self, node: fx.Node) -> Any:
+        """The same, when PyTorch makes all of it that is another number for each image."""
+        for read in node.all_input_nodes:
+            if isinstance(self._env[read], Uneven):
+                self._env[read] = self._foreign(read, read.target, *self._made(read))
+        return self._given(node)
 
     def _constant(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
-        """What is made of constants alone; of one of the batch's size, for one image."""
-
-        def of_one(leaf: Any) -> Any:
-            if isinstance(leaf, Spread):
-                return leaf.tensor
-            if isinstance(leaf, torch.SymInt):
-                n = self._number(leaf)
-                return 1 if n == _PRIME else n
-            return leaf
-
+        """What is made of constants alone; of what has the batch's size, one image, where all are the same."""
         if target is torch.ops.aten._assert_tensor_metadata.default:  # constants are in double precision here
             return None
-        args, kwargs = pytree.tree_map(of_one, (args, kwargs))
-        found, made = target(*args, **kwargs), node.meta["val"]
+
+        def of(batch: int) -> Any:
+            def filled(leaf: Any) -> Any:
+                if isinstance(leaf, (Spread, Uneven)):
+                    return leaf.of(batch)
+                return numbers(leaf, dict.fromkeys(self._batches, batch)) if isinstance(leaf, SYMBOLS) else leaf
+
+            given = pytree.tree_map(filled, (args, kwargs))
+            made = target(*given[0], **given[1])
+            return made.double() if isinstance(made, Tensor) and made.is_floating_point() else made
+
+        if not any(isinstance(leaf, (Spread, Uneven, *SYMBOLS)) for leaf in pytree.tree_leaves((args, kwargs))):
+            return of(1)
+        found, more = of(2), of(3)
         if not isinstance(found, Tensor):
+            raise ValueError(f"{self._where or 'the model'}: {target} depends on the size of the batch; that is not compiled")
+        shape = tuple(self._number(n) for n in node.meta["val"].shape)
+        if found.shape == more.shape and torch.equal(found, more):
             return found
-        found = found.double() if found.is_floating_point() else found
-        shape = tuple(self._number(n) for n in made.shape)
-        if tuple(found.shape) != tuple(1 if n == _PRIME else n for n in shape):
-            raise ValueError(f"{self._where or 'the model'}: {target} depends on the batch; that is not compiled")
-        return Spread(found, shape) if _PRIME in shape else found
+        if shape.count(_PRIME) == 1:
+            at = shape.index(_PRIME)
+            one = more.narrow(at, 0, 1)
+            if torch.equal(one.expand_as(more), more) and torch.equal(one.expand_as(found), found):
+                return Spread(one, at)
+        return Uneven(found, more)
 
     def _foreign(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator that PyTorch runs."""
@@ -290,23 +412,22 @@ class Capture:
             return None
         shape = tuple(self._number(n) for n in made.shape)
         at = [i for i, n in enumerate(shape) if n % _PRIME == 0]
-        if len(at) != 1 or shape[at[0]] // _PRIME % _PRIME == 0:
+        joins = str(target).removeprefix("aten.").split(".")[0] in ("cat", "concat", "stack")
+        if len(at) != 1 or shape[at[0]] // _PRIME % _PRIME == 0 or (joins and shape[at[0]] != _PRIME):
             raise ValueError(f"{self._where or 'the model'}: {target} mixes the images of a batch; that is not compiled")
         beside = shape[at[0]] // _PRIME  # the batch is the outer one of the two
         size = (beside, *(n for i, n in enumerate(shape) if i != at[0]))
         size = size if beside > 1 else size[1:]
-        values = list(dict.fromkeys(view.value for view in views))
+        values = list(dict.fromkeys(view.value for view in views)) or [0]  # of an input the size of the batch, at least
 
         def inside(leaf: Any) -> Any:
-            if isinstance(leaf, Spread):
-                return replace(leaf, shape=tuple(-1 if n == _PRIME else n for n in leaf.shape))
             if isinstance(leaf, Cast):
                 return replace(leaf, view=inside(leaf.view))
             return replace(leaf, value=values.index(leaf.value)) if isinstance(leaf, View) else leaf
 
         args, kwargs = pytree.tree_map(inside, (args, kwargs))
-        instruction = Foreign(target, args, kwargs, len(values), size, at[0], item, self._batch)
-        found = View.of(self.emit(instruction, *values), size)
+        instruction = Foreign(target, args, kwargs, len(values), size or (1,), at[0], item, tuple(self._batches))
+        found = self.shown(self.emit(instruction, *values), size)
         dims = list(found.dims[1 + (beside > 1) :])
         dims.insert(at[0], (BATCH, *found.dims[1]) if beside > 1 else (BATCH,))
         return View(found.value, found.atoms, tuple(dims))
@@ -315,11 +436,6 @@ class Capture:
 
     def raw(self, view: View) -> View:
         """The same, as a value that lies as the tensor does: the batch, then its dimensions."""
-        if view.dims[0] != (BATCH,):
-            at = [i for i, dim in enumerate(view.dims) if dim == (BATCH,)]
-            raise ValueError(
-                f"{self._where}: the batch is {'dimension ' + str(at[0]) if at else 'merged with others'} of an output"
-            )
         return self._rearranged(view, range(1, len(view.dims)))
 
     def _rearranged(self, view: View, order: Sequence[int]) -> View:
@@ -329,11 +445,10 @@ class Capture:
         parts = [tuple(i for i in view.dims[d] if i != BATCH) for d in order]
         split = tuple(n for _, n in view.atoms) or (1,)
         atoms = [i for part in parts for i in part] or [0]
-        size = tuple(view.length(part) for part in parts)
+        size = tuple(view.length(part) for part in parts) or (1,)
         value = view.value
         if tuple(atoms) == tuple(range(len(split))):
-            if size != self.sizes[value]:
-                value = self.emit(Rearrange(self.sizes[value], tuple(range(len(self.sizes[value]))), size), value)
+            value = self.resized(value, size)
         else:
             value = self.emit(Rearrange(split, tuple(atoms), size), value)
         places = {d: (i,) for i, d in enumerate(order)}
@@ -348,7 +463,7 @@ class Capture:
             if view.dims[dim] == channels:
                 return view
             sizes, order = [view.atoms[i][1] for i in channels], [channels.index(i) for i in view.dims[dim]]
-            picked = torch.arange(len(torch.empty(self.sizes[view.value][0]))).view(sizes).permute(order).flatten()
+            picked = torch.arange(self.sizes[view.value][0]).view(sizes).permute(order).flatten()
             value = self.emit(Pick(picked), view.value)
             atoms = [(0, len(picked)), *(view.atoms[i] for i in view.places)]
             at = {i: n for n, i in enumerate(view.places, 1)}
@@ -364,10 +479,7 @@ class Capture:
             raise NotCompiled
         view = self.channelled(view, 1)
         size = tuple(view.shape[1:])
-        if self.sizes[view.value] != size:
-            axes = self.sizes[view.value]
-            view = View.of(self.emit(Rearrange(axes, tuple(range(len(axes))), size), view.value), size)
-        return view
+        return view if self.sizes[view.value] == size else View.of(self.resized(view.value, size), size)
 
     def like(self, view: View, value: int) -> View:
         """A value that lies as another one does."""
@@ -463,7 +575,7 @@ def _lifted(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
     for names in (signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants):
         for name, source in names.items():
             tensor = exported.state_dict[source] if source in exported.state_dict else exported.constants[source]
-            tensor = tensor.detach().cpu()
+            tensor = tensor.detach().cpu().clone()
             found[name] = tensor.double() if tensor.is_floating_point() else tensor
     return found
 
@@ -533,7 +645,7 @@ def _dropout(capture: Capture, node: fx.Node, x: Any, p: float, train: bool) -> 
 
 @_handles("to", "_to_copy", "type_as", becomes="nothing")
 def _to(capture: Capture, node: fx.Node, x: View, *_: Any, **__: Any) -> View:
-    _need(node.meta["val"].dtype == torch.float32)
+    _need(node.meta["val"].dtype.is_floating_point)  # whole numbers are floating-point numbers here already
     return x
 
 
@@ -571,6 +683,51 @@ def _transpose(capture: Capture, node: fx.Node, x: View, one: int, other: int) -
 @_handles("t", "numpy_T", becomes="nothing")
 def _t(capture: Capture, node: fx.Node, x: View) -> View:
     return x.permuted(range(len(x.dims))[::-1])
+
+
+def _shuffled(capture: Capture, x: View, split: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> View:
+    """Dimensions split, in another order, and merged again."""
+    for again in (False, True):
+        if again:  # as it lies, dimension by dimension
+            x = capture._rearranged(x, [i for i, d in enumerate(x.dims) if d != (BATCH,)])
+        if (found := x.reshaped(split, _PRIME)) is not None:
+            found = found.permuted(order)
+            whole = found.reshaped(shape, _PRIME)
+            if whole is None:
+                found = capture._rearranged(found, [i for i, d in enumerate(found.dims) if d != (BATCH,)])
+                whole = found.reshaped(shape, _PRIME)
+            _need(whole is not None)
+            return whole  # type: ignore[return-value]
+    raise NotCompiled
+
+
+@_handles("channel_shuffle", becomes="nothing")
+def _channel_shuffle(capture: Capture, node: fx.Node, x: View, groups: int) -> View:
+    batch, channels, *sides = capture.shape(node)
+    split = (batch, groups, channels // groups, *sides)
+    order = (0, 2, 1, *range(3, len(split)))
+    return _shuffled(capture, x, split, order, (batch, channels, *sides))
+
+
+@_handles("pixel_shuffle", becomes="`Rearrange`")
+def _pixel_shuffle(capture: Capture, node: fx.Node, x: View, factor: int) -> View:
+    batch, channels, height, width = capture.shape(node)
+    split = (batch, channels, factor, factor, height // factor, width // factor)
+    return _shuffled(capture, x, split, (0, 1, 4, 2, 5, 3), (batch, channels, height, width))
+
+
+@_handles("index", becomes="`Pick` of channels, by a constant list")
+def _index(capture: Capture, node: fx.Node, x: View, indices: Sequence[Any]) -> View:
+    at = [i for i, index in enumerate(indices) if index is not None]
+    _need(len(at) == 1 and x.dims[at[0]] != (BATCH,))
+    index = indices[at[0]]
+    _need(isinstance(index, Tensor) and index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool)
+    x = capture.channelled(x, at[0])
+    size = capture.sizes[x.value]
+    made = capture.emit(Pick(torch.arange(size[0])[index.long()]), x.value)
+    places = {i: n for n, i in enumerate(x.places, 1)}
+    dims = tuple((0,) if n == at[0] else tuple(BATCH if i == BATCH else places[i] for i in d) for n, d in enumerate(x.dims))
+    return View(made, ((0, len(index)), *(x.atoms[i] for i in x.places)), dims)._short()
 
 
 @_handles("expand", becomes="nothing")
@@ -631,12 +788,19 @@ def _cat(capture: Capture, node: fx.Node, tensors: Sequence[Any], dim: int = 0) 
         order = [at, *(i for i in range(1, len(x.dims)) if i != at)]
         size = tuple(x.length(x.dims[i]) for i in order)
         value = x.value
-        if capture.sizes[value] != size:
-            value = capture.emit(Rearrange(capture.sizes[value], tuple(range(len(capture.sizes[value]))), size), value)
-        views.append(value)
+        views.append(capture.resized(value, size))
     order = [at, *(i for i in range(1, len(first.dims)) if i != at)]
     made = capture.emit(Concat(order.index(dim)), *views)
     return View.of(made, capture.sizes[made]).permuted([0, *(1 + order.index(i) for i in range(1, len(order) + 1))])
+
+
+@_handles("stack", becomes="`Concat`")
+def _stack(capture: Capture, node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> View:
+    dim %= len(capture.shape(node))
+    views = [
+        x.unsqueeze(dim) if isinstance(x, Tensor) else replace(x, dims=(*x.dims[:dim], (), *x.dims[dim:])) for x in tensors
+    ]
+    return _cat(capture, node, views, dim)
 
 
 @_handles("conv2d", becomes="`Convolution`, `Linear` of single pixels")
@@ -651,7 +815,8 @@ def _conv2d(
     dilation: Any = (1, 1),
     groups: int = 1,
 ) -> View:
-    _need(isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)) and not isinstance(padding, str))
+    _need(isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)))
+    padding = _padding(padding, weight, _pair(dilation))
     if x.shape[2:] == weight.shape[2:] == (1, 1) and groups == 1 and _pair(padding) == (0, 0):
         return _linear_at(capture, x, 1, weight[:, :, 0, 0], bias)
     x = capture.maps(x)
@@ -663,6 +828,35 @@ def _conv2d(
             instruction, constant=Constant(bias, torch.empty(0, dtype=torch.int64), bias.new_zeros(0, 1, 1), *sides)
         )
     return View.of(capture.emit(instruction, x.value), size)
+
+
+def _padding(padding: Any, weight: Tensor, dilation: tuple[int, int]) -> Any:
+    """How many zeros are beside maps, where they are as many on both sides."""
+    if not isinstance(padding, str):
+        return padding
+    both = [d * (k - 1) if padding == "same" else 0 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    _need(not any(n % 2 for n in both))
+    return tuple(n // 2 for n in both)
+
+
+@_handles("conv1d", becomes="`Convolution` of one row")
+def _conv1d(
+    capture: Capture,
+    node: fx.Node,
+    x: View,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> View:
+    _need(isinstance(weight, Tensor))
+    weight, x = weight[:, :, None], replace(x, dims=(*x.dims[:2], (), *x.dims[2:]))
+    padding = _padding(padding, weight, (1, _pair(dilation)[1]))
+    sides = (1, _pair(stride)[1]), (0, _pair(padding)[1]), (1, _pair(dilation)[1])
+    found = _conv2d(capture, node, x, weight, bias, *sides, groups)
+    return replace(found, dims=(*found.dims[:2], *found.dims[3:]))
 
 
 def _linear_at(capture: Capture, x: View, dim: int, weight: Tensor, bias: Tensor | None) -> View:
@@ -701,6 +895,21 @@ def _batch_norm(
     shift = (0.0 if bias is None else bias) - mean * scale
     x = capture.channelled(x, 1)
     return capture.like(x, capture.emit(Affine(scale, shift), x.value))
+
+
+@_handles("_native_batch_norm_legit_no_training", becomes="`Affine`, part of the sums before it")
+def _batch_norm_alone(
+    capture: Capture, node: fx.Node, x: View, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any
+) -> list[View]:
+    return [_batch_norm(capture, node, x, weight, bias, mean, var, False, *rest)]
+
+
+@_handles("_native_batch_norm_legit", "_native_batch_norm_legit_functional", becomes="an error: it mixes the images of a batch")
+def _batch_norm_over_images(capture: Capture, node: fx.Node, *_: Any) -> View:
+    raise _OverImages(
+        f"{capture._where or 'the model'}: a norm over the images of a batch; compiled are norms with running statistics, of "
+        "models that were exported in eval mode"
+    )
 
 
 @_handles("instance_norm", becomes="`InstanceNorm`, or as a batch norm")
@@ -840,6 +1049,19 @@ def _elu(capture: Capture, node: fx.Node, x: View, alpha: float = 1.0, scale: fl
     return capture.like(x, capture.emit(Activation("elu", float(alpha)), x.value))
 
 
+@_handles("prelu", becomes="`Activation`, `Affine`, `Sum`")
+def _prelu(capture: Capture, node: fx.Node, x: View, slope: Any) -> View:
+    _need(isinstance(slope, Tensor) and len(x.dims) > 1)
+    if slope.numel() == 1:
+        return capture.like(x, capture.emit(Activation("leaky_relu", float(slope)), x.value))
+    x = capture.channelled(x, 1)
+    above = capture.emit(Activation("relu"), x.value)
+    below = _affine(
+        capture, capture.like(x, capture.emit(Activation("relu"), _affine(capture, x, -1.0, 0.0).value)), -slope, 0.0
+    )
+    return capture.like(x, capture.emit(Sum(), above, below.value))
+
+
 @_handles("gelu", becomes="`Activation`")
 def _gelu(capture: Capture, node: fx.Node, x: View, approximate: str = "none") -> View:
     return capture.like(x, capture.emit(Activation("gelu" if approximate == "none" else "gelu_tanh"), x.value))
@@ -856,18 +1078,23 @@ def _paired(capture: Capture, x: View, y: View) -> tuple[View, View]:
     """Two tensors of one shape, or one of them with numbers per channel, as values that lie in the same way."""
     if x.pattern() == y.pattern():
         size, other = capture.sizes[x.value], capture.sizes[y.value]
-        if size != other:
-            y = replace(y, value=capture.emit(Rearrange(other, tuple(range(len(other))), size), y.value))
-        return x, y
+        return x, (y if size == other else replace(y, value=capture.resized(y.value, size)))
     _need(len(x.dims) == len(y.dims) and x.dims[0] == y.dims[0] == (BATCH,))
     if x.shape != y.shape:
         large, small = (x, y) if len(x.atoms) >= len(y.atoms) else (y, x)
+        at = [i for i in range(1, len(x.dims)) if small.shape[i] != large.shape[i]]
+        if len(at) == 1 and small.shape[at[0]] == 1 and any(small.dims[1:]):  # the same for all channels
+            large, small = capture.channelled(large, at[0]), capture.channelled(small, at[0])
+            size = capture.sizes[large.value]
+            value = capture.resized(small.value, (1, *size[1:]))
+            small = capture.like(large, capture.emit(Pick(torch.zeros(size[0], dtype=torch.int64)), value))
+            return (large, small) if large.shape == x.shape else (small, large)
         at = [i for i in range(1, len(x.dims)) if small.shape[i] != 1]
         _need(len(at) == 1 and small.shape[at[0]] == large.shape[at[0]])
         large, small = capture.channelled(large, at[0]), capture.channelled(small, at[0])
         if len(capture.sizes[small.value]) > 1:
             size = capture.sizes[small.value]
-            small = replace(small, value=capture.emit(Rearrange(size, tuple(range(len(size))), size[:1]), small.value))
+            small = replace(small, value=capture.resized(small.value, size[:1]))
         return (large, small) if large.shape == x.shape else (small, large)
     where = next((i for i in (x.channels_at(), y.channels_at()) if i is not None), 1)
     order = [where, *(i for i in range(1, len(x.dims)) if i != where)]
@@ -930,8 +1157,11 @@ def _mul(capture: Capture, node: fx.Node, x: Any, y: Any) -> View:
         return _affine(capture, x, float(y), 0.0)
     _need(tuple(1 if n == _PRIME else n for n in capture.shape(node)) == x.shape)
     laid = capture.laid(y, x)
-    _need(laid.numel() == len(laid))
-    return _affine(capture, x, laid, 0.0)
+    if laid.numel() == len(laid):
+        return _affine(capture, x, laid, 0.0)
+    whole = laid.expand(capture.sizes[x.value]).clone()  # another number at each place
+    made = capture.emit(Restore(torch.empty(0, dtype=torch.int64), whole), x.value)
+    return capture.like(x, capture.emit(Product(), x.value, made))
 
 
 @_handles("pow", "square", becomes="`Product`, of the powers 2 and 3")
@@ -950,11 +1180,17 @@ def _div(capture: Capture, node: fx.Node, x: Any, y: Any, **settings: Any) -> Vi
 # --- windows ---
 
 
-@_handles("pad", "constant_pad_nd", becomes="`Pad`, with zeros")
-def _pad(capture: Capture, node: fx.Node, x: View, pads: Sequence[int], *settings: Any, **named: Any) -> View:
-    mode, value = (named.get("mode", "constant"), named.get("value"))
-    mode, value = (settings[0] if settings and isinstance(settings[0], str) else mode, settings[-1] if settings else value)
-    _need(mode == "constant" and (isinstance(value, str) or not value))
+@_handles("pad", becomes="`Pad`, with zeros")
+def _pad(
+    capture: Capture, node: fx.Node, x: View, pads: Sequence[int], mode: str = "constant", value: float | None = None
+) -> View:
+    _need(mode == "constant" and not value)
+    return _constant_pad(capture, node, x, pads)
+
+
+@_handles("constant_pad_nd", becomes="`Pad`, with zeros")
+def _constant_pad(capture: Capture, node: fx.Node, x: View, pads: Sequence[int], value: float = 0.0) -> View:
+    _need(not value)
     left, right, top, bottom = (*pads, *[0] * (4 - len(pads)))[:4]
     _need(min(left, right, top, bottom) >= 0 and not any(pads[4:]))
     x = capture.maps(x)
@@ -1005,6 +1241,14 @@ def _adaptive(capture: Capture, node: fx.Node, x: View, size: Sequence[int]) -> 
     return capture.view(capture.emit(AdaptiveMean(*_pair(size)), x.value))
 
 
+@_handles("upsample_nearest2d", becomes="`AdaptiveMean`, by whole factors")
+def _upsample(capture: Capture, node: fx.Node, x: View, *_: Any) -> View:
+    sides = capture.shape(node)[2:]
+    _need(all(n % before == 0 for n, before in zip(sides, x.shape[2:], strict=True)))
+    x = capture.maps(x)
+    return capture.view(capture.emit(AdaptiveMean(*_pair(sides)), x.value))  # the mean of one pixel
+
+
 def _mean_over(capture: Capture, x: View, dims: Sequence[int], keep: bool) -> View:
     left = [i for i in range(len(x.dims)) if i not in dims]
     _need(x.dims[0] == (BATCH,) and 0 in left)
@@ -1031,5 +1275,5 @@ def _mean(capture: Capture, node: fx.Node, x: View, dims: Any = None, keepdim: b
     return _mean_over(capture, x, [d % len(x.dims) for d in dims], keepdim)
 
 
-_OF_SHAPES = (_view, _expand, _slice, _same, _permute, _transpose, _t, _select, _split, _unbind)
+_OF_SHAPES = (_view, _expand, _slice, _same, _permute, _transpose, _t, _select, _split, _unbind, _upsample)
 """Handlers to which the batch is only part of a shape."""

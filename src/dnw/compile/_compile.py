@@ -1,13 +1,13 @@
 """Any model, compiled: the passes in order.
 
 Contract: the model is left as it was. What comes out computes what the model computes in eval mode, on any number of images of
-the example's size; that it does is tried on the example before it is given out.
+the example's size; that it does is tried before it is given out, on the example and on others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 
 from dnw._checks import listing
 from dnw.compile._analysis import is_of_graphs
-from dnw.compile._capture import captured, evaluating
+from dnw.compile._capture import Given, Returned, captured, evaluating
 from dnw.compile._file import save_program
 from dnw.compile._measure import Timing, measured
 from dnw.compile._native import Runtime
+from dnw.compile._pieces import is_native
 from dnw.compile._plan import model_of, planned
-from dnw.compile._program import Convolution, Edges, Graph, Instruction, Linear, Program, Size
+from dnw.compile._program import Convolution, Edges, Graph, Instruction, Linear, Node, Program, Size
 from dnw.compile._shrink import shrunk
 from dnw.compile._torch import Foreign
 
@@ -112,6 +113,34 @@ class Report:
         return "\n".join(lines)
 
 
+class _Ends(NamedTuple):
+    """How what the model takes and returns becomes what a program takes and returns, and back.
+
+    Attributes:
+        given: of each input.
+        returned: of each output: how, or what it is where it is the same for all inputs.
+        spec: how outputs are packed.
+    """
+
+    given: tuple[Given, ...]
+    returned: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    def taken(self, inputs: Sequence[Any]) -> Iterator[Any]:
+        """What the program is given."""
+        if len(inputs) != len(self.given):
+            raise ValueError(f"{len(inputs)} inputs for a network of {len(self.given)}")
+        for i, (given, x) in enumerate(zip(self.given, inputs, strict=True)):
+            yield given.floats(x, i)
+
+    def run(self, runtime: Runtime, inputs: Sequence[Any]) -> Any:
+        found = runtime(*self.taken(inputs))
+        values = iter(found if isinstance(found, tuple) else (found,))
+        return pytree.tree_unflatten(
+            [one.packed(next(values)) if isinstance(one, Returned) else one for one in self.returned], self.spec
+        )
+
+
 class CompiledNetwork:
     """A compiled model: give it inputs, get its outputs.
 
@@ -122,17 +151,20 @@ class CompiledNetwork:
     """
 
     def __init__(
-        self, program: Program, runtime: Runtime, report: Report, spec: pytree.TreeSpec, whole: Sequence[bool]
+        self, program: Program, runtime: Runtime, report: Report, given: Sequence[Given], returned: Sequence[Any], spec: Any
     ) -> None:
-        self.program, self.runtime, self.report, self._spec, self._whole = program, runtime, report, spec, tuple(whole)
+        self.program, self.runtime, self.report = program, runtime, report
+        self._ends = _Ends(tuple(given), tuple(returned), spec)
 
     def __call__(self, *inputs: Any) -> Any:
-        """Inputs ``[batch, ...]`` like the example, of any batch, to what the model returns, in float32.
+        """Inputs ``[batch, ...]`` like the example, tensors or NumPy arrays of any batch, to what the model returns.
+
+        Floating-point numbers are float32, whole numbers and truth values of the model's kind.
 
         Raises:
             ValueError: other shapes than the model was compiled for, or numbers of another kind.
         """
-        return _packed(self.runtime(*_as_floats(inputs, self._whole)), self._spec)
+        return self._ends.run(self.runtime, inputs)
 
     def save(self, path: str | Path) -> int:
         """Writes it to a file, which ``load_program`` reads; returns the number of bytes.
@@ -155,13 +187,21 @@ def compile(
 ) -> CompiledNetwork:
     """Compiles a model for inputs of one size and any batch: smaller where parts have no effect, faster where weights are 0.
 
+    >>> network = compile(model, images)
+    >>> logits = network(images)
+    >>> print(network.report)
+
     Args:
-        model: any model that ``torch.export`` takes, or what it has made of one with a free batch, of floating-point inputs; it
-            is read as in eval mode and not changed.
-            Where its rule evaluates with other weights than it trains with, compile inside ``wiring.settled()``.
-        example: an input, or several for a model that takes several: ``[batch, ...]``.
+        model: any model that ``torch.export`` takes, of whatever precision, or what it has made of one with a free batch; it
+            is read as in eval mode and not changed. Where its rule evaluates with other weights than it trains with, compile
+            inside ``wiring.settled()``.
+        example: an input ``[batch, ...]``, or several for a model that takes several, of floating-point or whole numbers or
+            truth values. Real ones: what is compiled is tried on them.
         threads: how many work at once: on an image each, or together on one where there are fewer images.
         strict: whether it is an error that PyTorch runs a part of it.
+
+    Returns:
+        What computes the same on any number of inputs of the example's size, with ``program``, ``runtime`` and ``report``.
 
     Raises:
         ValueError: the model cannot be captured, does not take the example, or with ``strict`` has operators that are not
@@ -172,23 +212,26 @@ def compile(
     inputs = _inputs(example)
     network = model_of(_module(model))
     with torch.device("cpu"):
-        program, before, spec, of_whole = _read(network, inputs)
-        foreign = [node for node in program.nodes if isinstance(node.instruction, Foreign)]
+        program, before, ends = _read(network, inputs)
+        foreign = _foreign(program)
         if strict and foreign:
-            names = listing(sorted({node.instruction.name for node in foreign}))  # type: ignore[attr-defined]
-            raise ValueError(f"strict=True, and {names} (in {foreign[0].name or 'the model'}) would run in PyTorch")
+            names = listing(sorted({f"{_name_of(node.instruction)} in {node.name or 'the model'}" for node in foreign}))
+            raise ValueError(f"strict=True, and this would run in PyTorch: {names}")
         program, timings = measured(program)
         runtime = Runtime(program, threads=threads)
-        error = _error(network, runtime, inputs, spec, of_whole)
-        report = _report(before, program, timings, runtime, error)
-    return CompiledNetwork(program, runtime, report, spec, of_whole)
+        error = _checked(network, runtime, inputs, ends)
+        report = _report(before, program, timings, runtime, list(ends.taken(inputs)), error)
+    return CompiledNetwork(program, runtime, report, *ends)
 
 
 def _inputs(example: Any) -> tuple[Tensor, ...]:
     inputs = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, (tuple, list)) else ()
-    if not inputs or not all(isinstance(x, Tensor) and x.ndim > 1 and not x.is_complex() and len(x) for x in inputs):
-        raise ValueError("example: expected a tensor [batch, ...] of numbers, or a tuple of them, of at least one image")
-    return tuple(x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs)
+    if not inputs or not all(isinstance(x, Tensor) and x.ndim and not x.is_complex() and len(x) for x in inputs):
+        given = [f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs or (example,)]
+        raise ValueError(
+            f"example: {listing(given)}; expected a tensor [batch, ...] of numbers, of at least one image, or several of them"
+        )
+    return tuple(x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype).clone() for x in inputs)
 
 
 def _module(model: nn.Module | torch.export.ExportedProgram) -> nn.Module:
@@ -208,61 +251,97 @@ class _Before(NamedTuple):
     multiply_adds: int
 
 
-def _read(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Program, _Before, pytree.TreeSpec, list[bool]]:
+def _read(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Program, _Before, _Ends]:
     """The compacted model; networks of graphs are read as what they are."""
     if is_of_graphs(network) and len(inputs) == 1 and inputs[0].ndim == 4:
         found, program = planned(network, inputs[0].shape[1:])
         nodes = sum(n for row in found.rows for n in row.nodes) - sum(n for row in found.rows for n in row.kept)
         before = _Before(_channels(program) + nodes, found.parameters, found.multiply_adds)
-        return program, before, pytree.tree_structure(inputs[0]), [False]
+        returned = Returned(program.output_size, 0, None)
+        return program, before, _Ends((Given(program.input_size),), (returned,), pytree.tree_structure(inputs[0]))
     capture = captured(network, inputs)
-    whole = capture.program()
-    return shrunk(whole), _Before(_channels(whole), whole.num_parameters, whole.multiply_adds), capture.spec, capture.whole
+    whole, ends = capture.program(), _Ends(tuple(capture.given), tuple(capture.returned), capture.spec)
+    return shrunk(whole), _Before(_channels(whole), whole.num_parameters, whole.multiply_adds), ends
 
 
-def _as_floats(inputs: Sequence[Any], whole: Sequence[bool]) -> list[Any]:
-    """Inputs of whole numbers as floating-point numbers, which are exact up to 16 million."""
-    found = list(inputs)
-    for i, (given, wanted) in enumerate(zip(inputs, whole, strict=False)):
-        if wanted and isinstance(given, Tensor):
-            if given.is_floating_point() or given.is_complex():
-                raise ValueError(f"input {i}: expected whole numbers, as in the example, got {given.dtype}")
-            if given.numel() and int(given.abs().max()) >= 1 << 24:
-                raise ValueError(
-                    f"input {i}: whole numbers from {int(given.min())} to {int(given.max())}; up to 2^24 are exact"
-                )
-            found[i] = given.float()
-    return found
+def _foreign(program: Program) -> list[Node]:
+    """What PyTorch runs."""
+    sizes, first = program.sizes(), len(program.input_sizes)
+    return [node for number, node in enumerate(program.nodes) if not is_native(node, sizes, first + number)]
 
 
-def _packed(outputs: Any, spec: pytree.TreeSpec) -> Any:
-    leaves = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    return pytree.tree_unflatten(leaves, spec)
+def _name_of(instruction: Instruction) -> str:
+    return instruction.name if isinstance(instruction, Foreign) else f"{type(instruction).__name__.lower()} of many dimensions"
 
 
-def _error(
-    network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], spec: pytree.TreeSpec, whole: Sequence[bool]
-) -> float:
-    """How far outputs are from the model's on the example.
+# --- whether it computes what the model computes ---
+
+
+def _checked(network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], ends: _Ends) -> float:
+    """How far outputs are from the model's, on the example and on three other inputs of its kind.
 
     Raises:
         RuntimeError: too far.
     """
-    kind = next((p.dtype for p in network.parameters()), torch.float32)
+    error = _error(network, runtime, inputs, ends)
+    try:
+        return max(error, _error(network, runtime, _others(inputs), ends))
+    except RuntimeError as reason:
+        if isinstance(reason, _Differs):
+            raise
+        return error  # the model does not take just anything
+    except Exception:
+        return error
+
+
+def _others(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Three inputs that are drawn between the least and the largest number of the example, each another."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for x in inputs:
+        size = (3, *x.shape[1:])
+        if x.dtype == torch.bool:
+            found.append(x[:1].expand(size).clone())
+        elif not x.is_floating_point():
+            found.append(torch.randint(int(x.min()), int(x.max()) + 1, size, generator=generator, dtype=x.dtype))
+        else:
+            low, high = float(x.min()), float(x.max())
+            low, high = (low, high) if low < high else (low - 1, high + 1)
+            found.append(low + (high - low) * torch.rand(size, generator=generator))
+    return tuple(found)
+
+
+class _Differs(RuntimeError):
+    """Outputs that are not the model's."""
+
+
+def _error(network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], ends: _Ends) -> float:
+    """How far outputs are from the model's, as a fraction of the largest, or of a thousandth where all are smaller.
+
+    Raises:
+        RuntimeError: too far.
+    """
+    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    with evaluating(network), torch.no_grad():
-        expected = pytree.tree_leaves(network(*(x.to(device, kind) if x.is_floating_point() else x.to(device) for x in inputs)))
-    found = pytree.tree_leaves(_packed(runtime(*_as_floats(inputs, whole)), spec))
+    kept = [buffer.detach().clone() for buffer in network.buffers()]
+    given = [x.clone().to(device, kind) if x.is_floating_point() else x.clone().to(device) for x in inputs]
+    try:
+        with evaluating(network), torch.no_grad():
+            expected = pytree.tree_leaves(network(*given))
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(network.buffers(), kept, strict=False):
+                buffer.copy_(before)
     worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        b = b.detach().to("cpu", torch.float32)
-        if b.numel():
-            apart = (a - b).abs().masked_fill(a.isnan() & b.isnan(), 0.0)
-            worst = max(worst, float(apart.max()) / (float(b.nan_to_num().abs().max()) or 1.0), key=_nan_is_most)
+    for a, b in zip(pytree.tree_leaves(ends.run(runtime, inputs)), expected, strict=True):
+        if isinstance(b, Tensor) and b.numel():
+            a, b = a.float(), b.detach().to("cpu", torch.float32)
+            apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+            worst = max(worst, float(apart.max()) / max(1e-3, float(b.nan_to_num(0, 0, 0).abs().max())), key=_nan_is_most)
     if not worst < (CLOSE if kind in (torch.float32, torch.float64) else 0.05):
-        raise RuntimeError(
-            f"outputs of the compiled model differ from the model's by {worst:.1e} of the largest on the example; it is not "
-            "given out. A model that draws random numbers in eval mode does that; otherwise please report it as a fault of dnw"
+        raise _Differs(
+            f"outputs of the compiled model differ from the model's by {worst:.1e} of the largest; it is not given out. A "
+            "model that draws random numbers in eval mode does that, and one that goes another way for other inputs, as "
+            "nn.TransformerEncoder does with padding; otherwise please report it as a fault of dnw"
         )
     return worst
 
@@ -274,16 +353,17 @@ def _nan_is_most(error: float) -> float:
 # --- the report ---
 
 
-def _report(before: _Before, program: Program, timings: Sequence[Timing], runtime: Runtime, error: float) -> Report:
-    by_name = {timing.name: timing for timing in timings}
+def _report(
+    before: _Before, program: Program, timings: Sequence[Timing], runtime: Runtime, inputs: list[Tensor], error: float
+) -> Report:
     multiply_adds = program.multiply_adds
     return Report(
         channels=(before.channels, _channels(program)),
         parameters=(before.parameters, program.num_parameters),
         multiply_adds=(before.multiply_adds, multiply_adds),
         zeros=sum(i.multiply_adds(*sizes, zeros=True) for i, sizes in program.walk()) - multiply_adds,
-        rows=tuple(_rows(program, by_name)),
-        foreign=_foreign_share(runtime),
+        rows=tuple(_rows(program, {timing.node: timing for timing in timings})),
+        foreign=_foreign_share(runtime, inputs),
         error=error,
         kind=runtime.kind,
     )
@@ -302,14 +382,14 @@ def _edges(instruction: Instruction) -> list[Edges]:
     return [instruction] if isinstance(instruction, Edges) else []
 
 
-def _rows(program: Program, timings: dict[str, Timing]) -> list[ReportRow]:
+def _rows(program: Program, timings: dict[int, Timing]) -> list[ReportRow]:
     sizes, first, rows = program.sizes(), len(program.input_sizes), []
     for number, node in enumerate(program.nodes):
         instruction, size, out = node.instruction, sizes[node.reads[0]], sizes[first + number]
         name = node.name or f"instruction {number}"
         row = ReportRow(name, "", size, out, 0, 0.0, "")
-        if isinstance(instruction, Foreign):
-            rows.append(replace(row, kind=instruction.name, way="PyTorch"))
+        if not is_native(node, sizes, first + number):
+            rows.append(replace(row, kind=_name_of(instruction), way="PyTorch"))
         elif isinstance(instruction, (Convolution, Linear)):
             weights = int(instruction.weight.count_nonzero())
             apart = isinstance(instruction, Convolution) and instruction.apart
@@ -318,25 +398,25 @@ def _rows(program: Program, timings: dict[str, Timing]) -> list[ReportRow]:
             kind = f"convolution {kernel}" if isinstance(instruction, Convolution) else "matrix"
             way = "apart" if apart else "sparse" if instruction.sparse or groups > 1 else "dense"
             density = weights / max(1, instruction.weight.numel() * groups)
-            rows.append(replace(row, kind=kind, weights=weights, density=density, way=way, timing=timings.get(name)))
+            rows.append(replace(row, kind=kind, weights=weights, density=density, way=way, timing=timings.get(number)))
         elif isinstance(instruction, (Edges, Graph)):
             inner = _edges(instruction)
             weights = sum(len(edges.weight) for edges in inner)
             density = weights / max(1, sum(edges.num_targets * edges.num_sources for edges in inner))
-            kind, way = ("graph" if isinstance(instruction, Graph) else "edges"), "sparse"
+            kind = "graph" if isinstance(instruction, Graph) else "edges"
+            way = "dense" if all(edges.dense for edges in inner) else "sparse"
             rows.append(replace(row, kind=kind, weights=weights, density=density, way=way))
     return rows
 
 
-def _foreign_share(runtime: Runtime) -> float:
-    """Which fraction of the time PyTorch takes, of one image."""
+def _foreign_share(runtime: Runtime, inputs: list[Tensor]) -> float:
+    """Which fraction of the time PyTorch takes, on the example."""
     if runtime.kind == "torch":
         return 1.0
+    if not _foreign(runtime.program):
+        return 0.0
     seconds = [0.0, 0.0]
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(1, *size, generator=generator) for size in runtime.program.input_sizes]
     for warm in (False, True):
-        for native, taken in runtime.timed(images):
+        for native, taken in runtime.timed(inputs):
             seconds[native] += taken if warm else 0.0
-    total = sum(seconds)
-    return seconds[0] / total if total else 0.0
+    return seconds[False] / (sum(seconds) or 1.0)

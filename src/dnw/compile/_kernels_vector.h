@@ -43,7 +43,7 @@ INLINE FAST vec WIDTH(exponential)(vec x) {
 }
 #define exponential WIDTH(exponential)
 
-/* x / (1 + e to the power of -x), within 2e-6 of it; NaN of NaN. Two to the power of the rest is a polynomial (least squares). */
+/* x / (1 + e to the power of -x), within 2e-6 of it; NaN of NaN. The polynomial is two to the power of the rest. */
 INLINE FAST vec WIDTH(silu)(vec x) {
   vec power = -1.44269504f * x, bounded = chosen(power > -126.0f, power, (vec){0} - 126.0f);
   bounded = chosen(bounded < 126.0f, bounded, (vec){0} + 126.0f);

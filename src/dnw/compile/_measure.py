@@ -27,12 +27,14 @@ class Timing:
         name: where they are.
         density: the fraction of weights that are not 0.
         sparse, dense: the least time that they took edge by edge, and as a matrix.
+        node: the number of the node that makes them.
     """
 
     name: str
     density: float
     sparse: float
     dense: float
+    node: int = 0
 
     @property
     def faster_dense(self) -> bool:
@@ -62,17 +64,18 @@ def measured(program: Program, least: float = 0.1) -> tuple[Program, tuple[Timin
     timings: list[Timing] = []
     nodes = []
     for number, (node, (instruction, sizes)) in enumerate(zip(program.nodes, program.walk(), strict=True)):
-        size = sizes[0]
+        size, found = sizes[0], list[Timing]()
         name = node.name or f"sums {number}"
         if isinstance(instruction, Edges):
-            instruction = _chosen(instruction, size, name, least, timings)
+            instruction = _chosen(instruction, size, name, least, found)
         elif isinstance(instruction, (Convolution, Linear)) and not (
             isinstance(instruction, Convolution) and instruction.apart
         ):
-            instruction = _weights_chosen(instruction, size, name, least, timings)
+            instruction = _weights_chosen(instruction, size, name, least, found)
         elif isinstance(instruction, Graph):
-            instruction = _graph(instruction, size, f"graph {number}", least, timings)
+            instruction = _graph(instruction, size, f"graph {number}", least, found)
         nodes.append(replace(node, instruction=instruction))
+        timings += [replace(timing, node=number) for timing in found]
     return replace(program, nodes=tuple(nodes)), tuple(timings)
 
 

@@ -173,12 +173,20 @@ class _Writer:
         return self._node(kind, *spread)
 
     def _pool(self, pool: Pool, names: Sequence[str], sizes: Sequence[Size]) -> str:
-        (top, left), settings = pool.padding, dict[str, Any]()
-        settings |= {
+        (size,) = sizes
+        windows = [d * (k - 1) + 1 for k, d in zip(pool.kernel, pool.dilation, strict=True)]
+        steps = list(zip(pool.check(size)[1:], pool.stride, windows, size[1:], pool.padding, strict=True))
+        ends = [max(0, (count - 1) * stride + window - side - pad) for count, stride, window, side, pad in steps]
+        explicit = pool.largest or not pool.padded or all(end <= pad for end, pad in zip(ends, pool.padding, strict=True))
+        if not (pool.ceil and explicit):  # runtimes disagree about windows that begin beyond the end, so we say where it is
+            ends = list(pool.padding)
+        if pool.ceil and not explicit and any(-(-(n + 2 * p - w) // s) + 1 != count for count, s, w, n, p in steps):
+            raise ValueError("a mean of windows with ceil_mode=True, the last of which PyTorch leaves out; ONNX has none")
+        settings: dict[str, Any] = {
             "kernel_shape": pool.kernel,
             "strides": pool.stride,
-            "pads": (top, left, top, left),
-            "ceil_mode": int(pool.ceil),
+            "pads": (*pool.padding, *ends),
+            "ceil_mode": int(pool.ceil and not explicit),
         }
         if pool.largest:
             return self._node("MaxPool", names[0], dilations=pool.dilation, **settings)

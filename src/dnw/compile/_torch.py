@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +13,34 @@ from torch.utils import _pytree as pytree
 from dnw.compile._program import Facts, Instruction, Size, _require, every
 from dnw.compile._views import BATCH, View
 
+EXACT = 1 << 24
+"""Whole numbers below are exact in float32, as which they are handed on."""
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""What PyTorch writes for numbers that depend on the batch."""
+
+
+def numbers(symbol: Any, batches: Mapping[Any, int]) -> Any:
+    """The number that a symbol is for some batch."""
+    found = symbol.node.expr.subs(batches)
+    if isinstance(symbol, torch.SymInt):
+        return int(found)
+    return float(found) if isinstance(symbol, torch.SymFloat) else bool(found)
+
 
 @dataclass(frozen=True, eq=False)
 class Spread:
     """A constant for one image, that is repeated for each of a batch.
 
     Attributes:
-        tensor: of one image.
-        shape: of all: -1 where the batch is.
+        tensor: of a batch of one.
+        at: which dimension the batch is.
     """
 
     tensor: Tensor
-    shape: tuple[int, ...]
+    at: int
 
     def of(self, batch: int) -> Tensor:
-        return self.tensor.expand([batch if n == -1 else n for n in self.shape])
+        return self.tensor.expand([batch if i == self.at else n for i, n in enumerate(self.tensor.shape)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +63,7 @@ class Foreign(Instruction):
         size: of what it makes, without the batch.
         at: which dimension of that the batch is.
         item: which of several results it is.
-        batch: the symbol of the batch in sizes.
+        batches: the symbols of the batch in sizes.
     """
 
     target: Any
@@ -60,7 +73,7 @@ class Foreign(Instruction):
     size: Size
     at: int
     item: int | None
-    batch: Any
+    batches: tuple[Any, ...]
 
     @property
     def name(self) -> str:
@@ -76,13 +89,17 @@ class Foreign(Instruction):
                 return seen(inputs[leaf.value], leaf)
             if isinstance(leaf, Spread):
                 leaf = leaf.of(batch).clone()
-            if isinstance(leaf, torch.SymInt):
-                return int(leaf.node.expr.subs(self.batch, batch))
+            if isinstance(leaf, SYMBOLS):
+                return numbers(leaf, dict.fromkeys(self.batches, batch))
             return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
         args, kwargs = pytree.tree_map(filled, (self.args, self.kwargs), is_leaf=lambda x: isinstance(x, (View, Cast)))
         made = self.target(*args, **kwargs)
         made = made if self.item is None else made[self.item]
+        if made.numel() and not (made.is_floating_point() or made.dtype == torch.bool):
+            low, high = int(made.min()), int(made.max())
+            if max(-low, high) >= EXACT:
+                raise ValueError(f"{self.name}: whole numbers from {low} to {high}; they are handed on exactly up to 2^24")
         return made.movedim(self.at, 0).reshape(batch, *self.size).to(dtype)
 
     def check(self, *sizes: Size) -> Size:
