@@ -6,18 +6,22 @@ import shutil
 
 import pytest
 import torch
+from test_data import write_tree
 
 import dnw
 from dnw.cli import main
+from dnw.compile import Report, Runtime, load_program
 from dnw.models import resnet18_cifar, resnet50
 from dnw.recipes import RECIPES, digits
 from dnw.train import (
     OptimConfig,
     RunDirectory,
     _loop,
+    compile_run,
     count_config,
     count_run,
     evaluate,
+    load_trained,
     override,
     plot_sweep,
     results_table,
@@ -200,6 +204,27 @@ def test_the_resnet_recipes():
     assert len(wiring) == 53
     found = count_config(override(RECIPES["cifar10_resnet18_dnw"](), ["density=0.05", "shared_budget=true"]))
     assert found.active < 0.06 * found.parameters
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_a_run_of_a_sparse_resnet_is_compiled(tmp_path, capsys):
+    write_tree(tmp_path / "tree", size=40, num=4, wide=4)
+    settings = ["data.name=folder", "data.workers=0", "batch_size=4", "epochs=1", "device=cpu", "density=0.05", "baseline=null"]
+    run = train(override(RECIPES["cifar10_resnet18_dnw"](), settings), data_dir=tmp_path / "tree", out=tmp_path / "run")
+    report, program = compile_run(run)
+    assert isinstance(report, Report)
+    assert report.multiply_adds[1] < report.multiply_adds[0] < 0.1 * 560e6
+    assert not report.way("PyTorch")
+    assert len(report.way("sparse")) > 10
+    network, images = load_trained(run), torch.rand(3, 3, 32, 32)
+    with torch.no_grad(), network.wiring.settled():
+        expected = network.model.eval()(images)
+    torch.testing.assert_close(Runtime(program)(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    main(["compile", str(run), "--out", str(tmp_path / "net.dnw")])
+    said = capsys.readouterr().out
+    assert "sparse" in said
+    assert "load_program reads it" in said
+    assert torch.equal(Runtime(load_program(tmp_path / "net.dnw"))(images), Runtime(program)(images))
 
 
 def test_without_torchvision_the_extra_is_named(monkeypatch, capsys):
