@@ -749,6 +749,14 @@ def through_a_slice(s, x):
     return x
 
 
+def moved_in_place(s, x):
+    x = s.c(x).clone()
+    x[:, 1:3] += 1
+    x[:, :, 2:4] = x[:, :, :2]
+    x[..., 0] = 0
+    return s.d(x)
+
+
 def into_zeros(s, x):
     whole = x.new_zeros(x.shape[0], 20)
     whole[:, :3] = s.l(x)
@@ -812,8 +820,13 @@ WRITTEN: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...] | Tensor]
     "by its inverse": (lambda: Written(lambda s, x: s.l(x) * (1.0 / x.shape[0]), l=nn.Linear(12, 3)), [V], {"mul"}),
     "in place": (lambda: Written(in_place, l=nn.Linear(12, 3, bias=False)), [V], None),
     "in place after a copy": (lambda: Written(through_a_copy, l=nn.Linear(16, 8)), [T], set()),
-    "in place through a slice": (lambda: Written(through_a_slice, c=nn.Conv2d(3, 4, 3, bias=False)), [M], None),
-    "into zeros": (lambda: Written(into_zeros, l=nn.Linear(12, 3)), [V], None),
+    "in place through a slice": (lambda: Written(through_a_slice, c=nn.Conv2d(3, 4, 3, bias=False)), [M], set()),
+    "places in place": (
+        lambda: Written(moved_in_place, c=nn.Conv2d(3, 4, 3), d=nn.Conv2d(4, 2, 3)),
+        [M],
+        set(),
+    ),
+    "into zeros": (lambda: Written(into_zeros, l=nn.Linear(12, 3)), [V], set()),
     "its input in place": (lambda: Written(clears_its_input, l=nn.Linear(12, 3)), [V], None),
     "its buffer in place": (lambda: Written(counts, l=nn.Linear(12, 3), n=torch.zeros(())), [V], set()),
     "without gradients": (lambda: Written(frozen, l=nn.Linear(12, 4), m=nn.Linear(4, 3)), [V], set()),

@@ -326,8 +326,12 @@ class Capture:
         if not any(isinstance(leaf, View) for leaf in leaves):
             self._env[node] = self._constant(node, target, args, kwargs)
             return
-        name = target.name() if isinstance(target, torch._ops.OpOverload) else str(target)
-        handler = HANDLERS.get(name.split("::")[-1].split(".")[0])
+        name = (target.name() if isinstance(target, torch._ops.OpOverload) else str(target)).split("::")[-1].split(".")[0]
+        number = args[_FILLED_WITH[name]] if name in _FILLED_WITH else _FILLED.get(name)
+        if isinstance(number, (int, float)) and all(n % _PRIME or n == _PRIME for n in self.shape(node)):
+            self._env[node] = self._filled(node, number)
+            return
+        handler = HANDLERS.get(name)
         before = len(self.nodes)
         try:
             moves = handler in _OF_SHAPES and not (handler is _view and any(isinstance(leaf, torch.dtype) for leaf in leaves))
@@ -354,6 +358,14 @@ class Capture:
     @property
     def _inputs(self) -> int:
         return len(self.sizes) - len(self.nodes)
+
+    def _filled(self, node: fx.Node, number: float) -> Any:
+        """A constant that takes no more than its shape from what it is given."""
+        shape, dtype = self.shape(node), node.meta["val"].dtype
+        one = torch.full(
+            [1 if n == _PRIME else n for n in shape], number, dtype=torch.float64 if dtype.is_floating_point else dtype
+        )
+        return Spread(one, shape.index(_PRIME)) if _PRIME in shape else one
 
     def _given(self, node: fx.Node) -> Any:
         """What a node is called with."""
@@ -792,6 +804,40 @@ def _cat(capture: Capture, node: fx.Node, tensors: Sequence[Any], dim: int = 0) 
     order = [at, *(i for i in range(1, len(first.dims)) if i != at)]
     made = capture.emit(Concat(order.index(dim)), *views)
     return View.of(made, capture.sizes[made]).permuted([0, *(1 + order.index(i) for i in range(1, len(order) + 1))])
+
+
+@_handles("slice_scatter", becomes="`Concat`")
+def _slice_scatter(
+    capture: Capture, node: fx.Node, x: Any, part: Any, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1
+) -> View:
+    shape = capture.shape(node)
+    dim %= len(shape)
+    _need(all(n is None or isinstance(n, int) for n in (start, stop)))
+    first, last, step = slice(start, stop, step).indices(shape[dim])
+    if (first, last, step) == (0, shape[dim], 1):
+        _need(isinstance(part, View))
+        return part
+    _need(step == 1 and first < last and shape[dim] != _PRIME)
+
+    def piece(start: int, stop: int) -> Any:
+        return x.narrow(dim, start, stop - start) if isinstance(x, Tensor) else capture.part(x, dim, start, stop)
+
+    before, after = [piece(0, first)] if first else [], [piece(last, shape[dim])] if last < shape[dim] else []
+    return _cat(capture, node, [*before, part, *after], dim)
+
+
+@_handles("select_scatter", becomes="`Concat`")
+def _select_scatter(capture: Capture, node: fx.Node, x: Any, part: Any, dim: int, index: int) -> View:
+    dim %= len(capture.shape(node))
+    index %= capture.shape(node)[dim]
+    part = part.unsqueeze(dim) if isinstance(part, Tensor) else replace(part, dims=(*part.dims[:dim], (), *part.dims[dim:]))
+    return _slice_scatter(capture, node, x, part, dim, index, index + 1)
+
+
+@_handles("copy", becomes="nothing")
+def _copy(capture: Capture, node: fx.Node, x: Any, other: Any, *_: Any) -> View:
+    _need(isinstance(other, View) and other.shape == tuple(1 if n == _PRIME else n for n in capture.shape(node)))
+    return other
 
 
 @_handles("stack", becomes="`Concat`")
@@ -1275,5 +1321,23 @@ def _mean(capture: Capture, node: fx.Node, x: View, dims: Any = None, keepdim: b
     return _mean_over(capture, x, [d % len(x.dims) for d in dims], keepdim)
 
 
-_OF_SHAPES = (_view, _expand, _slice, _same, _permute, _transpose, _t, _select, _split, _unbind, _upsample)
+_FILLED = {"new_zeros": 0, "zeros_like": 0, "new_ones": 1, "ones_like": 1}
+"""Operators that make constants of the shape of something, with their number."""
+_FILLED_WITH = {"fill": 1, "full_like": 1, "new_full": 2}
+"""The same, with the place of the argument that is their number."""
+_OF_SHAPES = (
+    _view,
+    _expand,
+    _slice,
+    _same,
+    _permute,
+    _transpose,
+    _t,
+    _select,
+    _split,
+    _unbind,
+    _upsample,
+    _slice_scatter,
+    _copy,
+)
 """Handlers to which the batch is only part of a shape."""
