@@ -328,6 +328,7 @@ class Capture:
             return
         name = (target.name() if isinstance(target, torch._ops.OpOverload) else str(target)).split("::")[-1].split(".")[0]
         number = args[_FILLED_WITH[name]] if name in _FILLED_WITH else _FILLED.get(name)
+        number = number.item() if isinstance(number, Tensor) and number.numel() == 1 else number
         if isinstance(number, (int, float)) and all(n % _PRIME or n == _PRIME for n in self.shape(node)):
             self._env[node] = self._filled(node, number)
             return

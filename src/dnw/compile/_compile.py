@@ -150,11 +150,8 @@ class CompiledNetwork:
         report: what compiling did.
     """
 
-    def __init__(
-        self, program: Program, runtime: Runtime, report: Report, given: Sequence[Given], returned: Sequence[Any], spec: Any
-    ) -> None:
-        self.program, self.runtime, self.report = program, runtime, report
-        self._ends = _Ends(tuple(given), tuple(returned), spec)
+    def __init__(self, program: Program, runtime: Runtime, report: Report, ends: Any) -> None:
+        self.program, self.runtime, self.report, self._ends = program, runtime, report, ends
 
     def __call__(self, *inputs: Any) -> Any:
         """Inputs ``[batch, ...]`` like the example, tensors or NumPy arrays of any batch, to what the model returns.
@@ -221,7 +218,7 @@ def compile(
         runtime = Runtime(program, threads=threads)
         error = _checked(network, runtime, inputs, ends)
         report = _report(before, program, timings, runtime, list(ends.taken(inputs)), error)
-    return CompiledNetwork(program, runtime, report, *ends)
+    return CompiledNetwork(program, runtime, report, ends)
 
 
 def _inputs(example: Any) -> tuple[Tensor, ...]:
