@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/
 
-.PHONY: demo test check lint types unit sanitize format clean
+.PHONY: demo test check results lint types unit sanitize format clean
 
 demo: $(VENV)/.train
 	$(RUN)dnw train digits
@@ -25,6 +25,11 @@ unit: $(VENV)/.dev
 
 sanitize: $(VENV)/.dev
 	VENV=$(VENV) bash tests/sanitize.sh
+
+results: $(VENV)/.dev
+	for folder in results/*; do \
+	  $(RUN)dnw results $$folder --into docs/results.md --table $$(basename $$folder) || exit 1; \
+	done
 
 lint: $(VENV)/.dev
 	$(RUN)ruff check .

@@ -6,6 +6,7 @@ import json
 import lzma
 import shutil
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,18 @@ from helpers import reference
 
 from dnw.cli import main
 from dnw.recipes import RECIPES
-from dnw.train import RunDirectory, count_config, count_run, import_original, load_trained, override, results_table, train
+from dnw.train import (
+    RunDirectory,
+    count_config,
+    count_run,
+    import_original,
+    load_trained,
+    override,
+    results_table,
+    save_results,
+    train,
+)
+from dnw.train._results import insert_table
 
 
 def stored(name: str, tmp_path, masks: bool = False):
@@ -38,6 +50,8 @@ IMPORTS = {
     "cifar_mobilenetv1_dnw_x225": ("cifar10_mobilenet_dnw_x225", 10),
     "imagenet_mobilenetv1_dnw_small_x225": ("imagenet_dnw_small_x225", 1000),
 }
+
+STORED = Path(__file__).parents[1] / "results"
 
 
 @pytest.mark.data
@@ -196,6 +210,44 @@ def test_settings_that_differ_from_the_recipe_stand_in_the_table(tmp_path):
     assert "- changed in all rows: `num_edges=150 batch_size=64`" in table
     again = shutil.copytree(runs[0], tmp_path / "again")  # the same seed again is no second seed
     assert results_table([*runs, again], RECIPES).count("| `digits` | dnw | 1 | 0 |") == 2
+
+
+def test_what_is_kept_of_a_run_gives_the_same_table(tmp_path, capsys):
+    """Of every seed and baseline a few kilobytes, without weights, and without where anything lay."""
+    config = RECIPES["digits"]().model_copy(update={"epochs": 2, "seeds": (0, 1)})
+    run = train(override(config, ["num_edges=150"]), data_dir=tmp_path / "data", out=tmp_path / "run")
+    capsys.readouterr()
+    for _ in range(2):  # the same run again changes nothing
+        assert main(["results", str(run), "--save", str(tmp_path / "kept")]) == 0
+    kept = sorted((tmp_path / "kept").iterdir())
+    assert [path.name for path in kept] == [
+        f"digits-num_edges-150-{rule}-2-epochs-seed-{seed}" for rule in ("dnw", "random") for seed in (0, 1)
+    ]
+    for path in kept:
+        files = {file.name: file for file in path.iterdir()}
+        assert files.keys() == {"config.json", "environment.json", "metrics.jsonl", "counts.json"}
+        assert sum(file.stat().st_size for file in files.values()) < 10_000
+        assert not any(str(tmp_path) in file.read_text() for file in files.values())
+        assert json.loads(files["counts.json"].read_text())["active"] < 2_000
+    assert results_table([tmp_path / "kept"], RECIPES) == results_table([run], RECIPES)
+    other = train(override(config, ["num_edges=150", "seeds=1", "baseline=null"]), data_dir=tmp_path, out=tmp_path / "other")
+    metrics = RunDirectory(other).metrics()
+    RunDirectory(other).write_metrics(metrics[:1])
+    with pytest.raises(ValueError, match="no finished run"):
+        save_results([other], tmp_path / "kept", RECIPES)
+    lines = RunDirectory(kept[0]).metrics()
+    RunDirectory(kept[0]).write_metrics(lines[:1])
+    with pytest.raises(ValueError, match="holds another run of the same settings"):
+        save_results([run], tmp_path / "kept", RECIPES)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in STORED.iterdir()))
+def test_the_tables_of_the_docs_are_made_of_what_is_kept(name, tmp_path):
+    page = STORED.parent / "docs" / "results.md"
+    again = tmp_path / "page.md"
+    again.write_text(page.read_text())
+    insert_table(again, name, results_table([STORED / name], RECIPES))
+    assert again.read_text() == page.read_text(), "make results"
 
 
 def test_a_table_is_put_into_its_place_in_a_page(tmp_path, capsys):

@@ -34,6 +34,7 @@ from dnw.train import (
     results_table,
     resume,
     run_record,
+    save_results,
     train,
     view_runs,
 )
@@ -122,7 +123,8 @@ def test_the_files_of_a_run_are_those_of_the_list_and_of_the_docs(unbroken, tmp_
     ticket = ["rule=frozen", "edges=ticket", f"ticket.run={complete}", "baseline=null"]
     begun = train(short("epochs=1", *ticket), data_dir=Path("data"), out=tmp_path / "ticket")
     view_runs([complete, begun])
-    found = {str(p.relative_to(run)) for run in (whole, complete, begun) for p in run.rglob("*") if p.is_file()}
+    (kept,) = save_results([complete], tmp_path / "kept", RECIPES)
+    found = {str(p.relative_to(run)) for run in (whole, complete, begun, kept) for p in run.rglob("*") if p.is_file()}
     found = {name.removeprefix("baseline/") for name in found}
     unlisted = {name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)}
     assert not unlisted, f"add {unlisted} to FILES in dnw/train/_run.py"

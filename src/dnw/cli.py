@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument(
         "--table", metavar="NAME", help="where in the page: between its lines <!-- table NAME --> and <!-- end -->"
     )
+    results.add_argument(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what results are made of, some 10 KB a run, instead of printing them",
+    )
     results.set_defaults(run=_results)
 
     recipes = commands.add_parser("recipes", help="list the recipes", description=_recipes.__doc__)
@@ -307,13 +313,21 @@ def _sweep(parsed: argparse.Namespace) -> None:
 
 
 def _results(parsed: argparse.Namespace) -> None:
-    """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row; or put it in a page."""
+    """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row; or put it in a page.
+
+    With --save, settings, environment, metrics and final counts of the runs go into a folder, as run directories without
+    weights, of which tables are made as well.
+    """
     from dnw.recipes import RECIPES
-    from dnw.train import results_table
+    from dnw.train import results_table, save_results
     from dnw.train._results import insert_table
 
     if (parsed.into is None) != (parsed.table is None):
         raise ValueError("--into PAGE and --table NAME go together: the page, and the place in it")
+    if parsed.save is not None:
+        for kept in save_results(parsed.paths, parsed.save, RECIPES):
+            _say(f"{kept}: {sum(file.stat().st_size for file in kept.iterdir()):,} bytes")
+        return
     table = results_table(parsed.paths, RECIPES)
     if parsed.into is None:
         _say(table)

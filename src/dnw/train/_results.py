@@ -1,7 +1,8 @@
-"""Tables of results from run directories: what stands in docs/results.md comes from here."""
+"""Tables of results from run directories, and what of a run is worth keeping: docs/results.md comes from here."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dnw._checks import listing
 from dnw._files import write_whole
 from dnw.train._config import Config, changes
 from dnw.train._run import EpochMetrics, RunDirectory, runs_inside
+from dnw.train._sealed import sealed
 
 _SHOWN = ("recipe", "rule", "edges", "baseline", "epochs", "seeds", "first_epoch_snapshots")
 """Settings that stand in columns of their own, or do not matter."""
@@ -92,6 +94,63 @@ def _runs(path: Path) -> list[Path]:
     return [path] if RunDirectory(path).exists else runs_inside(path) or [path]
 
 
+def save_results(paths: Sequence[Path], folder: Path, recipes: Mapping[str, Callable[[], Config]]) -> list[Path]:
+    """Keeps of finished runs what results are made of, some ten kilobytes each: settings, environment, metrics, final counts.
+
+    What is kept is a run directory without weights; tables are made of it as of any other. It is called after the recipe, what
+    was changed of it, the epochs and the seed, and does not say where data lay or where a ticket came from.
+
+    Args:
+        paths: run directories, or directories of sweeps; every seed and baseline is kept by itself.
+        folder: where to.
+        recipes: what the runs' settings are compared with, by name.
+
+    Returns:
+        The directories that are kept now. A run that stopped early is left out.
+
+    Raises:
+        ValueError: no run directory, a damaged one, none that is finished, or another run of the same settings is kept there.
+    """
+    from dnw.train._counts import count_run
+
+    kept = []
+    for run in (run for path in paths for run in _runs(path)):
+        for member, config in RunDirectory(run).members():
+            metrics = member.metrics()
+            if len(metrics) < config.epochs:
+                continue
+            target = RunDirectory(folder / _name(config, recipes))
+            if target.metrics() not in ([], metrics):
+                raise ValueError(
+                    f"{target.path} holds another run of the same settings; take it away first, or keep both apart"
+                )
+            if config.ticket.run is not None:
+                ticket = config.ticket.model_copy(update={"run": Path(config.ticket.run).name})
+                config = config.model_copy(update={"ticket": ticket})
+            environment = {key: value for key, value in member.environment().items() if key not in ("data_dir", "check")}
+            environment["config"] = config.model_dump(mode="json")
+            target.path.mkdir(parents=True, exist_ok=True)
+            write_whole(target.path / "environment.json", (json.dumps(sealed(environment), indent=2) + "\n").encode())
+            target.write_metrics(metrics)
+            if member.last.exists():
+                found = count_run(member.path)
+                counts = {name: getattr(found, name) for name in ("parameters", "active", "dense", "nominal", "live")}
+                write_whole(target.path / "counts.json", (json.dumps(counts) + "\n").encode())
+            write_whole(target.path / "config.json", config.to_json().encode())
+            kept.append(target.path)
+    if not kept:
+        raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
+    return kept
+
+
+def _name(config: Config, recipes: Mapping[str, Callable[[], Config]]) -> str:
+    """Of a run by its settings, as files are called."""
+    changed = [change.replace("=", "-") for change in _changed(config, recipes)]
+    parts = [config.recipe, *changed, *([config.method] if config.method not in config.recipe else [])]
+    whole = "-".join([*parts, f"{config.epochs}-epochs", f"seed-{config.seed}"])
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in whole)
+
+
 def insert_table(page: Path, name: str, table: str) -> None:
     """Puts a table into a Markdown page, between the lines ``<!-- table NAME -->`` and ``<!-- end -->``.
 
@@ -127,9 +186,7 @@ def _source(member: RunDirectory, config: Config) -> str:
         raise ValueError(f"{member.path}: environment.json is missing")
     machine = environment.get("accelerator") or environment.get("machine")
     threads = "" if environment.get("accelerator") or not environment.get("threads") else f"{environment['threads']} threads, "
-    return (
-        f"data {config.data.name}, {machine}, torch {environment.get('torch')}, {threads}commit `{environment.get('commit')}`"
-    )
+    return f"data {config.data.name}, {machine}, torch {environment.get('torch')}, {threads}commit `{environment.get('commit') or 'unknown'}`"
 
 
 def _accuracy(values: Sequence[float]) -> str:
