@@ -269,12 +269,18 @@ class _Tasks:
     def home(self, size: Size) -> Part:
         """Where what the present node makes goes: maps of its own, or its place among those that it is joined with."""
         made = self._first + self._number
-        if made in self._homes:
-            joined, first = self._homes[made]
-            if joined not in self._joined:
-                self._joined[joined] = self.maps(self._sizes[joined])
-            return Part(self._joined[joined], first, size[0])
-        return Part.whole(self.maps(size))
+        return self.place(made) if made in self._homes else Part.whole(self.maps(size))
+
+    def place(self, value: int) -> Part:
+        """Where a value lies that others are joined in, or that is itself joined with others."""
+        count = self._sizes[value][0]
+        if value in self._homes:
+            joined, first = self._homes[value]
+            whole = self.place(joined)
+            return Part(whole.maps, whole.first + first, count)
+        if value not in self._joined:
+            self._joined[value] = self.maps(self._sizes[value])
+        return Part(self._joined[value], 0, count)
 
     @property
     def size(self) -> Size:
@@ -282,8 +288,12 @@ class _Tasks:
         return self._sizes[self._first + self._number]
 
     def single(self, x: Part) -> bool:
-        """Whether only the present node reads a value."""
-        return any(self._readers[i] == 1 for i in [i for i, part in enumerate(self.values) if part is x][-1:])
+        """Whether only the present node reads a value, and all that lies in it."""
+        return any(self._is_single(i) for i in [i for i, part in enumerate(self.values) if part is x][-1:])
+
+    def _is_single(self, value: int) -> bool:
+        inside = (i for i, (joined, _) in self._homes.items() if joined == value)
+        return self._readers[value] == 1 and all(self._is_single(i) for i in inside)
 
     def add(self, kind: str, reads: Sequence[Part], to: Maps | Part, instruction: object = None, **settings: Any) -> Part:
         """Appends a task; returns where it writes."""
@@ -318,8 +328,9 @@ def _homes(program: Program, readers: Sequence[int]) -> dict[int, tuple[int, int
         if isinstance(node.instruction, Concat) and node.instruction.axis == 0:
             at = 0
             for i in node.reads:
-                alone = readers[i] == 1 and i >= first
-                if alone and isinstance(program.nodes[i - first].instruction, _WRITES):
+                inner = program.nodes[i - first].instruction if i >= first else None
+                joined = isinstance(inner, Concat) and inner.axis == 0
+                if i not in found and (joined or isinstance(inner, _WRITES)):
                     found[i] = (first + number, at)
                 at += sizes[i][0]
     return found
@@ -518,24 +529,20 @@ def _norm(found: _Tasks, norm: LayerNorm, x: Part) -> Part:
 
 
 def _concat(found: _Tasks, concat: Concat, *reads: Part) -> Part:
-    made = found._first + found._number
-    joined = found._joined.pop(made, None) or found.maps(found.size)
     if concat.axis:
-        to, start = Part.whole(joined), 0
+        to, start = found.home(found.size), 0
         for i, x in enumerate(reads):
             x = found.inside(x)
             found.add("rearrange", (x,), to, concat, settings={"start": start, "clear": not i})
             start += x.maps.width if len(found.size) == 2 or concat.axis == 2 else x.maps.height
         return to
-    at = 0
+    to = found.place(found._first + found._number)
+    at = to.first
     for x in reads:
-        part = Part(joined, at, x.count)
+        if x.maps is not to.maps or x.first != at:
+            found.add("copy", (found.inside(x),), Part(to.maps, at, x.count))
         at += x.count
-        if x.maps is not joined:
-            found.add("copy", (found.inside(x),), part)
-    if made in found._homes:
-        return found.add("copy", (Part.whole(joined),), found.home(found.size))
-    return Part.whole(joined)
+    return to
 
 
 def _rearrange(found: _Tasks, instruction: Instruction, x: Part) -> Part:

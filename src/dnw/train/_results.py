@@ -186,7 +186,8 @@ def _source(member: RunDirectory, config: Config) -> str:
         raise ValueError(f"{member.path}: environment.json is missing")
     machine = environment.get("accelerator") or environment.get("machine")
     threads = "" if environment.get("accelerator") or not environment.get("threads") else f"{environment['threads']} threads, "
-    return f"data {config.data.name}, {machine}, torch {environment.get('torch')}, {threads}commit `{environment.get('commit') or 'unknown'}`"
+    commit = environment.get("commit") or "unknown"
+    return f"data {config.data.name}, {machine}, torch {environment.get('torch')}, {threads}commit `{commit}`"
 
 
 def _accuracy(values: Sequence[float]) -> str:
