@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -658,6 +659,9 @@ def test_whole_numbers_go_in():
     found = compile(model, words)
     assert_near(results(found, [words]), results(model, [words]))
     assert_near(results(found, [words[:1]]), results(model, [words[:1]]))
+    in_numpy = found(words.numpy())
+    assert isinstance(in_numpy, np.ndarray)
+    assert_near([torch.from_numpy(in_numpy)], results(model, [words]))
     with pytest.raises(ValueError, match="input 0: expected whole numbers"):
         found(words.float())
     with pytest.raises(ValueError, match=r"up to 2\^24 are exact"):

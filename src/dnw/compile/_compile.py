@@ -136,9 +136,10 @@ class _Ends(NamedTuple):
     def run(self, runtime: Runtime, inputs: Sequence[Any]) -> Any:
         found = runtime(*self.taken(inputs))
         values = iter(found if isinstance(found, tuple) else (found,))
-        return pytree.tree_unflatten(
-            [one.packed(next(values)) if isinstance(one, Returned) else one for one in self.returned], self.spec
-        )
+        outputs = [one.packed(next(values)) if isinstance(one, Returned) else one for one in self.returned]
+        if not isinstance(inputs[0], Tensor):  # whole numbers are tensors by now
+            outputs = [x.numpy() if isinstance(x, Tensor) else x for x in outputs]
+        return pytree.tree_unflatten(outputs, self.spec)
 
 
 class CompiledNetwork:
