@@ -34,7 +34,7 @@ FILES = {
     "environment.json": "what it was started in: versions, machine, threads, commit, what graphs run on, where the data lies, "
     "how many classes it has, and the config once more",
     "metrics.jsonl": "a line per epoch: losses, accuracies, edges, seconds",
-    "counts.json": "of a result that `dnw results --save` keeps: parameters and multiply-adds at the end",
+    "counts.json": "of a result that `dnw results` keeps: parameters and multiply-adds at the end",
     "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
     "first.pt": "of `rule=complete`: the weights that it begins with, to which a ticket is rewound",
