@@ -693,12 +693,20 @@ class RandomNaN(nn.Module):
         return torch.where(torch.rand_like(x) < 0.5, x, math.nan)
 
 
-def test_what_cannot_be_compiled_is_refused_in_one_line():
+class AsManyAsThereAre(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: x.nonzero().shape[0]] * 2
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line(capfd):
     x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="sizes that depend on the numbers in a tensor are not compiled"):
+        compile(AsManyAsThereAre(), x)
     with pytest.raises(ValueError, match="mean.default mixes the images of a batch"):
         compile(OfTheBatch(), x)
     with pytest.raises(ValueError, match=r"cannot be exported by torch\.export, which compiling begins with \(\w+: .*\)$"):
         compile(Branches(), x)
+    assert capfd.readouterr() == ("", "")
     with pytest.raises(ValueError, match=r"its code fixes the number of images in a batch"):
         compile(FixedBatch(), x)
     for drawn in (Random(), RandomNaN()):

@@ -7,11 +7,12 @@ nothing is left out yet (_shrink.py). What no instruction stands for is kept as 
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +128,7 @@ def _silence() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -305,7 +306,10 @@ class Capture:
         return tuple(self._number(n) for n in node.meta["val"].shape)
 
     def _number(self, n: Any) -> int:
-        return n if isinstance(n, int) else int(n.node.expr.subs(self._batches))
+        found = n if isinstance(n, int) else n.node.expr.subs(self._batches)
+        if not isinstance(found, int) and not found.is_number:
+            raise ValueError(f"{self._where or 'the model'}: sizes that depend on the numbers in a tensor are not compiled")
+        return int(found)
 
     def _run(self, node: fx.Node) -> None:
         target: Any = node.target

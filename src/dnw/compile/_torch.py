@@ -22,6 +22,8 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 def numbers(symbol: Any, batches: Mapping[Any, int]) -> Any:
     """The number that a symbol is for some batch."""
     found = symbol.node.expr.subs(batches)
+    if not found.is_number and found not in (True, False):
+        raise ValueError("sizes that depend on the numbers in a tensor are not compiled")
     if isinstance(symbol, torch.SymInt):
         return int(found)
     return float(found) if isinstance(symbol, torch.SymFloat) else bool(found)
