@@ -324,6 +324,8 @@ def _results(parsed: argparse.Namespace) -> None:
 
     if (parsed.into is None) != (parsed.table is None):
         raise ValueError("--into PAGE and --table NAME go together: the page, and the place in it")
+    if parsed.save is not None and parsed.into is not None:
+        raise ValueError("--save keeps runs and --into makes a table; one after the other")
     if parsed.save is not None:
         for kept in save_results(parsed.paths, parsed.save, RECIPES):
             _say(f"{kept}: {sum(file.stat().st_size for file in kept.iterdir()):,} bytes")

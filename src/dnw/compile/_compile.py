@@ -281,15 +281,14 @@ def _checked(network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], e
     Raises:
         RuntimeError: too far.
     """
-    error = _error(network, runtime, inputs, ends)
+    close = CLOSE if _kind(network) in (torch.float32, torch.float64) else 0.05
+    error = _error(_expected(network, inputs), runtime, inputs, ends, close)
+    others = _others(inputs)
     try:
-        return max(error, _error(network, runtime, _others(inputs), ends))
-    except RuntimeError as reason:
-        if isinstance(reason, _Differs):
-            raise
-        return error  # the model does not take just anything
-    except Exception:
+        expected = _expected(network, others)
+    except Exception:  # the model does not take just anything
         return error
+    return max(error, _error(expected, runtime, others, ends, close))
 
 
 def _others(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -308,35 +307,40 @@ def _others(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-class _Differs(RuntimeError):
-    """Outputs that are not the model's."""
+def _kind(network: nn.Module) -> torch.dtype:
+    """Of its parameters, and so of what it takes."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _error(network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], ends: _Ends) -> float:
-    """How far outputs are from the model's, as a fraction of the largest, or of a thousandth where all are smaller.
-
-    Raises:
-        RuntimeError: too far.
-    """
-    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+def _expected(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
+    """What the model returns, as leaves; inputs and buffers stay as they are."""
+    kind = _kind(network)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     kept = [buffer.detach().clone() for buffer in network.buffers()]
     given = [x.clone().to(device, kind) if x.is_floating_point() else x.clone().to(device) for x in inputs]
     try:
         with evaluating(network), torch.no_grad():
-            expected = pytree.tree_leaves(network(*given))
+            return pytree.tree_leaves(network(*given))
     finally:
         with torch.no_grad():
             for buffer, before in zip(network.buffers(), kept, strict=False):
                 buffer.copy_(before)
+
+
+def _error(expected: list[Any], runtime: Runtime, inputs: tuple[Tensor, ...], ends: _Ends, close: float) -> float:
+    """How far outputs are from the model's, as a fraction of the largest, or of a thousandth where all are smaller.
+
+    Raises:
+        RuntimeError: too far.
+    """
     worst = 0.0
     for a, b in zip(pytree.tree_leaves(ends.run(runtime, inputs)), expected, strict=True):
         if isinstance(b, Tensor) and b.numel():
             a, b = a.float(), b.detach().to("cpu", torch.float32)
             apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
             worst = max(worst, float(apart.max()) / max(1e-3, float(b.nan_to_num(0, 0, 0).abs().max())), key=_nan_is_most)
-    if not worst < (CLOSE if kind in (torch.float32, torch.float64) else 0.05):
-        raise _Differs(
+    if not worst < close:
+        raise RuntimeError(
             f"outputs of the compiled model differ from the model's by {worst:.1e} of the largest; it is not given out. A "
             "model that draws random numbers in eval mode does that, and one that goes another way for other inputs, as "
             "nn.TransformerEncoder does with padding; otherwise please report it as a fault of dnw"
