@@ -64,13 +64,18 @@ class _OverImages(Exception):
     """What is no network on images one by one."""
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its parameters, and so of what it takes."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def captured(model: nn.Module, example: tuple[Tensor, ...]) -> Capture:
     """A model, in whatever mode, captured as in eval mode for inputs like the examples.
 
     Raises:
         ValueError: it cannot be exported, or not with a free batch.
     """
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    kind = dtype_of(model)
     two = tuple(x[:1].detach().expand(2, *x.shape[1:]).clone() for x in example)
     two = tuple(x.to(kind) if x.is_floating_point() else x for x in two)
     with evaluating(model), _silence():

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dnw._checks import listing
 from dnw.compile._analysis import is_of_graphs
-from dnw.compile._capture import Given, Returned, captured, evaluating
+from dnw.compile._capture import Given, Returned, captured, dtype_of, evaluating
 from dnw.compile._file import save_program
 from dnw.compile._measure import Timing, measured
 from dnw.compile._native import Runtime
@@ -281,7 +281,7 @@ def _checked(network: nn.Module, runtime: Runtime, inputs: tuple[Tensor, ...], e
     Raises:
         RuntimeError: too far.
     """
-    close = CLOSE if _kind(network) in (torch.float32, torch.float64) else 0.05
+    close = CLOSE if dtype_of(network) in (torch.float32, torch.float64) else 0.05
     error = _error(_expected(network, inputs), runtime, inputs, ends, close)
     others = _others(inputs)
     try:
@@ -307,14 +307,9 @@ def _others(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _kind(network: nn.Module) -> torch.dtype:
-    """Of its parameters, and so of what it takes."""
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-
 def _expected(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
     """What the model returns, as leaves; inputs and buffers stay as they are."""
-    kind = _kind(network)
+    kind = dtype_of(network)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     kept = [buffer.detach().clone() for buffer in network.buffers()]
     given = [x.clone().to(device, kind) if x.is_floating_point() else x.clone().to(device) for x in inputs]
