@@ -4,7 +4,7 @@ In one run, in turn, for 1 thread and for all, for 1 image and for 32: the netwo
 PyTorch (eager, and with its edges as sparse matrices), in ONNX Runtime (dense, and compacted) and in OpenVINO (compacted), and
 against plain MobileNetV1 of widths 0.25 and 0.5 in ONNX Runtime, which is what one would ship instead. The wirings are random
 ones of the published number of edges: one in which nodes die until the nominal count is the published 42.1M, and one in which
-all live. What is not installed is left out. Last, the rate of the edge kernel as a fraction of what the machine can do.
+all live. What is not installed is left out. Last, the rate of the sparse kernel as a fraction of what the machine can do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from _wirings import lively, wire_at_random
 from torch import Tensor, nn
 
 from dnw.compile import Program, Runtime, plan, save_onnx
-from dnw.compile._program import Edges
+from dnw.compile._program import Convolution
 from dnw.count import published_count
 from dnw.models import GraphChain, mobilenet_v1
 
@@ -124,19 +124,20 @@ def peak_rate() -> float | None:
 
 
 def edge_rate(sources: int, read: int, targets: int, degree: int, side: int) -> float:
-    """Multiply-adds a second of the edge kernel, of which each target reads some of the first so many sources."""
-    starts = torch.arange(targets + 1) * degree
-    picked = torch.cat([torch.randperm(read)[:degree].sort().values for _ in range(targets)])
-    edges = Edges(starts, picked, torch.randn(targets * degree), sources, None)
+    """Multiply-adds a second of the sparse kernel, of which each target reads some of the first so many sources."""
+    weight = torch.zeros(targets, sources, 1, 1)
+    for row in weight:
+        row[torch.randperm(read)[:degree]] = torch.randn(degree, 1, 1)
+    edges = Convolution(weight, None, (1, 1), (0, 0), 1, sparse=True)
     layout = Runtime(Program.chain((edges,), (sources, side, side)))._layout
     profile = layout.profile(torch.randn(1, sources, side, side), rounds=100)
-    return targets * degree * side * side / min(seconds for record, seconds in profile if record.kind == "edges")
+    return targets * degree * side * side / min(seconds for record, seconds in profile if record.kind == "sparse")
 
 
 def report_edges() -> None:
-    """Prints the rate of the edge kernel where its sources lie in the first-level cache, and where in the second."""
+    """Prints the rate of the sparse kernel where its sources lie in the first-level cache, and where in the second."""
     peak = peak_rate()
-    print("\nthe edge kernel in one thread" + (f", of {peak / 1e9:.1f} G multiply-adds a second at most" if peak else ""))
+    print("\nthe sparse kernel in one thread" + (f", of {peak / 1e9:.1f} G multiply-adds a second at most" if peak else ""))
     for name, sizes in {
         "14x14, 60 sources (27 KB)": (2800, 60, 512, 40, 14),
         "14x14, 300 sources (134 KB)": (2800, 300, 512, 40, 14),

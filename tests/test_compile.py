@@ -26,7 +26,8 @@ import dnw
 from dnw.cli import main
 from dnw.compile import Plan, Program, Runtime, load_program, measured, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
-from dnw.compile._program import Pick, Restore, tensors
+from dnw.compile._plan import planned
+from dnw.compile._program import Convolution, Restore, tensors
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph
 from dnw.models import (
     GraphChain,
@@ -46,8 +47,7 @@ from dnw.train._checkpoint import read_checkpoint, write_checkpoint
 def assert_equal_to_the_trained(model: nn.Module, size: tuple[int, int, int], batch: int = 3) -> Plan:
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(5))
     before = copy.deepcopy(model.state_dict())
-    found = plan(model, size)
-    program = found.apply(model)
+    found, program = planned(model, size)
     with torch.no_grad():
         expected = model(images)
     scale = expected.abs().max().clamp_min(1e-3)
@@ -125,7 +125,8 @@ def test_constant_nodes_differ_at_the_border():
     model = nn.Sequential(graph).eval()
     found = assert_equal_to_the_trained(model, (1, 6, 5))
     assert (found.rows[0].constants, found.rows[0].kept, found.rows[0].kept_edges) == (1, (1, 0, 1), 1)
-    constant = found.apply(model).instructions[0].outputs.constant.maps()[0]
+    outputs = found.apply(model).instructions[-1]
+    constant = outputs.constant.maps()[0]
     assert not torch.allclose(constant[0, 0], constant[2, 2])
     assert torch.equal(constant[2, 2], constant[3, 3])
 
@@ -188,9 +189,10 @@ def test_outputs_that_nothing_reaches_and_inputs_that_nothing_reads():
         model.graphs[0].weight[:, 4] = 0  # so that a channel of the first convolution goes
         model.graphs[1].weight[-2] = 0  # an output of the last graph that gets nothing
     found = assert_equal_to_the_trained(model, (3, 12, 12))
-    assert found.channels[1] == (0, 1, 2, 3, 5)
-    assert found.channels[2] == (0, 1, 4, 5, 6, 7)
+    assert found.channels[2] == (0, 1, 2, 3, 5)  # after the choice of channels of images comes the first convolution
+    assert (0, 1, 4, 5, 6, 7) in found.channels
     assert found.channels[-2] == (0, 1, 2, 3, 4, 5, 7)
+    assert found.channels[-1] == (0, 1, 2, 3, 4)
 
 
 def test_nothing_reaches_the_end():
@@ -223,7 +225,7 @@ def graphs(draw):
 
 @pytest.mark.kernels
 @given(graph=graphs(), side=st.integers(5, 9))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_graphs(graph, side):
     for module in graph.modules():  # lively gives every norm a weight; some are to be 0 again
         if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
@@ -234,7 +236,7 @@ def test_random_graphs(graph, side):
 
 @pytest.mark.kernels
 @given(st.integers(2, 9), st.integers(1, 4), st.sampled_from([0.1, 0.3, 1.0]), st.integers(0, 1000), st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_graphs_in_discrete_time(nodes, steps, density, seed, normed):
     torch.manual_seed(seed)
     graph = DiscreteTimeGraph(nodes, 1, 1, steps=steps, norm=INSTANCE_NORM if normed else None)
@@ -292,13 +294,12 @@ def test_the_plan_counts_weights_that_are_not_0_before_and_after():
     )
     with torch.no_grad():
         model[0].weight.zero_()[:, 0, 1] = 1.0
-        model[3].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 0]]))
+        model[3].weight.copy_(torch.tensor([[1.0, 1], [0, 1], [0, 1], [0, 0]]))
     found = plan(model, (2, 5, 4))
-    assert (found.parameters, found.kept_parameters) == (9, 9)
-    assert (found.multiply_adds, found.kept_multiply_adds) == (6 * 20 + 3, 6 * 20 + 3)
-    zeros = (18 - 6) * 20 + 3  # the input that nothing reads and the output that gets nothing are gone
-    assert found.zeros == zeros
-    assert f"besides {zeros} multiply-adds with weights that are 0" in str(found)
+    assert (found.parameters, found.kept_parameters) == (10, 10)
+    assert (found.multiply_adds, found.kept_multiply_adds) == (6 * 20 + 4, 6 * 20 + 4)
+    assert found.zeros == 4  # of the matrix; the convolution, of which a third is there, is run weight by weight
+    assert "besides 4 multiply-adds with weights that are 0" in str(found)
     graph = plan(model := lively(tiny_digits()), (1, 8, 8))  # entries that the graph does not read have weights, too
     assert graph.multiply_adds == graph.kept_multiply_adds
     assert int(model.graph.weight.count_nonzero()) > graph.rows[0].edges
@@ -327,38 +328,69 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), Odd()), (3, 8, 8)),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), (4, 8, 8)),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2)), (4, 8, 8)),
+        (lambda: DiscreteTimeGraph(4, 1, 1, activation=torch.tanh), (1, 8, 8)),
+        (lambda: nn.Sequential(Scaled(3, 4, 3)), (3, 8, 8)),
+        (lambda: nn.Sequential(Residual(StaticGraph((3, 4), 3))), (3, 8, 8)),
+        (lambda: nn.Sequential(StaticGraph((3, 4), 3), nn.AvgPool2d(2)), (3, 8, 8)),
+        (hooked, (3, 8, 8)),
+        (hooked_graph, (1, 8, 8)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8)),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)), (3, 8, 8)),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1)), (3, 8, 8)),
+        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2)), (3, 8, 8)),
+        (lambda: twice(StaticGraph((2, 3), 2)), (2, 6, 7)),
+    ],
+)
+def test_modules_of_all_kinds_beside_graphs(make, size):
+    assert_equal_to_the_trained(lively(make()), size)
+
+
+def recurrent() -> nn.Module:
+    return nn.Sequential(nn.Flatten(2), nn.GRU(16, 4, batch_first=True))
+
+
+def twice(graph: nn.Module) -> nn.Module:
+    return nn.Sequential(graph, nn.ReLU(), graph)
+
+
+def test_a_graph_that_runs_twice_has_two_rows():
+    graph = StaticGraph((2, 3), 2)
+    with torch.no_grad():
+        graph.weight[-1] = 0  # an output that gets nothing: a constant for whoever reads it
+    first, second = assert_equal_to_the_trained(lively(twice(graph)), (2, 6, 7)).rows
+    assert first.nodes == second.nodes == (2, 3, 2)
+    assert (first.kept[-1], second.kept[0]) == (1, 1)
+    assert first.edges == second.edges
+    assert first.kept_edges > second.kept_edges
+
+
+def test_a_graph_with_a_forward_of_its_own_is_traced_as_it_is():
+    class Doubled(StaticGraph):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    assert not assert_equal_to_the_trained(lively(nn.Sequential(Doubled((2, 3), 2))), (2, 6, 7)).rows
+
+
+@pytest.mark.parametrize(
     ("make", "size", "message"),
     [
-        (
-            tiny_cifar10_continuous,
-            (3, 32, 32),
-            "graph is a ContinuousTimeGraph, which is not compiled; a graph in continuous time",
-        ),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), Odd()), (3, 8, 8), "1 is a Odd, which is not compiled"),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), (4, 8, 8), "0: convolutions in 2 groups are not compiled"),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2)), (4, 8, 8), "0: only convolutions without dilation"),
-        (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), (3, 8, 8), "0: a batch norm without running"),
-        (
-            lambda: DiscreteTimeGraph(4, 1, 1, activation=torch.tanh),
-            (1, 8, 8),
-            "compiled are graphs in discrete time on maps, with",
-        ),
-        (tiny_digits, (3, 8, 8), "the network does not take inputs of 3x8x8"),
-        (lambda: ContinuousTimeGraph(4, 1, 1), (1, 8, 8), "the model is a ContinuousTimeGraph"),
-        (lambda: nn.Sequential(Scaled(3, 4, 3)), (3, 8, 8), "0 is a Scaled with a forward of its own"),
-        (lambda: nn.Sequential(Residual(nn.Conv2d(3, 3, 1))), (3, 8, 8), "0 is a Residual with a forward of its own"),
-        (hooked, (3, 8, 8), "0 has forward hooks"),
-        (hooked_graph, (1, 8, 8), "conv has forward hooks"),
+        (tiny_cifar10_continuous, (3, 32, 32), "graph is a graph in continuous time, of as many steps"),
+        (lambda: ContinuousTimeGraph(4, 1, 1), (1, 8, 8), "the model is a graph in continuous time"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), (3, 8, 8), "0: a norm over the images"),
+        (tiny_digits, (3, 8, 8), "the model does not take inputs of 3x8x8"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4)), (3, 8, 8), "the model does not take inputs of 3x8x8"),
         (lambda: "net.dnw", (1, 8, 8), "a str is no model to compile"),
         (lambda: tiny_digits().to("meta"), (1, 8, 8), "a model on the meta device has no weights to compile"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8), r"flattening maps of \(8, 8\) pixels"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5)), (3, 8, 8), "a linear layer on maps"),
-        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Linear(1, 5)), (3, 8, 8), "a linear layer on maps"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)), (3, 8, 8), "ends with pooled maps"),
-        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1)), (3, 8, 8), "a convolution after the maps"),
-        (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2)), (3, 8, 8), "0: pooling to 2 pixels"),
-        (lambda: nn.Sequential(nn.Flatten(0)), (3, 1, 1), "0: flattening from 0 to -1"),
-        (lambda: nn.Sequential(nn.BatchNorm2d(4)), (3, 8, 8), "a norm of 4 channels is given 3"),
+        (recurrent, (3, 4, 4), "PyTorch would run 'gru in 1', which a plan has no place for"),
+        (lambda: nn.Sequential(nn.Flatten(0)), (3, 1, 1), "the batch is merged with other dimensions"),
         (tiny_digits, (1, -8, 8), "expected channels, height and width, whole numbers from 1 on"),
         (tiny_digits, (8, 8), "expected channels, height and width, whole numbers from 1 on"),
         (tiny_digits, 32, "expected channels, height and width, whole numbers from 1 on"),
@@ -461,22 +493,8 @@ def test_files_with_a_right_checksum_and_wrong_content_are_refused_or_run(stored
 
 @pytest.mark.kernels
 def test_a_file_that_would_read_elsewhere_is_refused(tmp_path):
-    """Nodes that give fewer channels than they get, edges in another order, a graph without inputs of its own."""
-    program = plan(model := lively(nn.Sequential(StaticGraph((2, 3), 3))), (2, 6, 7)).apply(model)
-    (graph,) = program.instructions
-    ((edges, node),) = graph.levels
-    conv = node[-1]
-    small = replace(conv, weight=torch.randn(1, 3, 3, 3), groups=1)
+    conv = Convolution(torch.randn(2, 1, 3, 3), None, (1, 1), (1, 1), 2)
     wrong = [
-        (replace(graph, inputs=()), "nodes that do not end with a convolution"),
-        (replace(graph, levels=((edges, (Pick(torch.tensor([0])), conv)),)), "nodes with Pick"),
-        (replace(graph, levels=((edges, (small,)),)), "nodes with Convolution"),
-        (replace(graph, levels=((edges, (graph,)),)), "nodes that do not end with a convolution"),
-        (replace(graph, levels=((replace(edges, sources=edges.sources.flip(0)), node),)), "edges in another order"),
-        (replace(graph, levels=((replace(edges, weight=edges.sources), node),)), "an array of u2 where weights belong"),
-        (replace(graph, levels=((conv, node),)), "'Convolution' where Edges belongs"),
-        (replace(graph, outputs=conv), "'Convolution' where Edges belongs"),
-        (replace(graph, outputs=replace(graph.outputs, constant=edges)), "'Edges' where Constant belongs"),
         (replace(conv, groups=2, weight=torch.randn(3, 1, 3, 3)), "a convolution of 2 groups"),
         (replace(conv, stride=(1 << 40, 1)), "1099511627776 is no int"),
         (Restore(torch.tensor([0, 1]), torch.zeros(2, 6, 7, 1)), r"2 of channels \(2, 6, 7, 1\), given \(2, 6, 7\)"),
@@ -528,7 +546,7 @@ def test_onnx_of_the_compacted_network(name, tmp_path):
     kinds = {node.op_type for node in onnx.load(file).graph.node}
     sums = {"Conv", "Relu", "Concat", "Add", "Identity", "ReduceMean", "Gemm", "InstanceNormalization", "Slice"}
     assert kinds <= sums | {"Gather", "Expand", "Mul", "Shape"}
-    assert ("Expand" in kinds) == ("noth" in name)  # what is the same for every image
+    assert ("Expand" in kinds) == (name in ("digits, nearly nothing", "nothing"))  # what is the same for every image
     assert ("Conv" in kinds) == (name not in ("digits, nearly nothing", "nothing"))
 
 

@@ -115,7 +115,7 @@ def test_every_function_that_takes_memory_is_tried():
     assert {name for name, *_ in REFUSED} == {name for name, types in _exchange._FUNCTIONS.items() if types}
 
 
-GRAPHS = ("edges", "node", "mean", "linear", "zero", "dense")
+GRAPHS = ("node", "mean", "linear", "zero", "dense")
 
 
 def layers_program() -> Program:
@@ -186,14 +186,12 @@ def test_what_is_said_of_records_is_checked(other, why, layout):
 @pytest.mark.parametrize(
     ("kind", "fields", "why"),
     [
-        ("edges", {"kind": 99}, "there is no such kernel"),
-        ("edges", {"kind": -1}, SIZE),
-        ("edges", {"targets": -1}, SIZE),
-        ("edges", {"starts": None}, NULL),
-        ("edges", {"weight": None}, NULL),
-        ("edges", {"pitch": 1}, SIZE),
-        ("edges", {"second_sources": 1 << 20}, "beyond the memory"),
-        ("edges", {"out_plane": 1 << 20}, "beyond the memory"),
+        ("sparse", {"kind": 99}, "there is no such kernel"),
+        ("sparse", {"kind": -1}, SIZE),
+        ("sparse", {"targets": -1}, SIZE),
+        ("sparse", {"weight": None}, NULL),
+        ("sparse", {"second_sources": 1 << 20}, "beyond the memory"),
+        ("sparse", {"out_plane": 1 << 20}, "beyond the memory"),
         ("node", {"plane": 1 << 20}, "beyond the memory"),
         ("node", {"stride_y": 3, "stride_x": 3}, SIZE),
         ("phases", {"starts": None}, NULL),

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dnw.compile import Program, load_program, save_program
-from dnw.compile._file import _STORED
+from dnw.compile import Program, Runtime, load_program, save_program
+from dnw.compile import _older as older
+from dnw.compile._file import _NAMES, _STORED, _plain_tensor
 from dnw.compile._layers import (
     Activation,
     AdaptiveMean,
@@ -34,15 +36,11 @@ from dnw.compile._program import (
     Beside,
     Constant,
     Convolution,
-    Edges,
-    Graph,
     InstanceNorm,
     Instruction,
     Linear,
-    Mean,
     Node,
     Pick,
-    Rectify,
     Restore,
 )
 
@@ -52,21 +50,12 @@ SIZE = (2, 5, 4)
 def examples() -> list[tuple[Instruction, tuple[int, int, int]]]:
     """Every instruction, with the size of what it takes."""
     torch.manual_seed(0)
-    maps = torch.randn(2, 5, 4)
-    edges = Edges.of(torch.tensor([[0.0, 0.5], [1.5, -1.0]]), Constant.of(maps))
-    node = (Affine(torch.randn(2), torch.randn(2)), Rectify(), Convolution(torch.randn(2, 1, 3, 3), None, (1, 1), (1, 1), 2))
-    outputs = Edges.of(torch.tensor([[0.0, 0.5, 0.25, 0.0]]), None)
     sparse = Convolution(torch.eye(6).view(6, 6, 1, 1)[:, :2].repeat(1, 1, 3, 3), None, (1, 1), (1, 1), 1)
     return [
-        (edges, SIZE),
-        (replace(edges, dense=True), SIZE),
         (Affine(torch.randn(2), torch.randn(2)), SIZE),
         (InstanceNorm(torch.randn(2), torch.randn(2), 1e-3), SIZE),
-        (Rectify(), SIZE),
         (Convolution(torch.randn(3, 2, 3, 1), Constant.of(torch.ones(3, 2, 4)), (2, 1), (0, 0), 1), SIZE),
-        (Mean(1, 4), SIZE),
         (Linear(torch.randn(3, 2), torch.randn(3)), SIZE),
-        (Graph(node, ((edges, node),), outputs), SIZE),
         (Pick(torch.tensor([1])), SIZE),
         (Restore(torch.tensor([2, 0]), torch.randn(3, 5, 4)), SIZE),
         (replace(sparse, sparse=True), SIZE),
@@ -104,11 +93,11 @@ def assert_same(a: object, b: object) -> None:
 
 def test_every_class_of_a_program_comes_back_as_it_was(tmp_path):
     modules = ("dnw.compile._program", "dnw.compile._layers")
-    missing = {kind for kind in Instruction.__subclasses__() if kind.__module__ in modules} - set(_STORED.values())
+    missing = {kind for kind in Instruction.__subclasses__() if kind.__module__ in modules} - set(_NAMES)
     assert not missing, f"give {missing} a name in _STORED of dnw/compile/_file.py, and an example here"
-    assert {type(instruction) for instruction, _ in examples()} | {Constant} == set(_STORED.values())
+    assert {type(instruction) for instruction, _ in examples()} | {Constant} == set(_NAMES)
     for instruction, size in examples():
-        first = {Linear: Mean(0, 9), Attention: Rearrange((2, 5, 4), (0, 1, 2), (2, 20))}.get(
+        first = {Linear: PlaceMean(), Attention: Rearrange((2, 5, 4), (0, 1, 2), (2, 20))}.get(
             type(instruction), Pick(torch.arange(2))
         )
         reads = {Sum: 2, Product: 2, Concat: 2, Attention: 3}.get(type(instruction), 1)
@@ -167,8 +156,78 @@ ARRAYS = struct.pack("<2H4xH6xf", 0, 1, 1, 0.5)
 def test_a_file_of_the_first_version_is_read(tmp_path):
     """Its edges did not say yet whether they are run as a matrix."""
     program = load_program(written({"input_size": [2, 1, 1], "instructions": [EDGES]}, ARRAYS, tmp_path / "net.dnw"))
-    assert not program.instructions[0].dense
+    assert program.instructions[0].sparse
     assert program(torch.tensor([[[[3.0]], [[4.0]]]])).tolist() == [[[[2.0]]]]
+
+
+def plain(value: object, arrays: bytearray) -> object:
+    """An older instruction as its files have it."""
+    if isinstance(value, Tensor):
+        return _plain_tensor(value, arrays)
+    if isinstance(value, tuple):
+        return [plain(item, arrays) for item in value]
+    if isinstance(value, (older.Older, Instruction, Constant)):
+        return {"instruction": type(value).__name__, **{f.name: plain(getattr(value, f.name), arrays) for f in fields(value)}}
+    return value
+
+
+def edges_of(matrix: Tensor, constant: Tensor | None = None, dense: bool = False) -> older.Edges:
+    targets, sources = matrix.nonzero(as_tuple=True)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), targets.bincount(minlength=len(matrix)).cumsum(0)])
+    added = None if constant is None else Constant.of(constant)
+    return older.Edges(starts, sources, matrix[targets, sources], matrix.shape[1], added, dense)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_graph_that_was_one_instruction_is_read_as_what_it_computes(dense, tmp_path):
+    torch.manual_seed(1)
+    first, second, last = (
+        torch.randn(2, 1, 3, 3),
+        torch.randn(2, 1, 3, 3),
+        torch.tensor([[0.0, 0.5, 0.25, 0.0], [1.0, 0, 0, -2]]),
+    )
+    scale, shift, constant = torch.randn(2), torch.randn(2), torch.randn(2, 5, 4)
+    matrix = torch.tensor([[0.0, 0.5], [1.5, -1.0]])
+    inputs = Affine(scale, shift), older.Rectify(), Convolution(first, None, (1, 1), (1, 1), 2)
+    node = older.Rectify(), Convolution(second, None, (1, 1), (1, 1), 2)
+    graph = older.Graph(inputs, ((edges_of(matrix, constant, dense), node),), edges_of(last))
+    arrays = bytearray()
+    instructions = [plain(one, arrays) for one in (graph, older.Rectify(), older.Mean(1, 4))]
+    header = {"input_size": SIZE, "instructions": instructions}
+    program = load_program(written(header, bytes(arrays), tmp_path / "net.dnw"))
+    images = torch.randn(3, *SIZE)
+    states = F.conv2d((images * scale[:, None, None] + shift[:, None, None]).relu(), first, padding=1, groups=2)
+    sums = torch.einsum("ts,bshw->bthw", matrix, states) + constant
+    states = torch.cat([states, F.conv2d(sums.relu(), second, padding=1, groups=2)], 1)
+    expected = torch.einsum("ts,bshw->bthw", last, states).relu()[:, :, 1:4, 1:4].mean((2, 3))
+    for run in (program, Runtime(program)):
+        torch.testing.assert_close(run(images), expected, rtol=1e-5, atol=1e-5)
+    save_program(program, tmp_path / "again.dnw")
+    assert torch.equal(load_program(tmp_path / "again.dnw")(images), program(images))
+
+
+def test_older_instructions_that_would_read_elsewhere_are_refused(tmp_path):
+    conv = Convolution(torch.randn(2, 1, 3, 3), None, (1, 1), (1, 1), 2)
+    edges = edges_of(torch.tensor([[0.0, 0.5], [1.5, -1.0]]))
+    graph = older.Graph((conv,), ((edges, (conv,)),), edges_of(torch.ones(1, 4)))
+    small = replace(conv, weight=torch.randn(1, 2, 3, 3), groups=1)
+    for wrong, reason in (
+        (replace(graph, inputs=()), "nodes that do not end with a convolution"),
+        (replace(graph, levels=((edges, (Pick(torch.tensor([0])), conv)),)), "nodes with Pick"),
+        (replace(graph, levels=((edges, (small,)),)), "nodes with Convolution"),
+        (replace(graph, levels=((edges, (graph,)),)), "nodes that do not end with a convolution"),
+        (replace(graph, levels=((conv, (conv,)),)), "'Convolution' where Edges belongs"),
+        (replace(graph, outputs=replace(graph.outputs, constant=edges)), "'Edges' where Constant belongs"),
+        (replace(graph, outputs=edges), "edges from 2 maps, given"),
+        (replace(edges, sources=edges.sources + 1), "edges from no node"),
+        (replace(edges, starts=edges.starts.flip(0)), "edges that begin or end where they must not"),
+        (replace(edges, starts=edges.starts + 1), "edges that begin or end where they must not"),
+        (older.Mean(6, 9), "a mean from 6 of maps"),
+    ):
+        arrays = bytearray()
+        header = {"input_size": SIZE, "instructions": [plain(wrong, arrays)]}
+        with pytest.raises(ValueError, match=rf"net\.dnw: not a valid compiled network \(.*{reason}"):
+            load_program(written(header, bytes(arrays), tmp_path / "net.dnw"))
 
 
 def test_a_number_beyond_single_precision_is_refused(tmp_path):
@@ -181,8 +240,8 @@ def test_a_number_beyond_single_precision_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"instruction": "Constant"}, "'Constant' where Instruction belongs"),
-        ({"instruction": "Sums"}, "'Sums' where Instruction belongs"),
+        ({"instruction": "Constant"}, "'Constant' where an instruction belongs"),
+        ({"instruction": "Sums"}, "'Sums' where an instruction belongs"),
         ({"constant": EDGES}, "'Edges' where Constant belongs"),
         ({"weight": EDGES["sources"]}, "an array of u2 where weights belong"),
         ({"sources": EDGES["weight"]}, "an array of f4 where whole numbers belong"),

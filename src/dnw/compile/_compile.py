@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dnw._checks import listing
-from dnw.compile._analysis import is_of_graphs
 from dnw.compile._capture import Given, Returned, captured, dtype_of, evaluating
 from dnw.compile._file import save_program
+from dnw.compile._layers import Concat
 from dnw.compile._measure import Timing, measured
 from dnw.compile._native import Runtime
-from dnw.compile._pieces import is_native
-from dnw.compile._plan import model_of, planned
-from dnw.compile._program import Convolution, Edges, Graph, Instruction, Linear, Node, Program, Size
+from dnw.compile._pieces import foreign, is_native, name_of
+from dnw.compile._plan import model_of
+from dnw.compile._program import Convolution, Linear, Program, Size
 from dnw.compile._shrink import shrunk
-from dnw.compile._torch import Foreign
 
 CLOSE = 1e-4
 """How far outputs may be from the model's, as a fraction of the largest."""
@@ -38,7 +37,7 @@ class ReportRow:
 
     Attributes:
         name: of its module.
-        kind: convolution, matrix, graph, or the operator of PyTorch.
+        kind: convolution, matrix, or the operator of PyTorch.
         size, out: of what comes in and goes out.
         weights, density: how many weights are not 0, and which fraction of all.
         way: "sparse", "dense", "apart" (a convolution per channel) or "PyTorch".
@@ -106,9 +105,9 @@ class Report:
             f"layers: {', '.join(counts) or 'none'}" + ("" if self.kind == "native" else "; all in PyTorch (no kernels)")
         )
         lines += [f"  {row}" for row in self.rows if row.way != "PyTorch"]
-        if foreign := self.way("PyTorch"):
-            lines.append(f"in PyTorch: {len(foreign)} operators, {self.foreign:.0%} of the time")
-            lines += [f"  {row}" for row in foreign]
+        if others := self.way("PyTorch"):
+            lines.append(f"in PyTorch: {len(others)} operators, {self.foreign:.0%} of the time")
+            lines += [f"  {row}" for row in others]
         lines.append(f"outputs on the example: within {self.error:.1e} of the model's, of the largest")
         return "\n".join(lines)
 
@@ -211,9 +210,8 @@ def compile(
     network = model_of(_module(model))
     with torch.device("cpu"):
         program, before, ends = _read(network, inputs)
-        foreign = _foreign(program)
-        if strict and foreign:
-            names = listing(sorted({f"{_name_of(node.instruction)} in {node.name or 'the model'}" for node in foreign}))
+        if strict and (beyond := foreign(program)):
+            names = listing(sorted({f"{name_of(node.instruction)} in {node.name or 'the model'}" for node in beyond}))
             raise ValueError(f"strict=True, and this would run in PyTorch: {names}")
         program, timings = measured(program)
         runtime = Runtime(program, threads=threads)
@@ -250,26 +248,10 @@ class _Before(NamedTuple):
 
 
 def _read(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Program, _Before, _Ends]:
-    """The compacted model; networks of graphs are read as what they are."""
-    if is_of_graphs(network) and len(inputs) == 1 and inputs[0].ndim == 4:
-        found, program = planned(network, inputs[0].shape[1:])
-        nodes = sum(n for row in found.rows for n in row.nodes) - sum(n for row in found.rows for n in row.kept)
-        before = _Before(_channels(program) + nodes, found.parameters, found.multiply_adds)
-        returned = Returned(program.output_size, 0, None)
-        return program, before, _Ends((Given(program.input_size),), (returned,), pytree.tree_structure(inputs[0]))
+    """The compacted model."""
     capture = captured(network, inputs)
     whole, ends = capture.program(), _Ends(tuple(capture.given), tuple(capture.returned), capture.spec)
     return shrunk(whole), _Before(_channels(whole), whole.num_parameters, whole.multiply_adds), ends
-
-
-def _foreign(program: Program) -> list[Node]:
-    """What PyTorch runs."""
-    sizes, first = program.sizes(), len(program.input_sizes)
-    return [node for number, node in enumerate(program.nodes) if not is_native(node, sizes, first + number)]
-
-
-def _name_of(instruction: Instruction) -> str:
-    return instruction.name if isinstance(instruction, Foreign) else f"{type(instruction).__name__.lower()} of many dimensions"
 
 
 # --- whether it computes what the model computes ---
@@ -367,16 +349,9 @@ def _report(
 
 
 def _channels(program: Program) -> int:
-    """Of all values that are made, those of the levels of graphs as well."""
-    inside = sum(edges.num_targets for node in program.nodes for edges in _edges(node.instruction)[:-1])
-    return inside + sum(size[0] if size else 1 for size in program.sizes()[len(program.input_sizes) :])
-
-
-def _edges(instruction: Instruction) -> list[Edges]:
-    """Those of a graph, into each of its levels and into its outputs, or of sums alone."""
-    if isinstance(instruction, Graph):
-        return [*(edges for edges, _ in instruction.levels), instruction.outputs]
-    return [instruction] if isinstance(instruction, Edges) else []
+    """Of all values that are made; those that only stand side by side in others count once."""
+    made = zip(program.nodes, program.sizes()[len(program.input_sizes) :], strict=True)
+    return sum(size[0] if size else 1 for node, size in made if not isinstance(node.instruction, Concat))
 
 
 def _rows(program: Program, timings: dict[int, Timing]) -> list[ReportRow]:
@@ -386,7 +361,7 @@ def _rows(program: Program, timings: dict[int, Timing]) -> list[ReportRow]:
         name = node.name or f"instruction {number}"
         row = ReportRow(name, "", size, out, 0, 0.0, "")
         if not is_native(node, sizes, first + number):
-            rows.append(replace(row, kind=_name_of(instruction), way="PyTorch"))
+            rows.append(replace(row, kind=name_of(instruction), way="PyTorch"))
         elif isinstance(instruction, (Convolution, Linear)):
             weights = int(instruction.weight.count_nonzero())
             apart = isinstance(instruction, Convolution) and instruction.apart
@@ -396,13 +371,6 @@ def _rows(program: Program, timings: dict[int, Timing]) -> list[ReportRow]:
             way = "apart" if apart else "sparse" if instruction.sparse or groups > 1 else "dense"
             density = weights / max(1, instruction.weight.numel() * groups)
             rows.append(replace(row, kind=kind, weights=weights, density=density, way=way, timing=timings.get(number)))
-        elif isinstance(instruction, (Edges, Graph)):
-            inner = _edges(instruction)
-            weights = sum(len(edges.weight) for edges in inner)
-            density = weights / max(1, sum(edges.num_targets * edges.num_sources for edges in inner))
-            kind = "graph" if isinstance(instruction, Graph) else "edges"
-            way = "dense" if all(edges.dense for edges in inner) else "sparse"
-            rows.append(replace(row, kind=kind, weights=weights, density=density, way=way))
     return rows
 
 
@@ -410,7 +378,7 @@ def _foreign_share(runtime: Runtime, inputs: list[Tensor]) -> float:
     """Which fraction of the time PyTorch takes, on the example."""
     if runtime.kind == "torch":
         return 1.0
-    if not _foreign(runtime.program):
+    if not foreign(runtime.program):
         return 0.0
     seconds = [0.0, 0.0]
     for warm in (False, True):

@@ -39,22 +39,18 @@ from dnw.compile._layers import (
     Shift,
     Sum,
 )
+from dnw.compile._older import Edges, Graph, Mean, Older, Read, Rectify, flat
 from dnw.compile._program import (
     Affine,
     Beside,
     Constant,
     Convolution,
-    Edges,
-    Graph,
     Indices,
     InstanceNorm,
     Instruction,
     Linear,
-    Mean,
-    Node,
     Pick,
     Program,
-    Rectify,
     Restore,
     Size,
     in_memory,
@@ -67,15 +63,12 @@ _VERSION = 2
 _FRONT = struct.Struct("<8sIQ32s")
 _TYPES = {"f4": torch.float32, "u2": torch.uint16, "i4": torch.int32, "i8": torch.int64}
 """Whole numbers are stored as narrow as they allow, and are int64 again when read."""
-_STORED: dict[str, type[Instruction | Constant]] = {
-    "Edges": Edges,
+Stored = Instruction | Older | Constant
+_STORED: dict[str, type[Stored]] = {
     "Affine": Affine,
     "InstanceNorm": InstanceNorm,
-    "Rectify": Rectify,
     "Convolution": Convolution,
-    "Mean": Mean,
     "Linear": Linear,
-    "Graph": Graph,
     "Pick": Pick,
     "Restore": Restore,
     "Constant": Constant,
@@ -101,6 +94,7 @@ _STORED: dict[str, type[Instruction | Constant]] = {
 }
 """What a program is made of, by the name that it has in files. A name stays when its class gets another one."""
 _NAMES = {kind: name for name, kind in _STORED.items()}
+_STORED |= {kind.__name__: kind for kind in (Edges, Graph, Mean, Rectify)}
 
 
 def save_program(program: Program, path: str | Path) -> int:
@@ -142,12 +136,14 @@ def load_program(path: str | Path) -> Program:
         header = json.loads(rest[:length])
         arrays = memoryview(bytearray(rest[length:]))
         if version == 1:
-            instructions = _value(header["instructions"], tuple[Instruction, ...], arrays)
-            program = Program.chain(instructions, _value(header["input_size"], Size, arrays))
+            instructions = _value(header["instructions"], tuple[Instruction | Older, ...], arrays)
+            nodes: list[Read] = [(instruction, (number,)) for number, instruction in enumerate(instructions)]
+            sizes, outputs = (_value(header["input_size"], Size, arrays),), (len(nodes),)
         else:
-            nodes = tuple(_node(item, arrays) for item in _list(header["nodes"]))
+            nodes = [_node(item, arrays) for item in _list(header["nodes"])]
             sizes = _value(header["input_sizes"], tuple[Size, ...], arrays)
-            program = Program(nodes, sizes, _value(header["outputs"], tuple[int, ...], arrays))
+            outputs = _value(header["outputs"], tuple[int, ...], arrays)
+        program = flat(nodes, sizes, outputs)
         program.sizes()  # walks through all instructions and checks them
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise ValueError(
@@ -162,10 +158,10 @@ def _list(item: Any) -> list[Any]:
     return item
 
 
-def _node(item: dict[str, Any], arrays: memoryview) -> Node:
+def _node(item: dict[str, Any], arrays: memoryview) -> Read:
     reads = _value(item["reads"], tuple[int, ...], arrays)
     instruction = {key: value for key, value in item.items() if key != "reads"}
-    return Node(_value(instruction, Instruction, arrays), reads)
+    return _value(instruction, Instruction | Older, arrays), reads
 
 
 def _narrowest(numbers: Tensor) -> str:
@@ -252,18 +248,18 @@ def _value(item: Any, kind: Any, arrays: memoryview) -> Any:
         if inner[-1] is Ellipsis:
             inner = (inner[0],) * len(item)
         return tuple(_value(x, inner_kind, arrays) for x, inner_kind in zip(item, inner, strict=True))
-    if isinstance(kind, UnionType):
+    if isinstance(kind, UnionType) and NoneType in get_args(kind):
         (kind,) = (inner for inner in get_args(kind) if inner is not NoneType)
         return None if item is None else _value(item, kind, arrays)
     return _stored(item, kind, arrays)
 
 
-def _stored(item: Any, kind: type[Instruction | Constant], arrays: memoryview) -> Any:
+def _stored(item: Any, kind: Any, arrays: memoryview) -> Any:
     """An instruction or constant of some kind."""
     name = item["instruction"]
     made = _STORED.get(name)
     if made is None or not issubclass(made, kind):
-        raise ValueError(f"{name!r:.40} where {kind.__name__} belongs")
+        raise ValueError(f"{name!r:.40} where {getattr(kind, '__name__', 'an instruction')} belongs")
     declared, fields = get_type_hints(made, include_extras=True), {k: v for k, v in item.items() if k != "instruction"}
     if unknown := fields.keys() - declared.keys():
         raise ValueError(f"{name} has no {min(unknown)!r}")

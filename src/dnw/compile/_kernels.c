@@ -2,7 +2,7 @@
  *
  * Contract: no Python, no torch, no allocation, no globals that change: everything is passed in, so any number of threads may
  * run at once. dnw_check holds tasks and calls to the memory that they are for, once; dnw_run then runs them any number of
- * times. That the edges of a task read channels that there are is checked in _program.py. Plain C with the vector types of GCC
+ * times. Plain C with the vector types of GCC
  * and Clang; each kernel is compiled for every vector width that the machine may have, and the widest that it has is used. */
 
 #include <math.h>
@@ -15,7 +15,7 @@
 /* The kernels, and the fields of the records that say what they do. Python reads these tables from the library (dnw_names). */
 /* clang-format off */
 #define KINDS(X) \
-  X(spread) X(edges) X(matrix) X(affine) X(instance_norm) X(rectify) X(node) X(mean) X(linear) \
+  X(spread) X(affine) X(instance_norm) X(rectify) X(node) X(mean) X(linear) \
   X(copy) X(zero) X(slide) X(gather) \
   X(sparse) X(dense) X(phases) X(sum) X(product) X(pool) X(adaptive_mean) X(rearrange) X(layer_norm) X(group_norm) X(attention)
 #define ACTIVATIONS(X) \
@@ -50,10 +50,10 @@ enum { ACTIVATIONS(ACTIVATION_NUMBER) NUM_ACTIVATIONS };
 /* What a kernel works with, from the maps of its sources to those of its targets. A map is rows of `pitch` floats, of which
  * `width` mean something, and takes `plane` floats.
  *
- * - outside: whether the sources are the images of a user; second_sources: how many lie by themselves, after the others
+ * - outside: whether the sources are the images of a user; second_sources: of what is added or multiplied
  * - eps: what instance norms add to variances; reciprocal: one over the number of pixels that a mean is of
  * - added: maps that are added to some targets, each of added_plane floats; added_maps: which to which target, -1 for none
- * - starts, middles: where a target's edges begin, and among them those from second sources; offsets: where their sources lie
+ * - starts: where a target's edges begin; offsets: where their sources lie
  * - source_channels: which source a target is a copy of, -1 for the map that is added instead
  * - mask: all bits of each pixel that is kept
  * - activation: of what comes out, with its numbers first and second
@@ -135,7 +135,7 @@ static void meet(int32_t *meeting, int32_t threads) {
 
 /* --- what Python calls --- */
 
-int32_t dnw_version(void) { return 8; }
+int32_t dnw_version(void) { return 9; }
 
 /* The names of a table, in order, each after a blank; a null pointer where there is no such table. */
 const char *dnw_names(int32_t table) {
@@ -189,15 +189,6 @@ static int32_t check_task(const struct task *task) {
     case KIND(attention):
       REFUSE_IF(!task->groups || task->targets % task->groups || task->sources % task->groups, BAD_SIZE);
       break;
-    case KIND(edges):
-      REFUSE_IF(!task->starts || !task->middles, NULL_POINTER);
-      REFUSE_IF(task->starts[task->targets] > 0 && (!task->weight || !task->offsets), NULL_POINTER);
-      REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE);
-      break;
-    case KIND(matrix):
-      REFUSE_IF(!task->weight, NULL_POINTER);
-      REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE);
-      break;
     case KIND(instance_norm): REFUSE_IF(!task->scale || !task->shift, NULL_POINTER); /* fall through */
     case KIND(affine):
     case KIND(rectify): REFUSE_IF(task->pitch != task->out_pitch, BAD_SIZE); break;
@@ -235,8 +226,6 @@ static int32_t check_call(const struct task *task, const struct call *call, int6
   int32_t behind = 0, sources = task->sources;
   REFUSE_IF(call->rows < 0 || first < -(1 << 20), BAD_SIZE);
   switch (task->kind) {
-    case KIND(edges):
-    case KIND(matrix): from = first, to = stop, behind = OVER_READ; break;
     case KIND(node):
       from = first * task->stride_y - 1, to = (stop - 1) * task->stride_y + 2, behind = OVER_READ;
       if (16 % task->pitch && task->pitch % 16) from--; /* the left neighbours of the first row's first pixel */

@@ -1,17 +1,14 @@
 /* The kernels for vectors of LANES floats; _kernels.c says what tasks and calls are. */
 
 #if LANES == 16
-#define TILE 7       /* vectors of sums held in registers */
-#define GROUP_TILE 6 /* and for four */
+#define GROUP_TILE 6 /* vectors of sums of four targets that registers hold */
 #define LATER 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16
 #elif LANES == 8
-#define TILE 14
 #define GROUP_TILE 3
 #define LATER 7, 8, 9, 10, 11, 12, 13, 14
 #define EARLIER 1, 2, 3, 4, 5, 6, 7, 8
 #else
-#define TILE 14
 #define GROUP_TILE 3
 #define LATER 3, 4, 5, 6
 #define EARLIER 1, 2, 3, 4
@@ -101,179 +98,6 @@ static FAST void WIDTH(activate)(const struct task *task, float *at, const int32
     break;
   switch (task->activation) { ACTIVATIONS(CASE) }
 #undef CASE
-}
-
-/* out[t] = base[t] + sum of weight * in[source] over the edges of t, n vectors of pixels in registers. What is added to targets
- * is read from a pixel on. */
-INLINE FAST void WIDTH(edges_tile)(const struct task *task, const float *in, const float *second, float *out, int64_t pixel,
-                                   const int32_t *mask, int32_t low, int32_t high, const int n) {
-  for (int32_t t = low; t < high; t++) {
-    vec sum[TILE];
-    float base = task->shift ? task->shift[t] : 0.0f;
-#pragma GCC unroll 16
-    for (int k = 0; k < n; k++) sum[k] = base + (vec){0};
-    const float *added = added_map(task, t);
-    if (added) {
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[k] += read(added + pixel + k * LANES);
-    }
-    int32_t e = task->starts[t];
-    for (int32_t stop = task->middles[t]; e < stop; e++) {
-      const float *source = in + task->offsets[e], weight = task->weight[e];
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[k] += weight * read(source + k * LANES);
-    }
-    for (int32_t stop = task->starts[t + 1]; e < stop; e++) {
-      const float *source = second + task->offsets[e], weight = task->weight[e];
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[k] += weight * read(source + k * LANES);
-    }
-    float *target = out + (int64_t)t * task->out_plane;
-    if (task->relu) {
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[k] = rectified(sum[k]);
-    }
-    if (task->mask) {
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[k] = masked(sum[k], mask + k * LANES);
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < n; k++) write(target + k * LANES, sum[k]);
-  }
-}
-
-/* Sums of maps that are single numbers. */
-static FAST void WIDTH(edges_of_numbers)(const struct task *task, const float *in, const float *second, float *out, int32_t low,
-                                         int32_t high) {
-  for (int32_t t = low; t < high; t++) {
-    float sum = task->shift ? task->shift[t] : 0.0f;
-    const float *added = added_map(task, t);
-    if (added) sum += *added;
-    int32_t e = task->starts[t];
-    for (; e < task->middles[t]; e++) sum += task->weight[e] * in[task->offsets[e]];
-    for (; e < task->starts[t + 1]; e++) sum += task->weight[e] * second[task->offsets[e]];
-    out[t] = task->relu && sum <= 0.0f ? 0.0f : sum;
-  }
-}
-
-static OVER_READS FAST void WIDTH(edges)(const struct task *task, const struct call *call, const struct context *context) {
-  int32_t low = begin(context, task->targets), high = end(context, task->targets);
-  int64_t start = (int64_t)call->first * task->pitch, floats = (int64_t)call->rows * task->pitch, done = 0;
-  const float *in = context->arena + (call->in_offset + start), *second = context->arena + (call->second_offset + start);
-  float *out = context->arena + (call->out_offset + start);
-  if (task->out_plane == 1) {
-    WIDTH(edges_of_numbers)(task, in, second, out, low, high);
-    return;
-  }
-  int64_t vectors = (floats + LANES - 1) / LANES, tiles = (vectors + TILE - 1) / TILE;
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    int n = (int)((vectors - done + tiles - tile - 1) / (tiles - tile));
-    int64_t at = done * LANES;
-#define CASE(n) \
-  case n: \
-    WIDTH(edges_tile)(task, in + at, second + at, out + at, start + at, task->mask ? task->mask + at : 0, low, high, n); \
-    break;
-    switch (n) {
-      CASE(1)
-      CASE(2)
-      CASE(3)
-      CASE(4)
-      CASE(5)
-      CASE(6)
-      CASE(7)
-#if TILE > 7
-      CASE(8)
-      CASE(9)
-      CASE(10)
-      CASE(11)
-      CASE(12)
-      CASE(13)
-      CASE(14)
-#endif
-    }
-#undef CASE
-    done += n;
-  }
-}
-
-/* The same where nearly all sources are read: four targets share what they load. Weights lie [group][source][4]. */
-INLINE FAST void WIDTH(matrix_tile)(const struct task *task, const float *in, const float *second, float *out, int64_t pixel,
-                                    const int32_t *mask, int32_t low, int32_t high, const int n) {
-  for (int32_t group = low; group < high; group++) {
-    vec sum[4][GROUP_TILE];
-    const float *weight = task->weight + (int64_t)group * 4 * (task->sources + task->second_sources);
-    int32_t count = task->targets - 4 * group < 4 ? task->targets - 4 * group : 4;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) sum[i][k] = (vec){0};
-    }
-    for (int32_t s = 0; s < task->sources + task->second_sources; s++, weight += 4) {
-      const float *source =
-          s < task->sources ? in + (int64_t)s * task->plane : second + (int64_t)(s - task->sources) * task->second_plane;
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) {
-        vec value = read(source + k * LANES);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) sum[i][k] += weight[i] * value;
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      if (i >= count) break;
-      int32_t t = 4 * group + i;
-      float *target = out + (int64_t)t * task->out_plane, base = task->shift ? task->shift[t] : 0.0f;
-      const float *added = added_map(task, t);
-#pragma GCC unroll 16
-      for (int k = 0; k < n; k++) {
-        vec value = sum[i][k] + base;
-        if (added) value += read(added + pixel + k * LANES);
-        if (task->relu) value = rectified(value);
-        if (task->mask) value = masked(value, mask + k * LANES);
-        write(target + k * LANES, value);
-      }
-    }
-  }
-}
-
-static OVER_READS FAST void WIDTH(matrix)(const struct task *task, const struct call *call, const struct context *context) {
-  int32_t groups = (task->targets + 3) / 4, low = begin(context, groups), high = end(context, groups);
-  int64_t start = (int64_t)call->first * task->pitch, floats = (int64_t)call->rows * task->pitch, done = 0;
-  const float *in = context->arena + (call->in_offset + start), *second = context->arena + (call->second_offset + start);
-  float *out = context->arena + (call->out_offset + start);
-  if (task->out_plane == 1) {
-    for (int32_t t = 4 * low; t < 4 * high && t < task->targets; t++) {
-      const float *weight = task->weight + (int64_t)(t / 4) * 4 * (task->sources + task->second_sources) + t % 4;
-      float sum = task->shift ? task->shift[t] : 0.0f;
-      const float *added = added_map(task, t);
-      if (added) sum += *added;
-      for (int32_t s = 0; s < task->sources; s++, weight += 4) sum += *weight * in[s];
-      for (int32_t s = 0; s < task->second_sources; s++, weight += 4) sum += *weight * second[s];
-      out[t] = task->relu && sum <= 0.0f ? 0.0f : sum;
-    }
-    return;
-  }
-  int64_t vectors = (floats + LANES - 1) / LANES, tiles = (vectors + GROUP_TILE - 1) / GROUP_TILE;
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    int n = (int)((vectors - done + tiles - tile - 1) / (tiles - tile));
-    int64_t at = done * LANES;
-#define CASE(n) \
-  case n: \
-    WIDTH(matrix_tile)(task, in + at, second + at, out + at, start + at, task->mask ? task->mask + at : 0, low, high, n); \
-    break;
-    switch (n) {
-      CASE(1)
-      CASE(2)
-      CASE(3)
-#if GROUP_TILE > 3
-      CASE(4)
-      CASE(5)
-      CASE(6)
-#endif
-    }
-#undef CASE
-    done += n;
-  }
 }
 
 /* Scale and shift, map by map; the maps may be written where they lie. */
@@ -501,7 +325,6 @@ static FAST void WIDTH(run)(const struct task *task, const struct call *call, co
 #undef read
 #undef write
 #undef masked
-#undef TILE
 #undef GROUP_TILE
 #undef LATER
 #undef EARLIER

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dnw.compile._layers import ACTIVATIONS, Attention, Shift
-from dnw.compile._program import Edges, Mean, Pick, Program, Restore
+from dnw.compile._program import Pick, Program, Restore
 from dnw.compile._tasks import Maps, Part, Task, constant_of, edges_of, moved, tasks
 
 CACHE = 640 << 10
@@ -294,17 +294,7 @@ def _record(task: Task) -> Record:
     if task.relu or task.activation:
         numbers["activation"] = ACTIVATION_NUMBERS[task.activation.kind if task.activation else "relu"]
         numbers |= {"first": task.activation.first, "second": task.activation.second} if task.activation else {}
-    if task.kind == "edges":
-        first, starts, sources = task.reads[0].count, instruction.starts, instruction.sources
-        lies_first = sources < first
-        offsets = torch.where(lies_first, sources * maps.plane, (sources - first) * task.reads[-1].maps.plane)
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), lies_first.long().cumsum(0)])
-        middles = starts[:-1] + ends[starts[1:]] - ends[starts[:-1]]
-        arrays |= {"weight": instruction.weight, "starts": starts, "middles": middles, "offsets": offsets}
-    elif task.kind == "matrix":
-        matrix = instruction.matrix() if isinstance(instruction, Edges) else instruction.weight.flatten(1)
-        arrays["weight"] = _grouped(matrix)
-    elif task.kind in ("sparse", "dense"):
+    if task.kind in ("sparse", "dense"):
         _record_taps(task, numbers, arrays)
     elif task.kind == "phases":
         geometry = task.settings["geometry"]
@@ -336,12 +326,8 @@ def _record(task: Task) -> Record:
                 numbers[f"{name}_y"], numbers[f"{name}_x"] = y, x
         numbers |= {"largest": instruction.largest, "padded": instruction.padded}
     elif task.kind == "mean":
-        start, stop = (
-            (instruction.start, instruction.stop) if isinstance(instruction, Mean) else (0, max(maps.height, maps.width))
-        )
-        bottom, right = min(stop, maps.height), min(stop, maps.width)
-        arrays["mask"] = _mask(maps, start, bottom, start, right)
-        numbers["reciprocal"] = 1 / ((bottom - start) * (right - start))
+        arrays["mask"] = _mask(maps, 0, maps.height, 0, maps.width)
+        numbers["reciprocal"] = 1 / (maps.height * maps.width)
     elif task.kind == "linear":
         arrays |= {"weight": instruction.weight, "shift": instruction.bias}
     elif task.kind == "rearrange":
@@ -384,20 +370,20 @@ def _grouped(matrix: Tensor) -> Tensor:
 
 def _record_taps(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor]) -> None:
     """Weights of a convolution or matrix, and where what they are multiplied with lies."""
-    maps, instruction = task.reads[0].maps, task.instruction
+    maps, count, instruction = task.reads[0].maps, task.reads[0].count, task.instruction
     geometry = task.settings.get("geometry")
     if "point" in task.settings:
         _record_point(task, numbers, arrays)
         return
     if geometry is None:
-        weight, places = instruction.weight, torch.arange(maps.channels) * maps.plane
+        weight, places = instruction.weight, torch.arange(count) * maps.plane
         arrays["shift"] = instruction.bias
         taps, phases = 1, 1
     else:
         weight = instruction.weight if task.kind == "sparse" else instruction.whole()
         taps, phases = len(geometry.taps), len(geometry.phases)
         at = torch.tensor([phase * maps.plane + row * maps.pitch + column for phase, row, column in geometry.taps])
-        places = (torch.arange(maps.channels // phases).view(-1, 1) * phases * maps.plane + at).flatten()
+        places = (torch.arange(count // phases).view(-1, 1) * phases * maps.plane + at).flatten()
     if task.kind == "dense":
         arrays |= {"weight": _grouped(weight.flatten(1)), "offsets": places}
         numbers["taps"] = len(places)
@@ -408,8 +394,8 @@ def _record_taps(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor
     else:
         target, source, tap, values = edges_of(instruction)
         place = source * taps + tap
-    tile, each = (1, maps.channels) if maps.pitch == 1 else _tiled(task, maps.channels // phases, len(source))
-    block, blocks = source // each, -(-(maps.channels // phases) // each)
+    tile, each = (1, count) if maps.pitch == 1 else _tiled(task, count // phases, len(source))
+    block, blocks = source // each, -(-(count // phases) // each)
     order = (block * task.writes.count + target).argsort(stable=True)
     starts = torch.zeros(blocks, task.writes.count + 1, dtype=torch.int64)
     ends = torch.zeros(blocks * task.writes.count + 1, dtype=torch.int64)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dnw.compile._native import Runtime
-from dnw.compile._program import Convolution, Edges, Graph, Instruction, Linear, Program, Size, require_program
+from dnw.compile._program import Convolution, Instruction, Linear, Program, Size, require_program
 
 _ROUNDS = 9
 _MOST = 0.6
@@ -66,41 +66,15 @@ def measured(program: Program, least: float = 0.1) -> tuple[Program, tuple[Timin
     for number, (node, (instruction, sizes)) in enumerate(zip(program.nodes, program.walk(), strict=True)):
         size, found = sizes[0], list[Timing]()
         name = node.name or f"sums {number}"
-        if isinstance(instruction, Edges):
+        apart = isinstance(instruction, Convolution) and instruction.apart
+        if isinstance(instruction, (Convolution, Linear)) and not apart:
             instruction = _chosen(instruction, size, name, least, found)
-        elif isinstance(instruction, (Convolution, Linear)) and not (
-            isinstance(instruction, Convolution) and instruction.apart
-        ):
-            instruction = _weights_chosen(instruction, size, name, least, found)
-        elif isinstance(instruction, Graph):
-            instruction = _graph(instruction, size, f"graph {number}", least, found)
         nodes.append(replace(node, instruction=instruction))
         timings += [replace(timing, node=number) for timing in found]
     return replace(program, nodes=tuple(nodes)), tuple(timings)
 
 
-def _graph(graph: Graph, size: Size, name: str, least: float, timings: list[Timing]) -> Graph:
-    for instruction in graph.inputs:
-        size = instruction.check(size)
-    levels = []
-    for number, (edges, node) in enumerate(graph.levels, 1):
-        levels.append((_chosen(edges, size, f"{name}, level {number}", least, timings), node))
-        size = (size[0] + edges.num_targets, *size[1:])
-    outputs = _chosen(graph.outputs, size, f"{name}, outputs", least, timings)
-    return replace(graph, levels=tuple(levels), outputs=outputs)
-
-
-def _chosen(edges: Edges, size: Size, name: str, least: float, timings: list[Timing]) -> Edges:
-    """Sums in the faster of both forms."""
-    density = len(edges.weight) / (edges.num_targets * edges.num_sources)
-    if density < least:
-        return replace(edges, dense=False)
-    timing = _timing(replace(edges, dense=False), replace(edges, dense=True), size, name, density)
-    timings.append(timing)
-    return replace(edges, dense=timing.faster_dense)
-
-
-def _weights_chosen(
+def _chosen(
     instruction: Convolution | Linear, size: Size, name: str, least: float, timings: list[Timing]
 ) -> Convolution | Linear:
     """A convolution or matrix in the faster of both forms; where nearly all or nearly none are there, that is clear."""

@@ -27,7 +27,7 @@ from dnw.compile._pieces import Piece, flattened, pieces, unflattened
 from dnw.compile._program import Program, in_memory, require_program
 from dnw.kernels._library import INT32, INT64, POINTER, address, load
 
-_VERSION = 8
+_VERSION = 9
 _FUNCTIONS = {
     "lanes": (),
     "check": (POINTER, INT32, INT64, POINTER, INT32, INT64, INT64, INT64, INT64, INT64),

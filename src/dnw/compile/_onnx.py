@@ -34,15 +34,11 @@ from dnw.compile._program import (
     Beside,
     Constant,
     Convolution,
-    Edges,
-    Graph,
     InstanceNorm,
     Instruction,
     Linear,
-    Mean,
     Pick,
     Program,
-    Rectify,
     Restore,
     Size,
     require_program,
@@ -112,9 +108,6 @@ class _Writer:
                 f"PyTorch runs {getattr(instruction, 'name', type(instruction).__name__)}, which is not written as ONNX"
             )
         return emitter(self, instruction, names, sizes)
-
-    def _add(self, instruction: Instruction, x: str, size: Size) -> str:
-        return self.add(instruction, [x], [size])
 
     def _affine(self, instruction: Affine, names: Sequence[str], sizes: Sequence[Size]) -> str:
         ones = [1] * (len(sizes[0]) - 1)
@@ -254,23 +247,6 @@ class _Writer:
             return sums
         return self._node("Add", sums, self._number(constant.maps()[None]))
 
-    def _graph(self, graph: Graph, x: str, size: Size) -> str:
-        for instruction in graph.inputs:
-            x, size = self._add(instruction, x, size), instruction.check(size)
-        states = x
-        for edges, node in graph.levels:
-            new, width = self._add(edges, states, size), edges.check(size)
-            for instruction in node:
-                new, width = self._add(instruction, new, width), instruction.check(width)
-            states, size = self._node("Concat", states, new, axis=1), (size[0] + width[0], *size[1:])
-        return self._add(graph.outputs, states, size)
-
-    def _mean(self, mean: Mean, x: str, size: Size) -> str:
-        if mean.start or mean.stop < max(size[1:]):
-            ends = [[mean.start] * 2, [min(mean.stop, side) for side in size[1:]], [2, 3]]
-            x = self._node("Slice", x, *(self._number(torch.tensor(end)) for end in ends))
-        return self._node("ReduceMean", x, self._number(torch.tensor([2, 3])), keepdims=0)
-
     def _restore(self, restore: Restore, x: str) -> str:
         """What comes in beside the constant channels, in the right order."""
         batch = self._node("Shape", x, start=0, end=1)
@@ -298,16 +274,12 @@ class _Writer:
 
 
 EMITTERS: dict[type[Instruction], Callable[..., str]] = {
-    Graph: lambda writer, graph, names, sizes: writer._graph(graph, names[0], sizes[0]),
-    Edges: lambda writer, edges, names, sizes: writer._sums(names[0], edges.matrix()[:, :, None, None], edges.constant),
     Convolution: _Writer._convolution,
     Affine: _Writer._affine,
     InstanceNorm: lambda writer, norm, names, sizes: writer._node(
         "InstanceNormalization", names[0], writer._number(norm.scale), writer._number(norm.shift), epsilon=norm.eps
     ),
-    Rectify: lambda writer, rectify, names, sizes: writer._node("Relu", names[0]),
     Activation: _Writer._activation,
-    Mean: lambda writer, mean, names, sizes: writer._mean(mean, names[0], sizes[0]),
     PlaceMean: _Writer._place_mean,
     Linear: _Writer._linear,
     Beside: lambda writer, beside, names, sizes: writer._node(

@@ -1,275 +1,513 @@
-"""The operators of a network, and what each does with channels: which vary with the image, are wanted, are constant.
+"""Operators of PyTorch that compute something: sums, norms, activations, pools, attention.
 
-Contract: in double precision, on the CPU. Each operator is asked three times (_analysis.py): forwards for what varies and the
-values of what does not, backwards for what is wanted, and forwards again for its instructions.
+Contract: as in _traced.py.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx
 
-from dnw.compile._program import (
-    Affine,
-    Constant,
-    Convolution,
-    Edges,
-    InstanceNorm,
-    Instruction,
-    Linear,
-    Mean,
-    Rectify,
+from dnw.compile._layers import (
+    Activation,
+    AdaptiveMean,
+    Attention,
+    LayerNorm,
+    Pad,
+    PlaceMean,
+    Pool,
+    Product,
+    Rearrange,
+    Shift,
+    Sum,
 )
-from dnw.models import Window
+from dnw.compile._program import Affine, Constant, Convolution, InstanceNorm, Instruction, Linear, Pick, Restore
+from dnw.compile._traced import PRIME, Handlers, OverImages, Traced, need
+from dnw.compile._views import BATCH, View
 
-_SPARSE_BELOW = 0.5
-"""Density below which a 1x1 convolution becomes sums along edges."""
-
-
-@dataclass(frozen=True, eq=False)
-class Interface:
-    """The channels between two operators.
-
-    Attributes:
-        varies: boolean ``[channels]``: whether a channel depends on the image.
-        value: ``[channels, h, w]`` or ``[channels]``, double: of those that do not; 0 elsewhere.
-        pooled: whether numbers are maps of one pixel to PyTorch, until they are flattened.
-    """
-
-    varies: Tensor
-    value: Tensor
-    pooled: bool = False
-
-    @classmethod
-    def of(cls, varies: Tensor, value: Tensor, pooled: bool = False) -> Interface:
-        mask = varies.view(-1, *[1] * (value.ndim - 1))
-        return cls(varies, value.masked_fill(mask, 0.0), pooled)
-
-    def require_maps(self, what: str) -> None:
-        """Raises ``ValueError`` where these are numbers."""
-        if self.value.ndim != 3:
-            raise ValueError(f"{what} after the maps have become numbers is not compiled")
+OPERATORS = handles = Handlers()
 
 
-class Operator(ABC):
-    """One operator of a network, on all channels."""
-
-    source: Interface
-    """What came in, noted by ``forward``."""
-
-    @abstractmethod
-    def forward(self, x: Interface) -> Interface: ...
-
-    def backward(self, wanted: Tensor) -> Tensor:
-        """Which of the channels that come in and vary are wanted, from those wanted of what goes out."""
-        return wanted & self.source.varies
-
-    @abstractmethod
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        """Instructions from the kept channels that it takes to those that it sends on, boolean masks."""
-
-
-class Norm(Operator):
-    """Normalisation in eval mode, channel by channel."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.instance = isinstance(module, nn.InstanceNorm2d)
-        assert isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d))
-        size = module.num_features
-        weight = torch.ones(size) if module.weight is None else module.weight
-        bias = torch.zeros(size) if module.bias is None else module.bias
-        self.scale, self.shift, self.eps = double(weight), double(bias), module.eps
-        if module.running_mean is not None and module.running_var is not None:
-            self.instance = False
-            self.scale = self.scale / (double(module.running_var) + module.eps).sqrt()
-            self.shift = self.shift - double(module.running_mean) * self.scale
-        elif not self.instance:
-            raise ValueError(f"{name}: a batch norm without running statistics depends on the other images; it is not compiled")
-
-    def forward(self, x: Interface) -> Interface:
-        self.source = x
-        if len(self.scale) != len(x.varies):
-            raise ValueError(f"a norm of {len(self.scale)} channels is given {len(x.varies)}")
-        if self.instance:
-            x.require_maps("an instance norm")
-        if x.value.ndim == 1 and not x.pooled:
-            raise ValueError("a norm of maps is given numbers")
-        return Interface.of(x.varies & (self.scale != 0), self.normalised(x.value), x.pooled)
-
-    def normalised(self, value: Tensor) -> Tensor:
-        shape = (-1, *[1] * (value.ndim - 1))
-        if self.instance:
-            spread = value.var(dim=(1, 2), keepdim=True, unbiased=False)
-            value = (value - value.mean(dim=(1, 2), keepdim=True)) / (spread + self.eps).sqrt()
-        return value * self.scale.view(shape) + self.shift.view(shape)
-
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        scale, shift = self.scale[sent].float(), self.shift[sent].float()
-        yield InstanceNorm(scale, shift, self.eps) if self.instance else Affine(scale, shift)
+@handles("conv2d", becomes="`Convolution`, `Linear` of single pixels")
+def _conv2d(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = (1, 1),
+    padding: Any = (0, 0),
+    dilation: Any = (1, 1),
+    groups: int = 1,
+) -> View:
+    need(isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)))
+    padding = _padding(padding, weight, _pair(dilation))
+    if x.shape[2:] == weight.shape[2:] == (1, 1) and groups == 1 and _pair(padding) == (0, 0):
+        return _linear_at(traced, x, 1, weight[:, :, 0, 0], bias)
+    x = traced.maps(x)
+    instruction = Convolution(weight, None, _pair(stride), _pair(padding), groups, _pair(dilation))
+    size = instruction.check(traced.sizes[x.value])
+    if bias is not None:
+        sides = [torch.zeros(n, dtype=torch.int64) for n in size[1:]]
+        instruction = replace(
+            instruction, constant=Constant(bias, torch.empty(0, dtype=torch.int64), bias.new_zeros(0, 1, 1), *sides)
+        )
+    return View.of(traced.emit(instruction, x.value), size)
 
 
-class Relu(Operator):
-    def forward(self, x: Interface) -> Interface:
-        self.source = x
-        return Interface(x.varies, x.value.relu(), x.pooled)
-
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        yield Rectify()
-
-
-class Depthwise(Operator):
-    """A convolution of each channel by itself."""
-
-    def __init__(self, module: nn.Conv2d) -> None:
-        self.weight, self.stride, self.padding = double(module.weight), pair(module.stride), pair(module.padding)
-        self.bias = None if module.bias is None else double(module.bias)
-
-    def forward(self, x: Interface) -> Interface:
-        self.source = x
-        x.require_maps("a convolution")
-        value = F.conv2d(
-            x.value[None], self.weight, self.bias, stride=self.stride, padding=self.padding, groups=len(self.weight)
-        )[0]
-        self.sides = value.shape[1:]
-        return Interface.of(x.varies & self.weight.flatten(1).any(1), value)
-
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        constant = None
-        if self.bias is not None:
-            constant = Constant.of(self.bias[sent].view(-1, 1, 1).expand(-1, *self.sides))
-        yield Convolution(self.weight[sent].float(), constant, self.stride, self.padding, int(sent.count_nonzero()))
+def _padding(padding: Any, weight: Tensor, dilation: tuple[int, int]) -> Any:
+    """How many zeros are beside maps, where they are as many on both sides."""
+    if not isinstance(padding, str):
+        return padding
+    both = [d * (k - 1) if padding == "same" else 0 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    need(not any(n % 2 for n in both))
+    return tuple(n // 2 for n in both)
 
 
-class Mix(Operator):
-    """A convolution or a matrix from all channels to all channels; constant channels become part of what is added."""
+@handles("conv1d", becomes="`Convolution` of one row")
+def _conv1d(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> View:
+    need(isinstance(weight, Tensor))
+    weight, x = weight[:, :, None], replace(x, dims=(*x.dims[:2], (), *x.dims[2:]))
+    padding = _padding(padding, weight, (1, _pair(dilation)[1]))
+    sides = (1, _pair(stride)[1]), (0, _pair(padding)[1]), (1, _pair(dilation)[1])
+    found = _conv2d(traced, node, x, weight, bias, *sides, groups)
+    return replace(found, dims=(*found.dims[:2], *found.dims[3:]))
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        on_numbers: bool = False,
-    ):
-        self.weight = double(weight)
-        self.bias = None if bias is None else double(bias)
-        self.stride, self.padding, self.on_numbers = stride, padding, on_numbers
-        self.reads = self.weight != 0 if weight.ndim == 2 else self.weight.flatten(2).any(2)
 
-    def forward(self, x: Interface) -> Interface:
-        self.source = x
-        if self.on_numbers:
-            if x.value.ndim != 1 or x.pooled:
-                raise ValueError("a linear layer on maps is not compiled; flatten pooled maps with nn.Flatten()")
-            self.constant = F.linear(x.value, self.weight, self.bias)
+def _linear_at(traced: Traced, x: View, dim: int, weight: Tensor, bias: Tensor | None) -> View:
+    """A matrix along a dimension."""
+    x = traced.channelled(x, dim)
+    value = traced.emit(Linear(weight, weight.new_zeros(len(weight)) if bias is None else bias), x.value)
+    at = {i: n for n, i in enumerate(x.places, 1)}
+    dims = tuple((0,) if n == dim else tuple(BATCH if i == BATCH else at[i] for i in d) for n, d in enumerate(x.dims))
+    return View(value, ((0, len(weight)), *(x.atoms[i] for i in x.places)), dims)._short()
+
+
+@handles("linear", becomes="`Linear`")
+def _linear(traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any = None) -> View:
+    need(isinstance(x, View) and isinstance(weight, Tensor) and len(x.dims) > 1)
+    return _linear_at(traced, x, len(x.dims) - 1, weight, bias)
+
+
+@handles("addmm", becomes="`Linear`")
+def _addmm(traced: Traced, node: fx.Node, bias: Any, x: Any, weight: Any) -> View:
+    need(isinstance(bias, Tensor) and bias.ndim == 1 and isinstance(x, View) and isinstance(weight, Tensor))
+    return _linear_at(traced, x, len(x.dims) - 1, weight.t(), bias)
+
+
+@handles("matmul", "mm", becomes="`Linear`")
+def _matmul(traced: Traced, node: fx.Node, x: Any, weight: Any) -> View:
+    need(isinstance(x, View) and isinstance(weight, Tensor) and weight.ndim == 2 and len(x.dims) > 1)
+    return _linear_at(traced, x, len(x.dims) - 1, weight.t(), None)
+
+
+@handles("batch_norm", becomes="`Affine`, part of the sums before it")
+def _batch_norm(
+    traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any
+) -> View:
+    if training:
+        raise _over_images(traced)
+    need(isinstance(mean, Tensor) and isinstance(var, Tensor) and len(x.dims) > 1)
+    scale = (1.0 if weight is None else weight) / (var + rest[1]).sqrt()
+    shift = (0.0 if bias is None else bias) - mean * scale
+    x = traced.channelled(x, 1)
+    return traced.like(x, traced.emit(Affine(scale, shift), x.value))
+
+
+@handles("_native_batch_norm_legit_no_training", becomes="`Affine`, part of the sums before it")
+def _batch_norm_alone(
+    traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any
+) -> list[View]:
+    return [_batch_norm(traced, node, x, weight, bias, mean, var, False, *rest)]
+
+
+@handles("_native_batch_norm_legit", "_native_batch_norm_legit_functional", becomes="an error: it mixes the images of a batch")
+def _batch_norm_over_images(traced: Traced, node: fx.Node, *_: Any) -> View:
+    raise _over_images(traced)
+
+
+def _over_images(traced: Traced) -> OverImages:
+    return OverImages(
+        f"{traced.where or 'the model'}: a norm over the images of a batch; compiled are norms with running statistics, of "
+        "models that were exported in eval mode"
+    )
+
+
+@handles("instance_norm", becomes="`InstanceNorm`, or as a batch norm")
+def _instance_norm(
+    traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any, mean: Any, var: Any, own: bool, *rest: Any
+) -> View:
+    if not own:
+        return _batch_norm(traced, node, x, weight, bias, mean, var, False, *rest)
+    x = traced.maps(x)
+    channels = traced.sizes[x.value][0]
+    scale = torch.ones(channels, dtype=torch.float64) if weight is None else weight
+    shift = torch.zeros(channels, dtype=torch.float64) if bias is None else bias
+    return traced.like(x, traced.emit(InstanceNorm(scale, shift, rest[1]), x.value))
+
+
+@handles("layer_norm", becomes="`LayerNorm`, over the last dimension")
+def _layer_norm(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> View:
+    need(len(shape) == 1 and len(x.dims) > 1)
+    x = traced.channelled(x, len(x.dims) - 1)
+    return _normed(traced, x, weight, bias, eps, 1, False)
+
+
+@handles("group_norm", becomes="`LayerNorm`, over places")
+def _group_norm(
+    traced: Traced, node: fx.Node, x: View, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> View:
+    return _normed(traced, traced.channelled(x, 1), weight, bias, eps, groups, True)
+
+
+def _normed(traced: Traced, x: View, weight: Any, bias: Any, eps: float, groups: int, over_places: bool) -> View:
+    channels = traced.sizes[x.value][0]
+    scale = torch.ones(channels, dtype=torch.float64) if weight is None else weight
+    shift = torch.zeros(channels, dtype=torch.float64) if bias is None else bias
+    return traced.like(x, traced.emit(LayerNorm(scale, shift, eps, groups, over_places), x.value))
+
+
+@handles("scaled_dot_product_attention", becomes="`Attention`, with a mask that is a constant")
+def _attention(
+    traced: Traced,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> View:
+    need(all(isinstance(x, View) and len(x.dims) == 4 for x in (q, k, v)) and not dropout and not enable_gqa)
+    need(all(x.dims[0] == (BATCH,) for x in (q, k, v)))
+    heads, width = q.shape[1], q.shape[3]
+    values = []
+    for x in (q, k, v):
+        if (
+            x.dims[0] != (BATCH,)
+            or (*x.dims[1], *x.dims[3]) != x.whole(0)
+            or x.dims[2] != x.places
+            or len(traced.sizes[x.value]) != 2
+        ):
+            x = traced.rearranged(x, [1, 3, 2])
+            joined = (x.shape[1] * x.shape[3], x.shape[2])
+            values.append(traced.emit(Rearrange(traced.sizes[x.value], (0, 1, 2), joined), x.value))
         else:
-            x.require_maps("a convolution")
-            weight = self.weight[:, :, None, None] if self.weight.ndim == 2 else self.weight
-            self.constant = F.conv2d(x.value[None], weight, self.bias, stride=self.stride, padding=self.padding)[0]
-        return Interface.of(self.reads[:, x.varies].any(1), self.constant)
-
-    def backward(self, wanted: Tensor) -> Tensor:
-        return self.reads[wanted].any(0) & self.source.varies
-
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        weight, constant = self.weight[sent][:, taken], self.constant[sent]
-        if constant.ndim == 1:
-            yield Linear(weight.float(), constant.float())
-            return
-        pointwise = weight.ndim == 2 or (weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0))
-        matrix = weight.flatten(1) if pointwise else weight
-        if pointwise and int(matrix.count_nonzero()) < _SPARSE_BELOW * matrix.numel():
-            yield Edges.of(matrix, Constant.of(constant))
-        else:
-            weight = weight[:, :, None, None] if weight.ndim == 2 else weight
-            yield Convolution(weight.float(), Constant.of(constant), self.stride, self.padding, 1)
+            values.append(x.value)
+    added = _mask(mask, is_causal, q.shape[2], k.shape[2])
+    made = traced.emit(Attention(heads, width**-0.5 if scale is None else float(scale), added), *values)
+    channels, tokens = traced.sizes[made]
+    return View(made, ((0, heads), (0, channels // heads), (1, tokens)), ((BATCH,), (0,), (2,), (1,)))._short()
 
 
-class Average(Operator):
-    """The mean over a square window, or over the whole map."""
-
-    def __init__(self, start: int, stop: int | None, pooled: bool = False) -> None:
-        self.start, self.stop, self.pooled = start, stop, pooled
-
-    def forward(self, x: Interface) -> Interface:
-        self.source = x
-        x.require_maps("a mean over maps")
-        self.end = max(x.value.shape[1:]) if self.stop is None else self.stop
-        if self.start >= min(self.end, *x.value.shape[1:]):
-            raise ValueError(f"a window from {self.start} to {self.end} is not in maps of {tuple(x.value.shape[1:])}")
-        return Interface(x.varies, x.value[:, self.start : self.end, self.start : self.end].mean(dim=(1, 2)), self.pooled)
-
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        yield Mean(self.start, self.end)
+def _mask(mask: Any, is_causal: bool, queries: int, keys: int) -> Tensor | None:
+    """What is added to the scores of attention, where that is the same for all images and heads."""
+    if is_causal:
+        need(mask is None)
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+    if mask is None:
+        return None
+    need(isinstance(mask, Tensor) and all(n == 1 for n in mask.shape[:-2]))
+    mask = mask.reshape(mask.shape[-2:]).expand(queries, keys)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(queries, keys, dtype=torch.float64).masked_fill(~mask, -float("inf"))
+    return mask.double().clone() if bool(mask.any()) else None
 
 
-class Flatten(Operator):
-    """From each channel's one number to a vector of them."""
-
-    def forward(self, x: Interface) -> Interface:
-        self.source = x
-        self.from_maps = x.value.ndim == 3
-        if self.from_maps and x.value.shape[1:] != (1, 1):
-            raise ValueError(f"flattening maps of {tuple(x.value.shape[1:])} pixels is not compiled; pool them first")
-        return Interface(x.varies, x.value.flatten())
-
-    def emit(self, taken: Tensor, sent: Tensor) -> Iterator[Instruction]:
-        if self.from_maps:
-            yield Mean(0, 1)
+# --- elementwise ---
 
 
-def double(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+def _activates(name: str, kind: str, *defaults: float) -> None:
+    def handler(traced: Traced, node: fx.Node, x: View, *given: Any, **_: Any) -> View:
+        numbers = [default if n is None else float(n) for n, default in zip([*given, *[None] * 2], defaults, strict=False)]
+        return traced.like(x, traced.emit(Activation(kind, *numbers), x.value))
+
+    handles(name, becomes="`Activation`")(handler)
 
 
-def pair(value: int | str | tuple[int, ...]) -> tuple[int, int]:
-    assert not isinstance(value, str)
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+for _name, _kind, _defaults in (
+    ("relu", "relu", ()),
+    ("hardtanh", "clamp", (-1.0, 1.0)),
+    ("leaky_relu", "leaky_relu", (0.01,)),
+    ("sigmoid", "sigmoid", ()),
+    ("tanh", "tanh", ()),
+    ("silu", "silu", ()),
+    ("hardswish", "hardswish", ()),
+    ("hardsigmoid", "hardsigmoid", ()),
+):
+    _activates(_name, _kind, *_defaults)
 
 
-# --- which operator a module is ---
+@handles("relu6", becomes="`Activation`")
+def _relu6(traced: Traced, node: fx.Node, x: View) -> View:
+    return traced.like(x, traced.emit(Activation("clamp", 0.0, 6.0), x.value))
 
 
-def _convolution(module: nn.Conv2d, where: str) -> Operator:
-    same = module.groups == module.in_channels == module.out_channels
-    if module.groups > 1 and not same:
-        raise ValueError(f"{where}: convolutions in {module.groups} groups are not compiled; one or one per channel are")
-    if pair(module.dilation) != (1, 1) or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise ValueError(f"{where}: only convolutions without dilation, padded with a number of zeros, are compiled")
-    if same:
-        return Depthwise(module)
-    return Mix(module.weight, module.bias, pair(module.stride), pair(module.padding))
+@handles("clamp", "clamp_min", "clamp_max", becomes="`Activation`")
+def _clamp(traced: Traced, node: fx.Node, x: View, low: Any = None, high: Any = None) -> View:
+    if "clamp_max" in str(node.target):
+        low, high = None, low
+    need(all(n is None or isinstance(n, (int, float)) for n in (low, high)))
+    ends = (-float("inf") if low is None else float(low), float("inf") if high is None else float(high))
+    return traced.like(x, traced.emit(Activation("clamp", *ends), x.value))
 
 
-def _pooling(module: nn.AdaptiveAvgPool2d, where: str) -> Operator:
-    if module.output_size not in (1, (1, 1)):
-        raise ValueError(f"{where}: pooling to {module.output_size} pixels is not compiled; to one is")
-    return Average(0, None, pooled=True)
+@handles("elu", becomes="`Activation`")
+def _elu(traced: Traced, node: fx.Node, x: View, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> View:
+    need(scale == 1 and input_scale == 1)
+    return traced.like(x, traced.emit(Activation("elu", float(alpha)), x.value))
 
 
-def _flattening(module: nn.Flatten, where: str) -> Operator:
-    if (module.start_dim, module.end_dim) not in ((1, -1), (1, 3)):
-        raise ValueError(f"{where}: flattening from {module.start_dim} to {module.end_dim} is not compiled; from 1 to -1 is")
-    return Flatten()
+@handles("prelu", becomes="`Activation`, `Affine`, `Sum`")
+def _prelu(traced: Traced, node: fx.Node, x: View, slope: Any) -> View:
+    need(isinstance(slope, Tensor) and len(x.dims) > 1)
+    if slope.numel() == 1:
+        return traced.like(x, traced.emit(Activation("leaky_relu", float(slope)), x.value))
+    x = traced.channelled(x, 1)
+    above = traced.emit(Activation("relu"), x.value)
+    below = _affine(traced, traced.like(x, traced.emit(Activation("relu"), _affine(traced, x, -1.0, 0.0).value)), -slope, 0.0)
+    return traced.like(x, traced.emit(Sum(), above, below.value))
 
 
-OPERATORS: dict[type[nn.Module], Callable[[Any, str], Operator | None]] = {
-    nn.Conv2d: _convolution,
-    nn.BatchNorm2d: Norm,
-    nn.InstanceNorm2d: Norm,
-    nn.ReLU: lambda module, where: Relu(),
-    nn.Linear: lambda module, where: Mix(module.weight, module.bias, on_numbers=True),
-    Window: lambda module, where: Average(module.start, module.stop),
-    nn.AdaptiveAvgPool2d: _pooling,
-    nn.Flatten: _flattening,
-    nn.Identity: lambda module, where: None,
-    nn.Dropout: lambda module, where: None,
-    nn.Dropout2d: lambda module, where: None,
-}
-"""Of modules that hold no others: which operator one is, given it and its name; None for one that does nothing in eval mode."""
+@handles("gelu", becomes="`Activation`")
+def _gelu(traced: Traced, node: fx.Node, x: View, approximate: str = "none") -> View:
+    return traced.like(x, traced.emit(Activation("gelu" if approximate == "none" else "gelu_tanh"), x.value))
+
+
+def _affine(traced: Traced, x: View, scale: Tensor | float, shift: Tensor | float) -> View:
+    """Numbers per channel, as values lie."""
+    channels = traced.sizes[x.value][0]
+    scale, shift = (torch.as_tensor(t, dtype=torch.float64).reshape(-1).expand(channels).clone() for t in (scale, shift))
+    return traced.like(x, traced.emit(Affine(scale, shift), x.value))
+
+
+def _paired(traced: Traced, x: View, y: View) -> tuple[View, View]:
+    """Two tensors of one shape, or one of them with numbers per channel, as values that lie in the same way."""
+    if x.pattern() == y.pattern():
+        size, other = traced.sizes[x.value], traced.sizes[y.value]
+        return x, (y if size == other else replace(y, value=traced.resized(y.value, size)))
+    need(len(x.dims) == len(y.dims) and x.dims[0] == y.dims[0] == (BATCH,))
+    if x.shape != y.shape:
+        large, small = (x, y) if len(x.atoms) >= len(y.atoms) else (y, x)
+        at = [i for i in range(1, len(x.dims)) if small.shape[i] != large.shape[i]]
+        if len(at) == 1 and small.shape[at[0]] == 1 and any(small.dims[1:]):  # the same for all channels
+            large, small = traced.channelled(large, at[0]), traced.channelled(small, at[0])
+            size = traced.sizes[large.value]
+            value = traced.resized(small.value, (1, *size[1:]))
+            small = traced.like(large, traced.emit(Pick(torch.zeros(size[0], dtype=torch.int64)), value))
+            return (large, small) if large.shape == x.shape else (small, large)
+        at = [i for i in range(1, len(x.dims)) if small.shape[i] != 1]
+        need(len(at) == 1 and small.shape[at[0]] == large.shape[at[0]])
+        large, small = traced.channelled(large, at[0]), traced.channelled(small, at[0])
+        if len(traced.sizes[small.value]) > 1:
+            size = traced.sizes[small.value]
+            small = replace(small, value=traced.resized(small.value, size[:1]))
+        return (large, small) if large.shape == x.shape else (small, large)
+    where = next((i for i in (x.channels_at(), y.channels_at()) if i is not None), 1)
+    order = [where, *(i for i in range(1, len(x.dims)) if i != where)]
+    x, y = traced.channelled(x, where), traced.channelled(y, where)
+    if x.pattern() != y.pattern() or traced.sizes[x.value] != traced.sizes[y.value]:
+        x, y = traced.rearranged(x, order), traced.rearranged(y, order)
+    return x, y
+
+
+def _joined(traced: Traced, instruction: Instruction, x: View, y: View) -> View:
+    x, y = _paired(traced, x, y)
+    made = traced.emit(instruction, x.value, y.value)
+    return traced.like(x if len(traced.sizes[x.value]) >= len(traced.sizes[y.value]) else y, made)
+
+
+@handles("add", becomes="`Sum`; of constants `Affine`, `Shift`")
+def _add(traced: Traced, node: fx.Node, x: Any, y: Any, alpha: float = 1.0) -> View:
+    if isinstance(x, View) and isinstance(y, View):
+        return _joined(traced, Sum(), x, y if alpha == 1 else _affine(traced, y, alpha, 0.0))
+    if not isinstance(x, View):
+        need(alpha == 1 or not isinstance(x, Tensor))
+        x, y = (y if alpha == 1 else _affine(traced, y, alpha, 0.0)), x
+        alpha = 1.0
+    return _shifted(traced, node, x, y * alpha)
+
+
+def _shifted(traced: Traced, node: fx.Node, x: View, constant: Any) -> View:
+    if not isinstance(constant, Tensor) or constant.numel() == 1:
+        return _affine(traced, x, 1.0, float(constant))
+    need(tuple(1 if n == PRIME else n for n in traced.shape(node)) == x.shape)
+    laid = traced.laid(constant, x)
+    if laid.numel() == len(laid):
+        return _affine(traced, x, 1.0, laid)
+    return traced.like(x, traced.emit(Shift(laid.expand(traced.sizes[x.value]).clone()), x.value))
+
+
+@handles("sub", becomes="`Sum`; of constants `Affine`, `Shift`")
+def _sub(traced: Traced, node: fx.Node, x: Any, y: Any, alpha: float = 1.0) -> View:
+    if isinstance(y, View):
+        return _add(traced, node, _affine(traced, y, -float(alpha), 0.0), x)
+    return _shifted(traced, node, x, -y * alpha)
+
+
+@handles("rsub", becomes="`Sum`; of constants `Affine`, `Shift`")
+def _rsub(traced: Traced, node: fx.Node, x: View, y: Any, alpha: float = 1.0) -> View:
+    return _add(traced, node, _affine(traced, x, -float(alpha), 0.0), y)
+
+
+@handles("neg", becomes="`Affine`")
+def _neg(traced: Traced, node: fx.Node, x: View) -> View:
+    return _affine(traced, x, -1.0, 0.0)
+
+
+@handles("mul", becomes="`Product`; of constants `Affine`")
+def _mul(traced: Traced, node: fx.Node, x: Any, y: Any) -> View:
+    if isinstance(x, View) and isinstance(y, View):
+        return _joined(traced, Product(), x, y)
+    x, y = (x, y) if isinstance(x, View) else (y, x)
+    if not isinstance(y, Tensor) or y.numel() == 1:
+        return _affine(traced, x, float(y), 0.0)
+    need(tuple(1 if n == PRIME else n for n in traced.shape(node)) == x.shape)
+    laid = traced.laid(y, x)
+    if laid.numel() == len(laid):
+        return _affine(traced, x, laid, 0.0)
+    whole = laid.expand(traced.sizes[x.value]).clone()  # another number at each place
+    made = traced.emit(Restore(torch.empty(0, dtype=torch.int64), whole), x.value)
+    return traced.like(x, traced.emit(Product(), x.value, made))
+
+
+@handles("pow", "square", becomes="`Product`, of the powers 2 and 3")
+def _pow(traced: Traced, node: fx.Node, x: Any, power: Any = 2) -> View:
+    need(isinstance(x, View) and power in (2, 3))
+    made = traced.emit(Product(), x.value, x.value)
+    return traced.like(x, made if power == 2 else traced.emit(Product(), made, x.value))
+
+
+@handles("div", becomes="`Affine`")
+def _div(traced: Traced, node: fx.Node, x: Any, y: Any, **settings: Any) -> View:
+    need(isinstance(x, View) and not isinstance(y, View) and not settings)
+    return _mul(traced, node, x, 1 / y)
+
+
+# --- windows ---
+
+
+@handles("pad", becomes="`Pad`, with zeros")
+def _pad(
+    traced: Traced, node: fx.Node, x: View, pads: Sequence[int], mode: str = "constant", value: float | None = None
+) -> View:
+    need(mode == "constant" and not value)
+    return _constant_pad(traced, node, x, pads)
+
+
+@handles("constant_pad_nd", becomes="`Pad`, with zeros")
+def _constant_pad(traced: Traced, node: fx.Node, x: View, pads: Sequence[int], value: float = 0.0) -> View:
+    need(not value)
+    left, right, top, bottom = (*pads, *[0] * (4 - len(pads)))[:4]
+    need(min(left, right, top, bottom) >= 0 and not any(pads[4:]))
+    x = traced.maps(x)
+    return traced.view(traced.emit(Pad(top, bottom, left, right), x.value))
+
+
+@handles("max_pool2d", becomes="`Pool`")
+def _max_pool(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil: bool = False,
+) -> View:
+    x = traced.maps(x)
+    made = traced.emit(Pool(True, _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil), x.value)
+    return traced.view(made)
+
+
+@handles("avg_pool2d", becomes="`Pool`")
+def _avg_pool(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil: bool = False,
+    padded: bool = True,
+    divisor: Any = None,
+) -> View:
+    need(divisor is None)
+    x = traced.maps(x)
+    made = traced.emit(Pool(False, _pair(kernel), _pair(stride or kernel), _pair(padding), (1, 1), ceil, padded), x.value)
+    return traced.view(made)
+
+
+@handles("adaptive_avg_pool2d", becomes="`PlaceMean`, `AdaptiveMean`")
+def _adaptive(traced: Traced, node: fx.Node, x: View, size: Sequence[int]) -> View:
+    if tuple(size) == x.shape[2:]:
+        return x
+    if tuple(size) == (1, 1):
+        return _mean_over(traced, x, (2, 3), True)
+    x = traced.maps(x)
+    return traced.view(traced.emit(AdaptiveMean(*_pair(size)), x.value))
+
+
+@handles("upsample_nearest2d", becomes="`AdaptiveMean`, by whole factors", of_shapes=True)
+def _upsample(traced: Traced, node: fx.Node, x: View, *_: Any) -> View:
+    sides = traced.shape(node)[2:]
+    need(all(n % before == 0 for n, before in zip(sides, x.shape[2:], strict=True)))
+    x = traced.maps(x)
+    return traced.view(traced.emit(AdaptiveMean(*_pair(sides)), x.value))  # the mean of one pixel
+
+
+def _mean_over(traced: Traced, x: View, dims: Sequence[int], keep: bool) -> View:
+    left = [i for i in range(len(x.dims)) if i not in dims]
+    need(x.dims[0] == (BATCH,) and 0 in left)
+    wide = [i for i in left[1:] if x.dims[i]]
+    need(len(wide) <= 1)
+    at = wide[0] if wide else left[-1]
+    need(at > 0)
+    x = traced.channelled(x, at)
+    value = traced.emit(PlaceMean(), x.value) if len(traced.sizes[x.value]) > 1 else x.value
+    found = View(
+        value,
+        ((0, traced.sizes[value][0]),),
+        tuple((BATCH,) if i == 0 else (0,) if i == at else () for i in range(len(x.dims))),
+    )
+    if not keep:
+        found = replace(found, dims=tuple(found.dims[i] for i in left))
+    return found._short()
+
+
+@handles("mean", becomes="`PlaceMean`, over all places")
+def _mean(traced: Traced, node: fx.Node, x: View, dims: Any = None, keepdim: bool = False, **_: Any) -> View:
+    need(dims is not None)
+    dims = [dims] if isinstance(dims, int) else dims
+    return _mean_over(traced, x, [d % len(x.dims) for d in dims], keepdim)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    return (int(numbers[0]), int(numbers[-1]))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dnw.compile._program import Node, Program, Size
+from dnw.compile._program import Instruction, Node, Program, Size
 from dnw.compile._tasks import EMITTERS
+from dnw.compile._torch import Foreign
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Piece:
 def is_native(node: Node, sizes: list[Size], made: int) -> bool:
     """Whether kernels run a node."""
     return type(node.instruction) in EMITTERS and all(0 < len(sizes[i]) <= 3 for i in (*node.reads, made))
+
+
+def foreign(program: Program) -> list[Node]:
+    """What PyTorch runs."""
+    sizes, first = program.sizes(), len(program.input_sizes)
+    return [node for number, node in enumerate(program.nodes) if not is_native(node, sizes, first + number)]
+
+
+def name_of(instruction: Instruction) -> str:
+    """What something that PyTorch runs is called."""
+    return instruction.name if isinstance(instruction, Foreign) else f"{type(instruction).__name__.lower()} of many dimensions"
 
 
 def pieces(program: Program) -> list[Piece]:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dnw._checks import listing
 from dnw._wiring.guard import EvaluationGuard
 from dnw._wiring.parameters import unwrap_model
-from dnw.compile._analysis import Analysis
+from dnw.compile._capture import captured
 from dnw.compile._file import raw_bytes
-from dnw.compile._graph_operators import GraphOperator
-from dnw.compile._program import Edges, Graph, Instruction, Program, tensors
+from dnw.compile._graphs import is_plain
+from dnw.compile._layers import Concat
+from dnw.compile._pieces import foreign, name_of
+from dnw.compile._program import Convolution, Linear, Node, Program, tensors
+from dnw.compile._shrink import Analysed, analysed, shrunk
 from dnw.count import count, graphs_of, parameter_of
 from dnw.graphs import StaticGraph
 
@@ -52,14 +56,13 @@ class Plan:
 
     Attributes:
         input_size: channels, height and width of the inputs that it is for.
-        rows: one per static graph.
-        channels: for each interface between two operators, which channels stay.
+        rows: one per static graph, and one more for each further time that the network runs it.
+        channels: of each value between two operators, which channels stay.
         parameters, kept_parameters: numbers that are not 0 of the network, and of the compiled one.
         multiply_adds, kept_multiply_adds: for one input, with weights that are not 0: of the network, and of the compiled one.
         size, kept_size: bytes of the network's parameters and buffers, and of the compiled one with its indices.
         digest: of the weights that the plan was made for.
-        zeros: multiply-adds with weights that are 0, which the compiled network computes besides: convolutions of more than one
-            pixel, convolutions that are not sparse enough, and linear layers run dense.
+        zeros: multiply-adds with weights that are 0, which the compiled network computes besides, where it runs dense.
     """
 
     input_size: tuple[int, int, int]
@@ -85,7 +88,7 @@ class Plan:
         if _digest(network) != self.digest:
             raise ValueError("the plan was made for other weights; make a new one with plan(model, input_size)")
         with torch.device("cpu"):
-            return Analysis(network, self.input_size).program()
+            return shrunk(_analysed(network, self.input_size))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)})
@@ -136,9 +139,8 @@ def plan(model: nn.Module, input_size: Sequence[int]) -> Plan:
     because it differs at the border) and channels that nothing wanted reads. Weights that are 0 count as no edges.
 
     Args:
-        model: a network of static graphs, graphs in discrete time, convolutions, norms and linear layers in
-            ``nn.Sequential``, or one of ``dnw.models``; it is not changed. Where its rule evaluates with other weights than it
-            trains with, plan inside ``wiring.settled()``.
+        model: any model on images that :func:`dnw.compile.compile` runs without PyTorch; it is not changed. Where its rule
+            evaluates with other weights than it trains with, plan inside ``wiring.settled()``.
         input_size: channels, height and width of the inputs to compile for.
 
     Raises:
@@ -155,7 +157,17 @@ def planned(model: nn.Module, input_size: Sequence[int]) -> tuple[Plan, Program]
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"input_size={sizes}: expected channels, height and width, whole numbers from 1 on")
     with torch.device("cpu"):
-        return _plan(network, (sizes[0], sizes[1], sizes[2]))
+        found = _analysed(network, (sizes[0], sizes[1], sizes[2]))
+        program = shrunk(found)
+        return _plan(network, (sizes[0], sizes[1], sizes[2]), found, program), program
+
+
+def _analysed(network: nn.Module, input_size: tuple[int, int, int]) -> Analysed:
+    found = analysed(captured(network, (torch.zeros(1, *input_size),)).program())
+    if beyond := foreign(found.program):
+        names = listing(sorted({f"{name_of(node.instruction)} in {node.name or 'the model'}" for node in beyond}))
+        raise ValueError(f"PyTorch would run {names}, which a plan has no place for; dnw.compile.compile takes it")
+    return found
 
 
 def model_of(model: nn.Module) -> nn.Module:
@@ -176,14 +188,12 @@ def model_of(model: nn.Module) -> nn.Module:
     return unwrap_model(model)
 
 
-def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> tuple[Plan, Program]:
-    analysis = Analysis(network, input_size)
-    program = analysis.program()
+def _plan(network: nn.Module, input_size: tuple[int, int, int], found: Analysed, program: Program) -> Plan:
     weights = _weights(network)
-    found = Plan(
+    return Plan(
         input_size=input_size,
-        rows=tuple(_row(graph) for graph in analysis.graphs()),
-        channels=tuple(tuple(kept.nonzero().flatten().tolist()) for kept in analysis.kept),
+        rows=tuple(_rows(network, found)),
+        channels=tuple(tuple(found.live(i).nonzero().flatten().tolist()) for i in range(len(found.kept))),
         parameters=sum(int(mask.count_nonzero()) for mask in weights.values()),
         kept_parameters=program.num_parameters,
         multiply_adds=count(network, input_size, _counted(network, weights)).nominal,
@@ -193,7 +203,6 @@ def _plan(network: nn.Module, input_size: tuple[int, int, int]) -> tuple[Plan, P
         digest=_digest(network),
         zeros=sum(i.multiply_adds(*sizes, zeros=True) for i, sizes in program.walk()) - program.multiply_adds,
     )
-    return found, program
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
@@ -213,29 +222,64 @@ def _counted(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor
     return {n: mask for n, mask in weights.items() if n in of_graphs or (mask.ndim > 1 and not n.startswith(inside))}
 
 
-def _row(graph: GraphOperator) -> PlanRow:
-    kept = [*(int(x.count_nonzero()) for x in graph.kept), int(graph.kept_outputs.count_nonzero())]
-    read = torch.cat([torch.zeros(graph.sizes[0], dtype=torch.bool), *graph.kept[1:], graph.kept_outputs])
-    sources = torch.cat(graph.kept)
-    edges = graph.matrix != 0
+def _rows(network: nn.Module, found: Analysed) -> Iterator[PlanRow]:
+    """Of each static graph, as often as the network runs it: of its sums into each level and into the outputs."""
+    first = len(found.program.input_sizes)
+    for name, graph in network.named_modules(remove_duplicate=False):
+        if isinstance(graph, StaticGraph) and is_plain(graph):
+            sums = [
+                (first + number, node)
+                for number, node in enumerate(found.program.nodes)
+                if node.name == name and isinstance(node.instruction, (Convolution, Linear))
+            ]
+            levels = len(graph.levels.sizes)
+            for at in range(0, len(sums) - len(sums) % levels, levels):
+                yield _row(name, found, sums[at : at + levels])
+
+
+def _row(name: str, found: Analysed, sums: list[tuple[int, Node]]) -> PlanRow:
+    states = sums[-1][1].reads[0]
+    levels = _levels(found.program, states)
+    known = found.facts[states]
+    silent, read = ~known.varies, torch.zeros_like(known.varies)
+    silent &= found.facts[states].numbers(found.program.sizes()[states]).flatten(1).any(1)
+    edges = kept_edges = 0
+    for value, node in sums:
+        assert isinstance(node.instruction, (Convolution, Linear))
+        matrix = node.instruction.weight.flatten(1) != 0
+        live = matrix[found.live(value)]
+        edges += int(matrix.count_nonzero())
+        kept_edges += int(live[:, found.live(node.reads[0])].count_nonzero())
+        read[: matrix.shape[1]] |= live.any(0)
+    values = [*levels, sums[-1][0]]
     return PlanRow(
-        name=graph.name,
-        nodes=(*graph.sizes, graph.num_outputs),
-        kept=tuple(kept),
-        constants=graph.constants,
-        edges=int(edges.count_nonzero()),
-        kept_edges=int(edges[read][:, : len(sources)][:, sources].count_nonzero()),
+        name=name,
+        nodes=tuple(len(found.kept[value]) for value in values),
+        kept=tuple(int(found.live(value).count_nonzero()) for value in values),
+        constants=int((silent & read).count_nonzero()),
+        edges=edges,
+        kept_edges=kept_edges,
     )
 
 
+def _levels(program: Program, states: int) -> list[int]:
+    """The values of the levels that lie one after the other in the states of all of them."""
+    number = states - len(program.input_sizes)
+    if number >= 0 and isinstance(program.nodes[number].instruction, Concat):
+        earlier, last = program.nodes[number].reads
+        return [*_levels(program, earlier), last]
+    return [states]
+
+
 def _size(program: Program) -> int:
-    """Bytes of a compacted network: 4 a number, 2 an edge's source, 4 where a target's edges begin. Its file has a header."""
-    total = 4 * sum(t.numel() for t in tensors(program) if t.is_floating_point())
-    for instruction, _ in program.walk():
-        inner: list[Instruction] = [instruction]
-        if isinstance(instruction, Graph):
-            inner = [*(edges for edges, _ in instruction.levels), instruction.outputs]
-        total += sum(2 * len(e.sources) + 4 * len(e.starts) for e in inner if isinstance(e, Edges))
+    """Bytes of a compacted network: 4 a number; where weights are sparse, 2 for each one's source and 4 for each target."""
+    total = 0
+    for tensor in tensors(program):
+        total += 4 * tensor.numel() if tensor.is_floating_point() else 0
+    for instruction in program.instructions:
+        if isinstance(instruction, (Convolution, Linear)) and instruction.sparse:
+            weights = int(instruction.weight.count_nonzero())
+            total += 6 * weights + 4 * (len(instruction.weight) + 1) - 4 * instruction.weight.numel()
     return total
 
 

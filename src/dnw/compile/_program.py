@@ -8,11 +8,9 @@ been folded into others; a program computes what its network computes in eval mo
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Annotated, Any
 
 import torch
@@ -159,88 +157,6 @@ def _runs(lines: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Edges(Instruction):
-    """Sums along edges, from ``num_sources`` maps to as many as there are targets.
-
-    Attributes:
-        starts: int64 ``[targets + 1]``: the edges of target t are those from ``starts[t]`` to ``starts[t + 1]``.
-        sources: int64 ``[edges]``, increasing within each target.
-        weight: ``[edges]``.
-        num_sources: channels that come in.
-        constant: what constant nodes add to the targets.
-        dense: whether it is run as a matrix with zeros, because that is faster where there are few of them.
-    """
-
-    starts: Indices
-    sources: Indices
-    weight: Tensor
-    num_sources: int
-    constant: Constant | None
-    dense: bool = False
-
-    @classmethod
-    def of(cls, matrix: Tensor, constant: Constant | None) -> Edges:
-        """From a matrix ``[targets, sources]``, whose zeros are no edges."""
-        targets, sources = matrix.nonzero(as_tuple=True)
-        starts = torch.zeros(matrix.shape[0] + 1, dtype=torch.int64)
-        starts[1:] = targets.bincount(minlength=matrix.shape[0]).cumsum(0)
-        return cls(starts, sources, matrix[targets, sources].float(), matrix.shape[1], constant)
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.starts) - 1
-
-    def matrix(self) -> Tensor:
-        """The weights as a matrix ``[targets, sources]``."""
-        targets = torch.repeat_interleave(torch.arange(self.num_targets, device=self.starts.device), self.starts.diff())
-        dense = self.weight.new_zeros(self.num_targets, self.num_sources)
-        dense[targets, self.sources] = self.weight
-        return dense
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.dense:
-            sums = F.conv2d(x, self.matrix()[:, :, None, None])
-            return sums if self.constant is None else self.constant.added(sums)
-        batch, _, height, width = x.shape
-        _silence_sparse_tensors()
-        shape = (self.num_targets, self.num_sources)
-        sparse = torch.sparse_csr_tensor(self.starts, self.sources, self.weight, shape, check_invariants=False)
-        sums = sparse @ x.transpose(0, 1).reshape(self.num_sources, batch * height * width)
-        sums = sums.view(self.num_targets, batch, height, width).transpose(0, 1)
-        return sums if self.constant is None else self.constant.added(sums)
-
-    def check(self, size: Size) -> Size:
-        starts, sources = self.starts, self.sources
-        _require(len(size) == 3 and size[0] == self.num_sources, f"edges from {self.num_sources} maps, given {size}")
-        _require(starts.ndim == sources.ndim == self.weight.ndim == 1 and len(starts) > 1, "edges in lists of another form")
-        _require(starts.dtype == sources.dtype == torch.int64, "edges of another type")
-        _require(
-            int(starts[0]) == 0 and bool((starts.diff() >= 0).all()) and int(starts[-1]) == len(sources) == len(self.weight),
-            "edges that begin or end where they must not",
-        )
-        _require(not len(sources) or 0 <= int(sources.min()) <= int(sources.max()) < self.num_sources, "edges from no node")
-        first = torch.zeros(len(sources) + 1, dtype=torch.bool, device=sources.device)
-        first[starts] = True
-        _require(bool((first[1:-1] | (sources.diff() > 0)).all()), "edges in another order")
-        out = (self.num_targets, *size[1:])
-        if self.constant is not None:
-            self.constant.check(out)
-        return out
-
-    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
-        weights = self.num_targets * self.num_sources if zeros and self.dense else len(self.weight)
-        return weights * size[1] * size[2]
-
-
-@cache
-def _silence_sparse_tensors() -> None:
-    """Lets torch say once, unheard, that sparse tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.eye(1).to_sparse_csr()
-
-
-@dataclass(frozen=True, eq=False)
 class Affine(Instruction):
     """Scale and shift of each channel."""
 
@@ -283,17 +199,6 @@ class InstanceNorm(Instruction):
 
     def shrunk(self, taken: Sequence[Tensor], sent: Tensor, facts: Sequence[Facts]) -> InstanceNorm:
         return InstanceNorm(self.scale[sent], self.shift[sent], self.eps)
-
-
-@dataclass(frozen=True, eq=False)
-class Rectify(Instruction):
-    """ReLU."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.relu(x)
-
-    def check(self, size: Size) -> Size:
-        return size
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,21 +290,6 @@ class Convolution(Instruction):
 
 
 @dataclass(frozen=True, eq=False)
-class Mean(Instruction):
-    """The mean of rows and columns ``start`` to ``stop`` of each map: one number per channel."""
-
-    start: int
-    stop: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x[:, :, self.start : self.stop, self.start : self.stop].mean(dim=(2, 3))
-
-    def check(self, size: Size) -> Size:
-        _require(len(size) == 3 and 0 <= self.start < min(self.stop, *size[1:]), f"a mean from {self.start} of maps {size}")
-        return size[:1]
-
-
-@dataclass(frozen=True, eq=False)
 class Linear(Instruction):
     """A matrix ``[targets, sources]`` and a bias, at each place.
 
@@ -463,63 +353,6 @@ class Beside(Instruction):
 
     def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
         return self.linear.multiply_adds(size, zeros=zeros)
-
-
-@dataclass(frozen=True, eq=False)
-class Graph(Instruction):
-    """A static graph, level by level: each level's nodes read all earlier levels; the outputs are sums.
-
-    Attributes:
-        inputs: what the input nodes do with what comes in.
-        levels: for each later level the edges into it, from the states of all earlier levels one after the other, and what its
-            nodes do with the sums.
-        outputs: the edges into the outputs, from the states of all levels.
-    """
-
-    inputs: tuple[Instruction, ...]
-    levels: tuple[tuple[Edges, tuple[Instruction, ...]], ...]
-    outputs: Edges
-
-    def __call__(self, x: Tensor) -> Tensor:
-        states = run(self.inputs, x)
-        for edges, node in self.levels:
-            states = torch.cat([states, run(node, edges(states))], dim=1)
-        return self.outputs(states)
-
-    def walk(self, size: Size) -> Iterator[tuple[Instruction, Size]]:
-        """Every instruction inside with the size that comes to it; checked on the way."""
-        states = yield from self._node(self.inputs, size)
-        for edges, node in self.levels:
-            yield edges, states
-            new = yield from self._node(node, edges.check(states))
-            _require(new[1:] == states[1:], f"states {new} beside {states}")
-            states = (states[0] + new[0], *states[1:])
-        yield self.outputs, states
-
-    @staticmethod
-    def _node(node: tuple[Instruction, ...], size: Size) -> Generator[tuple[Instruction, Size], None, Size]:
-        """A node function, which ends with a convolution and keeps its channels apart."""
-        _require(bool(node) and isinstance(node[-1], Convolution), "nodes that do not end with a convolution")
-        for instruction in node:
-            known = isinstance(instruction, (Affine, InstanceNorm, Rectify))
-            apart = isinstance(instruction, Convolution) and instruction.weight.shape[:2] == (size[0], 1)
-            _require(known or apart, f"nodes with {type(instruction).__name__}")
-            yield instruction, size
-            size = instruction.check(size)
-        return size
-
-    def check(self, size: Size) -> Size:
-        out = size
-        for instruction, inner in self.walk(size):
-            out = instruction.check(inner)
-        return out
-
-    def multiply_adds(self, size: Size, *, zeros: bool = False) -> int:
-        return sum(instruction.multiply_adds(inner, zeros=zeros) for instruction, inner in self.walk(size))
-
-    @property
-    def num_edges(self) -> int:
-        return sum(len(edges.weight) for edges, _ in self.levels) + len(self.outputs.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -590,13 +423,6 @@ class Restore(Instruction):
             return Restore(self.channels, self.constant[sent])
         assert bool(sent[self.channels[taken[0]]].all()), "channels that come in and do not go out"
         return Restore((sent.cumsum(0) - 1)[self.channels[taken[0]]], self.constant[sent])
-
-
-def run(instructions: tuple[Instruction, ...], x: Tensor) -> Tensor:
-    """One instruction after the other."""
-    for instruction in instructions:
-        x = instruction(x)
-    return x
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ does not vary becomes part of what is added by those that read it, as a map wher
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dnw.compile._layers import Rearrange
+from dnw.compile._layers import Concat, Rearrange
 from dnw.compile._program import Affine, Constant, Convolution, Facts, Linear, Node, Pick, Program, Restore, Size
 from dnw.compile._torch import Foreign
 
@@ -35,7 +35,7 @@ def facts_of(program: Program) -> list[Facts]:
 
 
 def kept_of(program: Program, facts: list[Facts]) -> list[Tensor]:
-    """Of each value which channels must be there, boolean."""
+    """Of each value which channels must be there, boolean; none of those of a value that is not needed."""
     kept = [torch.zeros_like(known.varies) for known in facts]
     for i in (*range(len(program.input_sizes)), *program.outputs):
         kept[i] = torch.ones_like(kept[i])
@@ -44,33 +44,55 @@ def kept_of(program: Program, facts: list[Facts]) -> list[Tensor]:
         before = [int(mask.count_nonzero()) for mask in kept]
         for number in reversed(range(len(program.nodes))):
             node, made = program.nodes[number], first + number
+            if not bool((kept[made] & facts[made].varies).any()):  # nothing, or the same for every input
+                continue
             taken, sent = node.instruction.settled([kept[i] for i in node.reads], kept[made], [facts[i] for i in node.reads])
             for i, mask in zip(node.reads, taken, strict=True):
                 kept[i] = kept[i] | mask
             kept[made] = kept[made] | sent
         if before == [int(mask.count_nonzero()) for mask in kept]:
-            empty = [i for i, mask in enumerate(kept) if not mask.any()]
-            if not empty:
-                return kept
-            for i in empty:  # a value that nobody needs; one channel keeps what reads it in order
-                kept[i][0] = True
+            return kept
 
 
-def shrunk(program: Program) -> Program:
-    """The program on the channels that matter, in single precision, without what does nothing."""
-    facts = facts_of(program)
-    kept = kept_of(program, facts)
+class Analysed(NamedTuple):
+    """A program, and of each of its values what is known and which channels must be there."""
+
+    program: Program
+    facts: list[Facts]
+    kept: list[Tensor]
+
+    def live(self, value: int) -> Tensor:
+        """Which channels of a value depend on the input and are wanted, boolean."""
+        return self.facts[value].varies & self.kept[value]
+
+
+def analysed(program: Program) -> Analysed:
+    """What matters of a program. Its inputs, which are always there as a whole, are read through a choice of channels."""
     first = len(program.input_sizes)
+    picks = [Node(Pick(torch.arange(size[0])), (i,)) for i, size in enumerate(program.input_sizes)]
+    nodes = [replace(node, reads=tuple(first + i for i in node.reads)) for node in program.nodes]
+    program = replace(program, nodes=(*picks, *nodes), outputs=tuple(first + i for i in program.outputs))
+    facts = facts_of(program)
+    return Analysed(program, facts, kept_of(program, facts))
+
+
+def shrunk(given: Program | Analysed) -> Program:
+    """The program on the channels that matter, in single precision, without what does nothing."""
+    program, facts, kept = found = given if isinstance(given, Analysed) else analysed(given)
+    first, sizes = len(program.input_sizes), program.sizes()
     nodes = []
-    sizes = program.sizes()
     for number, node in enumerate(program.nodes):
         made = first + number
-        known, taken = [facts[i] for i in node.reads], [kept[i] for i in node.reads]
-        if not bool((facts[made].varies & kept[made]).any()):  # the same for every input
+        if not bool(found.live(made).any()):  # the same for every input, or read by nobody
             constant = facts[made].numbers(sizes[made])[kept[made]]
+            constant = constant if len(constant) else constant.new_zeros(1, *sizes[made][1:])
             nodes.append(Node(Restore(torch.empty(0, dtype=torch.int64), constant), (0,), node.name))
             continue
-        nodes.append(replace(node, instruction=node.instruction.shrunk(taken, kept[made], known)))
+        reads = node.reads
+        if isinstance(node.instruction, Concat) and not node.instruction.axis:
+            reads = tuple(i for i in reads if kept[i].any())
+        known, taken = [facts[i] for i in reads], [kept[i] for i in reads]
+        nodes.append(Node(node.instruction.shrunk(taken, kept[made], known), reads, node.name))
     return cleaned(folded(replace(program, nodes=tuple(nodes))))
 
 
@@ -123,15 +145,15 @@ def _nothing(instruction: Any, size: Size) -> bool:
         return instruction.size == size and instruction.order == tuple(range(len(instruction.order)))
     if isinstance(instruction, Affine):
         return bool((instruction.scale == 1).all()) and not bool(instruction.shift.any())
-    return False
+    return isinstance(instruction, Concat) and instruction.check(size) == size
 
 
 def cleaned(program: Program) -> Program:
-    """Without instructions that do nothing or that nothing reads, and in single precision."""
+    """Without instructions that do nothing or that nothing reads, in single precision, each in its likely form."""
     first, sizes = len(program.input_sizes), program.sizes()
     same = list(range(len(sizes)))
     for number, node in enumerate(program.nodes):
-        if _nothing(node.instruction, sizes[node.reads[0]]):
+        if len(node.reads) == 1 and _nothing(node.instruction, sizes[node.reads[0]]):
             same[first + number] = same[node.reads[0]]
     needed = {same[i] for i in program.outputs}
     for number in reversed(range(len(program.nodes))):
@@ -142,8 +164,15 @@ def cleaned(program: Program) -> Program:
         if first + number in needed:
             place[first + number] = first + len(nodes)
             reads = tuple(place[same[i]] for i in node.reads)
-            nodes.append(Node(_single(node.instruction), reads, node.name))
+            nodes.append(Node(_formed(_single(node.instruction)), reads, node.name))
     return Program(tuple(nodes), program.input_sizes, tuple(place[same[i]] for i in program.outputs))
+
+
+def _formed(instruction: Any) -> Any:
+    """Sums weight by weight, where fewer than half of the weights are there; _measure.py finds out what is faster."""
+    if not isinstance(instruction, (Convolution, Linear)) or (isinstance(instruction, Convolution) and instruction.apart):
+        return instruction
+    return replace(instruction, sparse=2 * int(instruction.weight.count_nonzero()) < instruction.weight.numel())
 
 
 def _single(thing: Any) -> Any:

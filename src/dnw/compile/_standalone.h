@@ -2,15 +2,13 @@
  * other, row by row. Each function stands behind a line with its name, and before the next such line. */
 
 /* FUNCTION edges */
-/* Each target is its base plus the weighted sum of its sources; the first sources lie in one array, all others in a second. */
-static void edges(const float *in, const float *second, int sources, float *out, int targets, int pixels, const float *weight,
-                  const index_t *source, const index_t *count, const float *base) {
+/* Each target is its base plus the weighted sum of its sources. */
+static void edges(const float *in, float *out, int targets, int pixels, const float *weight, const index_t *source,
+                  const index_t *count, const float *base) {
   for (int t = 0; t < targets; t++, out += pixels) {
     for (int p = 0; p < pixels; p++) out[p] = base ? base[t] : 0.0f;
     for (int e = 0; e < (int)count[t]; e++, weight++, source++) {
-      const int s = (int)*source;
-      const float *map = s < sources ? in + (long)s * pixels : second + (long)(s - sources) * pixels;
-      const float w = *weight;
+      const float *map = in + (long)*source * pixels, w = *weight;
       for (int p = 0; p < pixels; p++) out[p] += w * map[p];
     }
   }
@@ -100,14 +98,11 @@ static void rectify(const float *in, float *out, long count) {
 }
 
 /* FUNCTION mean */
-/* Over rows and columns from start to stop. */
-static void mean(const float *in, float *out, int channels, int height, int width, int start, int stop) {
-  const int bottom = stop < height ? stop : height, right = stop < width ? stop : width;
-  for (int c = 0; c < channels; c++, in += height * width) {
+static void mean(const float *in, float *out, int channels, int pixels) {
+  for (int c = 0; c < channels; c++, in += pixels) {
     float sum = 0.0f;
-    for (int y = start; y < bottom; y++)
-      for (int x = start; x < right; x++) sum += in[y * width + x];
-    out[c] = sum / (float)((bottom - start) * (right - start));
+    for (int p = 0; p < pixels; p++) sum += in[p];
+    out[c] = sum / (float)pixels;
   }
 }
 

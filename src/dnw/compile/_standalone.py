@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,25 +21,20 @@ from torch import Tensor
 from dnw._checks import listing
 from dnw._files import write_whole
 from dnw.compile._layers import Activation, Concat, Crop, PlaceMean, Pool, Product, Rearrange, Shift, Sum
-from dnw.compile._lower import Space
 from dnw.compile._program import (
     Affine,
     Constant,
     Convolution,
-    Edges,
-    Graph,
     InstanceNorm,
     Instruction,
     Linear,
-    Mean,
     Pick,
     Program,
-    Rectify,
     Restore,
     Size,
     require_program,
 )
-from dnw.compile._tasks import constant_of, edges_of
+from dnw.compile._tasks import constant_of, edges_of, homes
 
 
 @dataclass(frozen=True)
@@ -88,12 +83,10 @@ class _Buffer:
     Attributes:
         count: how many.
         place: where they are, as C.
-        last: the number of the last call that touches them.
     """
 
     count: int
     place: str = ""
-    last: int = -1
 
 
 @dataclass(frozen=True)
@@ -107,10 +100,8 @@ class _At:
         return f"{self.buffer.place} + {self.offset}" if self.offset else self.buffer.place
 
 
-Given = tuple[_At, Size, int]
+Source = tuple[_At, Size, int]
 """What an instruction reads: where it is, its size, and the number of the value."""
-_INSIDE = -1
-"""Stands for the number of what is made within a graph, and read there once."""
 
 
 class _Writer:
@@ -124,11 +115,13 @@ class _Writer:
         self._bytes = 0
         self._wide = 2 if max([1, *map(_largest, program.instructions)]) < 1 << 16 else 4
         self._values: list[_At] = []
+        self._homes, self._wholes = homes(program, _WRITES), dict[int, _At]()
         start, image = 0, _Buffer(0, "image")
         for size in program.input_sizes:
             self._values.append(_At(image, start))
             start += math.prod(size)
-        sizes, first = program.sizes(), len(program.input_sizes)
+        self._sizes = sizes = program.sizes()
+        first = len(program.input_sizes)
         for number, (node, over) in enumerate(zip(program.nodes, program.last_reads(), strict=True)):
             emitter = EMITTERS.get(type(node.instruction))
             if emitter is None:
@@ -136,7 +129,7 @@ class _Writer:
                 raise ValueError(
                     f"{kind} is not written as C; compiled for it are {listing(sorted(k.__name__ for k in EMITTERS))}"
                 )
-            self._size, self._over = sizes[first + number], over
+            self._made, self._size, self._over = first + number, sizes[first + number], over
             reads = [(self._values[i], sizes[i], i) for i in node.reads]
             self._values.append(emitter(self, node.instruction, *reads))
         start = 0
@@ -147,24 +140,27 @@ class _Writer:
                 self._call("copy", self._values[i], value, count)
             value.buffer.place = f"outputs + {start}" if start else "outputs"
             start += count
-        self._space = Space()
-        self._lines = list(self._placed())
-        self.needs = Needs(self._bytes, 4 * self._space.size)
+        self._arena = self._laid_out()
+        self._lines = [f"{function}({', '.join(map(str, arguments))});" for function, arguments in self._calls]
+        self.needs = Needs(self._bytes, 4 * self._arena)
 
-    def _placed(self) -> Iterator[str]:
-        """The calls as C, once every buffer has its place."""
-        live: list[tuple[_Buffer, int]] = []
-        for number, (function, arguments) in enumerate(self._calls):
+    def _laid_out(self) -> int:
+        """Gives every buffer its place, the largest first, apart from those that live at the same time; returns their size."""
+        lives = dict[_Buffer, tuple[int, int]]()
+        for number, (_, arguments) in enumerate(self._calls):
             for at in arguments:
                 if isinstance(at, _At) and not at.buffer.place:
-                    offset = self._space.take(at.buffer.count)
-                    at.buffer.place = f"arena + {offset}"
-                    live.append((at.buffer, offset))
-            yield f"{function}({', '.join(map(str, arguments))});"
-            for buffer, offset in live:
-                if buffer.last == number:
-                    self._space.free(offset, buffer.count)
-            live = [(buffer, offset) for buffer, offset in live if buffer.last > number]
+                    lives[at.buffer] = (lives.get(at.buffer, (number,))[0], number)
+        placed = list[tuple[int, int, _Buffer]]()
+        for buffer in sorted(lives, key=lambda buffer: -buffer.count):
+            first, last = lives[buffer]
+            offset = 0
+            for start, stop, other in sorted(placed, key=lambda place: place[:2]):
+                if lives[other][0] <= last and first <= lives[other][1] and offset < stop and start < offset + buffer.count:
+                    offset = stop
+            buffer.place = f"arena + {offset}"
+            placed.append((offset, offset + buffer.count, buffer))
+        return max((stop for _, stop, _ in placed), default=0)
 
     def header(self) -> str:
         upper, sizes = self.name.upper(), " and ".join("x".join(map(str, size)) for size in self.program.input_sizes)
@@ -178,7 +174,7 @@ class _Writer:
 
             #define {upper}_INPUTS {sum(map(math.prod, self.program.input_sizes))}
             #define {upper}_OUTPUTS {outputs}
-            #define {upper}_ARENA {max(1, self._space.size)}
+            #define {upper}_ARENA {max(1, self._arena)}
 
             void {self.name}_run(const float *image, float *outputs);
 
@@ -204,43 +200,47 @@ class _Writer:
         return _At(_Buffer(count))
 
     def _to(self) -> _At:
-        """Room for what the present node makes."""
-        return self._new(math.prod(self._size))
+        """Room for what the present node makes: of its own, or its place among values that it is joined with."""
+        return self._place(self._made) if self._made in self._homes else self._new(math.prod(self._size))
 
-    def _own(self, given: Given) -> _At:
+    def _place(self, value: int) -> _At:
+        """Where a value lies that others are joined in, or that is itself joined with others."""
+        size = self._sizes[value]
+        if value in self._homes:
+            whole, channel = self._homes[value]
+            inside = self._place(whole)
+            return _At(inside.buffer, inside.offset + channel * math.prod(size[1:]))
+        if value not in self._wholes:
+            self._wholes[value] = self._new(math.prod(size))
+        return self._wholes[value]
+
+    def _own(self, given: Source) -> _At:
         """Where what is made of each number by itself goes: to the same place, where nobody reads it any more."""
         at, size, number = given
-        own = number in self._over or number == _INSIDE
-        return at if own and not at.buffer.place else self._new(math.prod(size))
+        alone = number in self._over and number not in self._wholes and at.buffer.count == math.prod(size)
+        alone = alone and not at.buffer.place
+        return at if alone else self._new(math.prod(size))
 
     def _call(self, function: str, *arguments: object) -> None:
-        for at in arguments:
-            if isinstance(at, _At):
-                at.buffer.last = len(self._calls)
         self._calls.append((function, arguments))
 
-    def _edges(self, edges: Edges, given: Given, states: _At | None = None) -> _At:
+    def _convolution(self, convolution: Convolution, given: Source) -> _At:
         x, size, _ = given
-        to, pixels = self._new(edges.num_targets * math.prod(size[1:])), math.prod(size[1:])
-        numbers = self._integers(edges.sources), self._integers(edges.starts.diff()), self._base(edges.constant)
-        weight = self._floats(edges.weight)
-        self._call("edges", x, states or x, size[0], to, edges.num_targets, pixels, weight, *numbers)
-        self._constants(edges.constant, to, size[1:])
-        return to
-
-    def _convolution(self, convolution: Convolution, given: Given, to: _At | None = None) -> _At:
-        x, size, _ = given
-        out = convolution.check(size)
-        to, kernel = to or self._new(math.prod(out)), tuple(convolution.weight.shape[2:])
-        sides = (*size[1:], *out[1:], *kernel, *convolution.stride, *convolution.padding, *convolution.dilation)
+        out, to = self._size, self._to()
+        sides = (*size[1:], *out[1:], *convolution.weight.shape[2:], *convolution.stride, *convolution.padding)
         weight, base = convolution.weight, self._base(convolution.constant)
         if 3 * int(weight.count_nonzero()) < 2 * weight.numel():  # a weight, where it comes from and which it is: less in all
             target, source, tap, values = edges_of(convolution)
-            counts = self._integers(target.bincount(minlength=out[0]))
-            arrays = self._floats(values), self._integers(source), self._integers(tap), counts, base
-            self._call("sparse_convolution", x, to, out[0], *sides, *arrays)
+            numbers, counts = self._floats(values), target.bincount(minlength=out[0])
+            if convolution.pointwise:
+                lists = [self._integers(source), self._integers(counts)]
+                self._call("edges", x, to, out[0], math.prod(size[1:]), numbers, *lists, base)
+            else:
+                lists = [self._integers(source), self._integers(tap), self._integers(counts)]
+                self._call("sparse_convolution", x, to, out[0], *sides, *convolution.dilation, numbers, *lists, base)
         else:
-            self._call("convolution", x, to, size[0], out[0], convolution.groups, *sides, self._floats(weight), base)
+            weights = self._floats(weight)
+            self._call("convolution", x, to, size[0], out[0], convolution.groups, *sides, *convolution.dilation, weights, base)
         self._constants(convolution.constant, to, out[1:])
         return to
 
@@ -251,18 +251,18 @@ class _Writer:
             count, *core = constant.core.shape
             self._call("add_constants", to, *sides, count, *arrays, *core, *lines)
 
-    def _linear(self, linear: Linear, given: Given) -> _At:
+    def _linear(self, linear: Linear, given: Source) -> _At:
         x, size, _ = given
         to, places, (targets, sources) = self._to(), math.prod(size[1:]), linear.weight.shape
         if places > 1 or 3 * int(linear.weight.count_nonzero()) < 2 * linear.weight.numel():
             target, source = linear.weight.nonzero(as_tuple=True)
             lists = self._integers(source), self._integers(target.bincount(minlength=targets)), self._floats(linear.bias)
-            self._call("edges", x, x, sources, to, targets, places, self._floats(linear.weight[target, source]), *lists)
+            self._call("edges", x, to, targets, places, self._floats(linear.weight[target, source]), *lists)
         else:
             self._call("linear", x, to, sources, targets, self._floats(linear.weight), self._floats(linear.bias))
         return to
 
-    def _norm(self, norm: Affine | InstanceNorm, given: Given) -> _At:
+    def _norm(self, norm: Affine | InstanceNorm, given: Source) -> _At:
         x, size, _ = given
         to, arrays = self._own(given), (self._floats(norm.scale), self._floats(norm.shift))
         if isinstance(norm, InstanceNorm):
@@ -272,34 +272,26 @@ class _Writer:
             self._call("affine", x, to, size[0], math.prod(size[1:]), *arrays)
         return to
 
-    def _rectify(self, _: Instruction, given: Given) -> _At:
-        to = self._own(given)
-        self._call("rectify", given[0], to, math.prod(given[1]))
-        return to
-
-    def _activation(self, activation: Activation, given: Given) -> _At:
-        if activation.kind == "relu":
-            return self._rectify(activation, given)
+    def _activation(self, activation: Activation, given: Source) -> _At:
         to = self._own(given)
         numbers = (_number(max(-3.4e38, min(3.4e38, x))) for x in activation.numbers)
-        self._call(
-            "hyperbolic_tangent" if activation.kind == "tanh" else activation.kind, given[0], to, math.prod(given[1]), *numbers
-        )
+        name = {"relu": "rectify", "tanh": "hyperbolic_tangent"}.get(activation.kind, activation.kind)
+        self._call(name, given[0], to, math.prod(given[1]), *numbers)
         return to
 
-    def _joined(self, kind: str, one: Given, other: Given) -> _At:
+    def _joined(self, kind: str, one: Source, other: Source) -> _At:
         if len(one[1]) < len(other[1]):
             one, other = other, one
         to, numbers = self._own(one), int(len(one[1]) > len(other[1]))
         self._call(kind, one[0], other[0], to, one[1][0], math.prod(one[1][1:]), numbers)
         return to
 
-    def _shift(self, shift: Shift, given: Given) -> _At:
+    def _shift(self, shift: Shift, given: Source) -> _At:
         to = self._own(given)
         self._call("sum", given[0], self._floats(shift.constant), to, given[1][0], math.prod(given[1][1:]), 0)
         return to
 
-    def _pool(self, pool: Pool, given: Given) -> _At:
+    def _pool(self, pool: Pool, given: Source) -> _At:
         x, size, _ = given
         to, sides = self._to(), (*size[1:], *self._size[1:], *pool.kernel, *pool.stride, *pool.padding)
         if pool.largest:
@@ -308,34 +300,33 @@ class _Writer:
             self._call("mean_pool", x, to, size[0], *sides, int(pool.padded))
         return to
 
-    def _mean(self, mean: Mean | PlaceMean, given: Given) -> _At:
-        x, size, _ = given
-        to, sides = self._to(), size[1:] if len(size) == 3 else (1, *size[1:])
-        ends = (mean.start, mean.stop) if isinstance(mean, Mean) else (0, max(sides))
-        self._call("mean", x, to, size[0], *sides, *ends)
+    def _mean(self, _: PlaceMean, given: Source) -> _At:
+        to = self._to()
+        self._call("mean", given[0], to, given[1][0], math.prod(given[1][1:]))
         return to
 
-    def _pick(self, pick: Pick, given: Given) -> _At:
+    def _pick(self, pick: Pick, given: Source) -> _At:
         to = self._to()
         self._call("pick", given[0], to, self._size[0], math.prod(self._size[1:]), self._integers(pick.channels))
         return to
 
-    def _restore(self, restore: Restore, given: Given) -> _At:
+    def _restore(self, restore: Restore, given: Source) -> _At:
         to, arrays = self._to(), (self._integers(restore.channels), self._floats(restore.constant))
         self._call("restore", given[0], to, self._size[0], math.prod(self._size[1:]), len(restore.channels), *arrays)
         return to
 
-    def _concat(self, concat: Concat, *given: Given) -> _At:
-        """Values along an axis, each of them a few stretches of numbers."""
-        to, start, axis = self._to(), 0, concat.axis
-        whole = math.prod(self._size[axis:])
+    def _concat(self, concat: Concat, *given: Source) -> _At:
+        """Values along an axis, each of them a few stretches of numbers, where they are not there already."""
+        axis = concat.axis
+        to, start, whole = self._to() if axis else self._place(self._made), 0, math.prod(self._size[axis:])
         for x, size, _ in given:
-            count = math.prod(size[axis:])
-            self._call("stretches", x, _At(to.buffer, start), math.prod(size[:axis]), count, count, whole)
+            count, there = math.prod(size[axis:]), _At(to.buffer, to.offset + start)
+            if x != there:
+                self._call("stretches", x, there, math.prod(size[:axis]), count, count, whole)
             start += count
         return to
 
-    def _rearrange(self, rearrange: Rearrange, given: Given) -> _At:
+    def _rearrange(self, rearrange: Rearrange, given: Source) -> _At:
         x, size, _ = given
         to, count = self._to(), math.prod(size)
         if rearrange.order == tuple(range(len(rearrange.order))):
@@ -345,40 +336,17 @@ class _Writer:
             self._call("pick", x, to, count, 1, self._integers(index))
         return to
 
-    def _crop(self, crop: Crop, given: Given) -> _At:
+    def _crop(self, crop: Crop, given: Source) -> _At:
         x, size, _ = given
-        to, index = self._to(), crop(torch.arange(math.prod(size)).view(1, *size)).flatten()
-        self._call("pick", x, to, len(index), 1, self._integers(index))
+        to, axis = self._to(), crop.axis
+        if crop.step == 1:
+            each, side = math.prod(size[axis + 1 :]), math.prod(size[axis:])
+            count = (crop.stop - crop.start) * each
+            self._call("stretches", _At(x.buffer, x.offset + crop.start * each), to, math.prod(size[:axis]), count, side, count)
+        else:
+            index = crop(torch.arange(math.prod(size)).view(1, *size)).flatten()
+            self._call("pick", x, to, len(index), 1, self._integers(index))
         return to
-
-    def _graph(self, graph: Graph, given: Given) -> _At:
-        """States of the first level lie by themselves, those of all others one after the other."""
-        x, known, sources = self._node(graph.inputs, given, None), 0, given[1]
-        for instruction in graph.inputs:
-            sources = instruction.check(sources)
-        sides, pixels = sources[1:], math.prod(sources[1:])
-        states = self._new(max(1, sum(edges.num_targets for edges, _ in graph.levels) * pixels))
-        for edges, node in graph.levels:
-            sums = self._edges(edges, (x, sources, _INSIDE), states if known else None)
-            self._node(node, (sums, (edges.num_targets, *sides), _INSIDE), _At(states.buffer, known * pixels))
-            known += edges.num_targets
-        return self._edges(graph.outputs, (x, sources, _INSIDE), states if known else None)
-
-    def _node(self, node: Iterable[Instruction], given: Given, to: _At | None) -> _At:
-        """A node function, which ends with a convolution; it writes to ``to``."""
-        x, size, number = given
-        steps = list(node)
-        for i, instruction in enumerate(steps):
-            if isinstance(instruction, Convolution):
-                x = self._convolution(instruction, (x, size, number), to if i == len(steps) - 1 else None)
-                size = instruction.check(size)
-            else:
-                x = EMITTERS[type(instruction)](self, instruction, (x, size, number))
-            number = _INSIDE
-        if not steps and to is not None:
-            self._call("copy", x, to, math.prod(size))
-            x = to
-        return x
 
     # --- numbers ---
 
@@ -412,22 +380,12 @@ def _number(value: float) -> str:
 
 def _largest(instruction: Instruction) -> int:
     """The largest of the whole numbers that an instruction needs in lists."""
-    if isinstance(instruction, Graph):
-        inner = [
-            *(edges for edges, _ in instruction.levels),
-            instruction.outputs,
-            *(n for _, node in instruction.levels for n in node),
-        ]
-        return max(map(_largest, [*inner, *instruction.inputs]))
-    lists = [getattr(instruction, name, None) for name in ("sources", "channels")]
-    most = [1]
-    if isinstance(instruction, Edges):
-        lists.append(instruction.starts.diff())
+    lists, most = [getattr(instruction, "channels", None)], [1]
     if isinstance(instruction, (Convolution, Linear)):
         most += [instruction.weight[0].numel(), getattr(instruction, "groups", 1) * instruction.weight.shape[1]]
     if isinstance(instruction, Rearrange):
         most.append(math.prod(instruction.size))
-    if isinstance(instruction, Crop):
+    if isinstance(instruction, Crop) and instruction.step > 1:
         most.append(1 << 16)
     if (constant := constant_of(instruction)) is not None:
         lists += [constant.channels, constant.rows, constant.columns]
@@ -443,19 +401,15 @@ def _functions() -> Iterable[tuple[str, str]]:
 
 
 EMITTERS: dict[type[Instruction], Callable[..., _At]] = {
-    Edges: _Writer._edges,
-    Graph: _Writer._graph,
     Convolution: _Writer._convolution,
     Linear: _Writer._linear,
     Affine: _Writer._norm,
     InstanceNorm: _Writer._norm,
-    Rectify: _Writer._rectify,
     Activation: _Writer._activation,
     Sum: lambda writer, _, one, other: writer._joined("sum", one, other),
     Product: lambda writer, _, one, other: writer._joined("product", one, other),
     Shift: _Writer._shift,
     Pool: _Writer._pool,
-    Mean: _Writer._mean,
     PlaceMean: _Writer._mean,
     Concat: _Writer._concat,
     Crop: _Writer._crop,
@@ -464,3 +418,5 @@ EMITTERS: dict[type[Instruction], Callable[..., _At]] = {
     Restore: _Writer._restore,
 }
 """What each instruction becomes: the table of C. Norms of whole vectors and attention are not written."""
+_WRITES = (Convolution, Linear, Pool, PlaceMean, Pick, Restore, Crop, Rearrange)
+"""Instructions that write where they are told to."""

@@ -34,16 +34,12 @@ from dnw.compile._program import (
     Beside,
     Constant,
     Convolution,
-    Edges,
-    Graph,
     InstanceNorm,
     Instruction,
     Linear,
-    Mean,
     Node,
     Pick,
     Program,
-    Rectify,
     Restore,
     Size,
 )
@@ -153,7 +149,7 @@ class Task:
 
     Attributes:
         kind: of kernel.
-        reads: where from; edges may read two.
+        reads: where from.
         writes: where to.
         instruction: the one of the program that has its numbers; None where there are none.
         relu: whether what comes out is rectified.
@@ -175,7 +171,7 @@ class Task:
         """Whether it can make a few rows of its maps at a time."""
         if self.kind in ("phases", "pool"):
             return True
-        return self.kind in ("edges", "matrix", "node", "sparse", "dense", "sum") and self.reads[0].maps.pitch % 16 == 0
+        return self.kind in ("node", "sparse", "dense", "sum") and self.reads[0].maps.pitch % 16 == 0
 
     @property
     def halves(self) -> bool:
@@ -206,7 +202,7 @@ def tasks(program: Program) -> list[Task]:
 
 FUSED = ("sparse", "dense", "node", "sum", "product")
 """Kinds of tasks that take any activation with them."""
-RECTIFY = ("edges", "matrix", "affine", "instance_norm", "linear", *FUSED)
+RECTIFY = ("affine", "instance_norm", "linear", *FUSED)
 """Kinds of tasks that can rectify what they make."""
 
 
@@ -224,11 +220,11 @@ class _Tasks:
         self._sizes = program.sizes()
         self._first = len(program.input_sizes)
         self._number = -1
-        self._readers = readers = program.readers()
+        self._readers = program.readers()
         self._margins = dict[tuple[int, int], int]()
         for node in program.nodes:
             self._widen(node)
-        self._homes = _homes(program, readers)
+        self._homes = homes(program, _WRITES)
         self._joined = dict[int, Maps]()  # of values that others are written into
         self.values: list[Part] = []
         offset = 0
@@ -253,12 +249,11 @@ class _Tasks:
     def _widen(self, node: Node) -> None:
         """Notes how many columns of zeros maps of some size need, so that those of one size have one pitch."""
         size = self._sizes[node.reads[0]]
-        inner = node.instruction.walk(size) if isinstance(node.instruction, Graph) else [(node.instruction, size)]
-        for instruction, given in inner:
-            if isinstance(instruction, Convolution) and form_of(instruction, given) in ("sparse", "dense"):
-                _, *sides = instruction.check(given)
-                margin = Geometry.of(instruction, given).margin
-                self._margins[sides[0], sides[1]] = max(self._margins.get((sides[0], sides[1]), 0), margin)
+        instruction = node.instruction
+        if isinstance(instruction, Convolution) and form_of(instruction, size) in ("sparse", "dense"):
+            _, *sides = instruction.check(size)
+            margin = Geometry.of(instruction, size).margin
+            self._margins[sides[0], sides[1]] = max(self._margins.get((sides[0], sides[1]), 0), margin)
 
     def maps(self, size: Size) -> Maps:
         """New maps for a value of some size."""
@@ -321,8 +316,13 @@ class _Tasks:
         return self._first + self._number in self._homes
 
 
-def _homes(program: Program, readers: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Values that can be made where they are joined: in which value, from which channel on."""
+def homes(program: Program, writes: tuple[type[Instruction], ...]) -> dict[int, tuple[int, int]]:
+    """Values that can be made where they are joined: in which value, from which channel on.
+
+    Args:
+        program: of which.
+        writes: instructions that write where they are told to.
+    """
     sizes, first, found = program.sizes(), len(program.input_sizes), dict[int, tuple[int, int]]()
     for number, node in enumerate(program.nodes):
         if isinstance(node.instruction, Concat) and node.instruction.axis == 0:
@@ -330,7 +330,7 @@ def _homes(program: Program, readers: Sequence[int]) -> dict[int, tuple[int, int
             for i in node.reads:
                 inner = program.nodes[i - first].instruction if i >= first else None
                 joined = isinstance(inner, Concat) and inner.axis == 0
-                if i not in found and (joined or isinstance(inner, _WRITES)):
+                if i not in found and (joined or isinstance(inner, writes)):
                     found[i] = (first + number, at)
                 at += sizes[i][0]
     return found
@@ -395,9 +395,9 @@ def edges_of(convolution: Convolution) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _convolution(found: _Tasks, convolution: Convolution, x: Part, to: Part | None = None) -> Part:
+def _convolution(found: _Tasks, convolution: Convolution, x: Part) -> Part:
     size = (x.count, x.maps.height, x.maps.width)
-    to, form = to or found.home(convolution.check(size)), form_of(convolution, size)
+    to, form = found.home(convolution.check(size)), form_of(convolution, size)
     kernel, stride, padding = convolution.weight.shape[2], convolution.stride[0], convolution.padding[0]
     if form == "node":
         x = found.inside(x)
@@ -461,16 +461,12 @@ def _elementwise(kind: str) -> Callable[..., Part]:
     return emit
 
 
-def _rectify(found: _Tasks, instruction: Instruction, x: Part) -> Part:
-    if found.absorbs(x, RECTIFY):
-        found.found[-1].relu = True
-        return x
-    return _elementwise("rectify")(found, instruction, x)
-
-
 def _activation(found: _Tasks, instruction: Activation, x: Part) -> Part:
     if instruction.kind == "relu":
-        return _rectify(found, instruction, x)
+        if found.absorbs(x, RECTIFY):
+            found.found[-1].relu = True
+            return x
+        return _elementwise("rectify")(found, instruction, x)
     if found.absorbs(x, FUSED):
         found.found[-1].activation = instruction
         return x
@@ -549,63 +545,12 @@ def _rearrange(found: _Tasks, instruction: Instruction, x: Part) -> Part:
     return found.add("rearrange", (found.inside(x),), found.home(found.size), instruction, settings={"clear": True, "start": 0})
 
 
-# --- graphs ---
-
-
-def _edges(found: _Tasks, edges: Edges, x: Part) -> Part:
-    return _add_edges(found, edges, found.inside(x), None, found.home(found.size))
-
-
-def _edges_kind(edges: Instruction) -> str:
-    return "matrix" if isinstance(edges, Edges) and edges.dense else "edges"
-
-
-def _add_edges(found: _Tasks, edges: Edges, x: Part, states: Part | None, to: Part | None = None) -> Part:
-    part = to or Part.whole(found.maps((edges.num_targets, x.maps.height, x.maps.width)))
-    return found.add(_edges_kind(edges), (x, states) if states and states.count else (x,), part, edges)
-
-
-def _graph(found: _Tasks, graph: Graph, x: Part) -> Part:
-    """States of the first level lie by themselves, those of all others one after the other."""
-    x = _nodes(found, graph.inputs, found.inside(x), None, x)
-    total = sum(edges.num_targets for edges, _ in graph.levels)
-    states = found.maps((total, x.maps.height, x.maps.width))
-    known = 0
-    for edges, node in graph.levels:
-        sums = _add_edges(found, edges, x, Part(states, 0, known))
-        _nodes(found, node, sums, Part(states, known, edges.num_targets), None)
-        known += edges.num_targets
-    return _add_edges(found, graph.outputs, x, Part(states, 0, known), found.home(found.size))
-
-
-def _nodes(found: _Tasks, node: Sequence[Instruction], x: Part, to: Part | None, given: Part | None) -> Part:
-    """A node function whose last instruction writes to ``to``; what is given is not changed."""
-    for i, instruction in enumerate(node):
-        last = to if i == len(node) - 1 else None
-        own = found.found and found.found[-1].writes is x and (x is not given or found.single(x))
-        if isinstance(instruction, Rectify) and last is None and own and found.found[-1].kind in RECTIFY:
-            found.found[-1].relu = True
-        elif isinstance(instruction, Convolution):
-            size = instruction.check((x.count, x.maps.height, x.maps.width))
-            x = _convolution(found, instruction, x, last or Part.whole(found.maps(size)))
-        else:
-            kind = {Affine: "affine", InstanceNorm: "instance_norm", Rectify: "rectify"}[type(instruction)]
-            size = (x.count, x.maps.height, x.maps.width)
-            x = found.add(kind, (x,), last or (x if own and x.is_whole else found.maps(size)), instruction)
-    if not node and to is not None:
-        x = found.add("copy", (x,), to)
-    return x
-
-
 EMITTERS: dict[type[Instruction], Callable[..., Part]] = {
     Convolution: _convolution,
     Linear: _linear,
     Beside: _beside,
-    Edges: _edges,
-    Graph: _graph,
     Affine: _elementwise("affine"),
     InstanceNorm: _elementwise("instance_norm"),
-    Rectify: _rectify,
     Activation: _activation,
     Sum: _pair("sum"),
     Product: _pair("product"),
@@ -613,7 +558,6 @@ EMITTERS: dict[type[Instruction], Callable[..., Part]] = {
     Pad: _pad,
     Pool: _pool,
     AdaptiveMean: _plain("adaptive_mean"),
-    Mean: _plain("mean"),
     PlaceMean: _plain("mean"),
     LayerNorm: _norm,
     Attention: _plain("attention"),
@@ -624,7 +568,7 @@ EMITTERS: dict[type[Instruction], Callable[..., Part]] = {
     Restore: _plain("copy"),
 }
 """What each instruction becomes: the kernels' table."""
-_WRITES = (Convolution, Linear, Edges, Sum, Product, Pool, Pick, AdaptiveMean, LayerNorm, Attention)
+_WRITES = (Convolution, Linear, Sum, Product, Pool, Pick, AdaptiveMean, LayerNorm, Attention)
 """Instructions that write to part of some maps as well as to maps of their own."""
 
 

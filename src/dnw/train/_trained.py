@@ -9,8 +9,8 @@ import torch
 
 from dnw.compile import Plan, Program, Report
 from dnw.compile import compile as compiled
-from dnw.compile._analysis import is_of_graphs
 from dnw.compile._plan import planned
+from dnw.count import graphs_of
 from dnw.train._network import Checkpoint, Network, load_network
 from dnw.train._run import RunDirectory
 
@@ -54,7 +54,7 @@ def compile_run(
     network = load_trained(path, checkpoint or "last")
     with network.wiring.settled():
         size = input_size or network.input_size
-        if is_of_graphs(network.model):
+        if graphs_of(network.model):
             return planned(network.model, size)
         other = compiled(network.model, torch.rand(1, *size, generator=torch.Generator().manual_seed(0)))
         return other.report, other.program
