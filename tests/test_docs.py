@@ -201,7 +201,7 @@ def test_compiling_any_model(code, tmp_path, monkeypatch, capsys):
     assert dnw.compile.load_program("net.dnw").output_sizes == ((4,),)
 
 
-@runs("docs/compile.md#graphs", "docs/compile.md#running", by="page")
+@runs("docs/compile.md#plans", "docs/compile.md#running", by="page")
 def test_compiling_graphs(code, tmp_path, capsys):
     compiling, running = code
     torch.manual_seed(0)

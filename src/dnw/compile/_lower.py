@@ -9,13 +9,13 @@ wanted. Nothing is computed twice. Where the maps of a segment fit into the cach
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dnw.compile._layers import ACTIVATIONS, Attention, Shift
+from dnw.compile._layers import ACTIVATIONS, Shift
 from dnw.compile._program import Pick, Program, Restore
 from dnw.compile._tasks import Maps, Part, Task, constant_of, edges_of, moved, tasks
 
@@ -269,9 +269,14 @@ def _scratch(task: Task) -> int:
     return 0
 
 
+Numbers = dict[str, float]
+Arrays = dict[str, Tensor]
+
+
 def _record(task: Task) -> Record:
-    maps, out, instruction = task.reads[0].maps, task.writes.maps, task.instruction
-    numbers: dict[str, float] = {
+    maps, out, last = task.reads[0].maps, task.writes.maps, task.reads[-1].maps
+    second = task.reads[min(1, len(task.reads) - 1)].maps
+    numbers: Numbers = {
         "relu": task.relu or task.kind == "rectify",
         "outside": maps.outside,
         "sources": task.reads[0].count,
@@ -281,84 +286,98 @@ def _record(task: Task) -> Record:
         "width": maps.width,
         "pitch": maps.pitch,
         "plane": maps.plane,
-        "second_plane": task.reads[min(1, len(task.reads) - 1)].maps.plane,
-        "third_plane": task.reads[-1].maps.plane,
+        "second_plane": second.plane,
+        "third_plane": last.plane,
         "out_height": out.height,
         "out_width": out.width,
         "out_pitch": out.pitch,
         "out_plane": out.plane,
     }
-    arrays: dict[str, Tensor] = {}
+    arrays: Arrays = {}
     if out.halo and (out.pitch > out.width or out.pitch < 16):  # vectors are longer than rows
-        arrays["mask"] = _mask(out, 0, out.height, 0, out.width)
+        arrays["mask"] = _mask(out)
     if task.relu or task.activation:
         numbers["activation"] = ACTIVATION_NUMBERS[task.activation.kind if task.activation else "relu"]
         numbers |= {"first": task.activation.first, "second": task.activation.second} if task.activation else {}
-    if task.kind in ("sparse", "dense"):
-        _record_taps(task, numbers, arrays)
-    elif task.kind == "phases":
-        geometry = task.settings["geometry"]
-        numbers["blocks"] = len(geometry.phases)
-        numbers["stride_y"], numbers["stride_x"] = instruction.stride
-        numbers["pad_y"], numbers["pad_x"] = instruction.padding
-        arrays |= {
-            "starts": torch.tensor([y for y, _ in geometry.phases]),
-            "middles": torch.tensor([x for _, x in geometry.phases]),
-        }
-    elif task.kind in ("affine", "instance_norm", "layer_norm", "group_norm"):
-        arrays |= {"scale": instruction.scale, "shift": instruction.shift}
-        numbers["eps"], numbers["groups"] = getattr(instruction, "eps", 0.0), getattr(instruction, "groups", 1)
-    elif task.kind == "node":
-        arrays["weight"] = instruction.weight
-        numbers["kernel_height"], numbers["kernel_width"] = instruction.weight.shape[2:]
-        numbers["stride_y"], numbers["stride_x"] = instruction.stride
-        numbers["pad_y"], numbers["pad_x"] = instruction.padding
-    elif task.kind == "pool":
-        for name, (y, x) in (
-            ("kernel", (0, 0)),
-            ("stride", instruction.stride),
-            ("pad", instruction.padding),
-            ("dilation", instruction.dilation),
-        ):
-            if name == "kernel":
-                numbers["kernel_height"], numbers["kernel_width"] = instruction.kernel
-            else:
-                numbers[f"{name}_y"], numbers[f"{name}_x"] = y, x
-        numbers |= {"largest": instruction.largest, "padded": instruction.padded}
-    elif task.kind == "mean":
-        arrays["mask"] = _mask(maps, 0, maps.height, 0, maps.width)
-        numbers["reciprocal"] = 1 / (maps.height * maps.width)
-    elif task.kind == "linear":
-        arrays |= {"weight": instruction.weight, "shift": instruction.bias}
-    elif task.kind == "rearrange":
-        arrays["offsets"], arrays["middles"] = moved(task)
-        numbers |= {"taps": len(arrays["offsets"]), "clear": task.settings["clear"]}
-    elif isinstance(instruction, Attention):
-        numbers |= {
-            "groups": instruction.heads,
-            "reciprocal": instruction.scale,
-            "width": task.reads[1].maps.width,
-            "pitch": task.reads[1].maps.pitch,
-        }
-        if instruction.mask is not None:
-            arrays["added"] = task.reads[1].maps.padded(instruction.mask[:, None])
-            numbers["added_plane"] = arrays["added"].shape[1]
-    elif isinstance(instruction, Shift):
-        arrays["added"] = maps.padded(instruction.constant.view(len(instruction.constant), maps.height, maps.width))
-        numbers["added_plane"] = arrays["added"].shape[1]
-    elif isinstance(instruction, Pick):
-        arrays["source_channels"] = instruction.channels
-    elif isinstance(instruction, Restore):
-        added = instruction.constant.reshape(task.writes.count, -1)
-        arrays |= {"source_channels": _positions(instruction.channels, task.writes.count), "added": added}
-        numbers |= {"height": out.height, "width": out.width, "added_plane": added.shape[1]}
-    if task.kind != "phases" and (constant := constant_of(instruction)) is not None:
+    if task.kind in _RECORDS:
+        _RECORDS[task.kind](task, numbers, arrays)
+    if task.kind != "phases" and (constant := constant_of(task.instruction)) is not None:
         arrays["shift"] = constant.base
         if len(constant.channels):
             added = out.padded(constant.core[:, constant.rows][:, :, constant.columns])
             arrays |= {"added_maps": _positions(constant.channels, task.writes.count), "added": added}
             numbers["added_plane"] = added.shape[1]
     return Record(task.kind, numbers, arrays)
+
+
+def _pairs(numbers: Numbers, **pairs: tuple[int, int]) -> None:
+    for name, (y, x) in pairs.items():
+        numbers |= {f"{name}_y": y, f"{name}_x": x}
+
+
+def _record_phases(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    phases = task.settings["geometry"].phases
+    numbers["blocks"] = len(phases)
+    _pairs(numbers, stride=task.instruction.stride, pad=task.instruction.padding)
+    arrays |= {"starts": torch.tensor([y for y, _ in phases]), "middles": torch.tensor([x for _, x in phases])}
+
+
+def _record_norm(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    arrays |= {"scale": task.instruction.scale, "shift": task.instruction.shift}
+    numbers |= {"eps": getattr(task.instruction, "eps", 0.0), "groups": getattr(task.instruction, "groups", 1)}
+
+
+def _record_node(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    arrays["weight"] = task.instruction.weight
+    numbers["kernel_height"], numbers["kernel_width"] = task.instruction.weight.shape[2:]
+    _pairs(numbers, stride=task.instruction.stride, pad=task.instruction.padding)
+
+
+def _record_pool(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    pool = task.instruction
+    numbers["kernel_height"], numbers["kernel_width"] = pool.kernel
+    _pairs(numbers, stride=pool.stride, pad=pool.padding, dilation=pool.dilation)
+    numbers |= {"largest": pool.largest, "padded": pool.padded}
+
+
+def _record_mean(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    maps = task.reads[0].maps
+    arrays["mask"] = _mask(maps)
+    numbers["reciprocal"] = 1 / (maps.height * maps.width)
+
+
+def _record_linear(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    arrays |= {"weight": task.instruction.weight, "shift": task.instruction.bias}
+
+
+def _record_rearrange(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    arrays["offsets"], arrays["middles"] = moved(task)
+    numbers |= {"taps": len(arrays["offsets"]), "clear": task.settings["clear"]}
+
+
+def _record_attention(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    attention, keys = task.instruction, task.reads[1].maps
+    numbers |= {"groups": attention.heads, "reciprocal": attention.scale, "width": keys.width, "pitch": keys.pitch}
+    if attention.mask is not None:
+        arrays["added"] = keys.padded(attention.mask[:, None])
+        numbers["added_plane"] = arrays["added"].shape[1]
+
+
+def _record_sum(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    if isinstance(task.instruction, Shift):
+        maps, constant = task.reads[0].maps, task.instruction.constant
+        arrays["added"] = maps.padded(constant.view(len(constant), maps.height, maps.width))
+        numbers["added_plane"] = arrays["added"].shape[1]
+
+
+def _record_copy(task: Task, numbers: Numbers, arrays: Arrays) -> None:
+    instruction, out = task.instruction, task.writes
+    if isinstance(instruction, Pick):
+        arrays["source_channels"] = instruction.channels
+    elif isinstance(instruction, Restore):
+        added = instruction.constant.reshape(out.count, -1)
+        arrays |= {"source_channels": _positions(instruction.channels, out.count), "added": added}
+        numbers |= {"height": out.maps.height, "width": out.maps.width, "added_plane": added.shape[1]}
 
 
 def _grouped(matrix: Tensor) -> Tensor:
@@ -368,7 +387,7 @@ def _grouped(matrix: Tensor) -> Tensor:
     return grouped.view(-1, 4, matrix.shape[1]).transpose(1, 2)
 
 
-def _record_taps(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor]) -> None:
+def _record_taps(task: Task, numbers: Numbers, arrays: Arrays) -> None:
     """Weights of a convolution or matrix, and where what they are multiplied with lies."""
     maps, count, instruction = task.reads[0].maps, task.reads[0].count, task.instruction
     geometry = task.settings.get("geometry")
@@ -406,7 +425,7 @@ def _record_taps(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor
     numbers |= {"taps": len(order), "blocks": blocks, "tile": tile}
 
 
-def _record_point(task: Task, numbers: dict[str, float], arrays: dict[str, Tensor]) -> None:
+def _record_point(task: Task, numbers: Numbers, arrays: Arrays) -> None:
     """Weights of a convolution that makes one pixel, and where what they are multiplied with lies."""
     maps, convolution = task.reads[0].maps, task.instruction
     target, source, tap, values = edges_of(convolution)
@@ -453,11 +472,25 @@ def _positions(channels: Tensor, count: int) -> Tensor:
     return found
 
 
-def _mask(maps: Maps, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """All bits of a pixel inside a window, none elsewhere, as pixels lie in memory."""
-    inside = torch.zeros(1, maps.height, maps.width, dtype=torch.int32)
-    inside[:, top:bottom, left:right] = -1
-    return maps.padded(inside)[0]
+def _mask(maps: Maps) -> Tensor:
+    """All bits of each pixel, none of what lies beside them, as they lie in memory."""
+    return maps.padded(torch.full((1, maps.height, maps.width), -1, dtype=torch.int32))[0]
+
+
+_RECORDS: dict[str, Callable[[Task, Numbers, Arrays], None]] = {
+    **dict.fromkeys(("sparse", "dense"), _record_taps),
+    **dict.fromkeys(("affine", "instance_norm", "layer_norm", "group_norm"), _record_norm),
+    "attention": _record_attention,
+    "copy": _record_copy,
+    "linear": _record_linear,
+    "mean": _record_mean,
+    "node": _record_node,
+    "phases": _record_phases,
+    "pool": _record_pool,
+    "rearrange": _record_rearrange,
+    "sum": _record_sum,
+}
+"""What a kernel of each kind takes besides the sizes of its maps."""
 
 
 class Space:
