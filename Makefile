@@ -51,7 +51,7 @@ $(VENV)/.train: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(RUN)pip || $(PYTHON) -m venv $(VENV)
 	$(RUN)pip install $(PIP_OPTIONS) -e '.[dev]'
-	$(RUN)pip install $(PIP_OPTIONS) --no-deps --target $(VENV)/torchvision torchvision  # aside: see tests/conftest.py
+	$(RUN)pip install $(PIP_OPTIONS) --no-deps --target $(VENV)/torchvision torchvision timm  # aside: see tests/conftest.py
 	touch $@ $(VENV)/.train
 
 clean:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+FROM_LIBRARIES = ("resnet", "mobilenet_v2", "shufflenet_v2", "mnasnet", "densenet")
+"""What is in the names of networks and recipes that come from torchvision or timm."""
 _kept: list[torch.library.Library] = []
 
 
@@ -38,3 +41,16 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
         for definition in OPERATORS:
             _kept[-1].define(definition)
         import torchvision  # noqa: F401
+
+
+@pytest.fixture
+def libraries(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Of a network or recipe by its name: makes the library importable that it comes from, or skips the test."""
+
+    def wanted(name: str) -> None:
+        if any(part in name for part in FROM_LIBRARIES):
+            request.getfixturevalue("torchvision")
+            if "mnasnet" in name and importlib.util.find_spec("timm") is None:
+                pytest.skip("timm is not installed (extra vision)")
+
+    return wanted

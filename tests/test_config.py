@@ -212,9 +212,8 @@ def test_the_names_that_a_config_knows_are_those_that_there_are(name, table):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_by_its_name_is_a_config(name, request):
-    if "resnet" in name:
-        request.getfixturevalue("torchvision")
+def test_a_network_by_its_name_is_a_config(name, libraries):
+    libraries(name)
     config = config_of_model(name)
     assert (config.model, config.rule) == (name, "complete")
     images = torch.zeros(2, *config.data.input_size)

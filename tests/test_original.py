@@ -130,9 +130,8 @@ def test_bad_counts_on_the_command_line(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_builds_and_counts(recipe, request):
-    if "resnet" in recipe:
-        request.getfixturevalue("torchvision")
+def test_every_recipe_builds_and_counts(recipe, libraries):
+    libraries(recipe)
     found = count_config(RECIPES[recipe]())
     assert 0 < found.live <= found.nominal <= found.dense
     assert found.active <= found.parameters

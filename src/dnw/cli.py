@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.set_defaults(run=_resume)
 
     evaluate = commands.add_parser("eval", help="test a run's checkpoints", description=_eval.__doc__)
-    evaluate.add_argument("path", type=Path, metavar="RUN", help="run directory")
+    evaluate.add_argument("path", type=_run, metavar="RUN|NAME", help=_RUN)
     evaluate.add_argument("--data-dir", type=Path, help="where the data lies (default: where it lay)")
     evaluate.set_defaults(run=_eval)
 
@@ -95,21 +96,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="keep what results are made of, some 10 KB a run, instead of printing them",
     )
+    results.add_argument(
+        "--snapshots", type=int, metavar="N", help="with --save: keep the trained networks too, and so many snapshots of each"
+    )
     results.set_defaults(run=_results)
+
+    table = commands.add_parser("table", help="the paper's tables beside our counts and results", description=_table.__doc__)
+    table.add_argument("names", nargs="*", metavar="NAME", help="tiny, wirings, imagenet, resnet50 (default: all)")
+    table.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="FOLDER", help="where results are kept (default: results)"
+    )
+    table.set_defaults(run=_table)
 
     recipes = commands.add_parser("recipes", help="list the recipes", description=_recipes.__doc__)
     recipes.set_defaults(run=_recipes)
 
     counting = commands.add_parser("count", help="count parameters and multiply-adds", description=_count.__doc__)
     counting.add_argument(
-        "target", metavar="MODEL|RECIPE|RUN", help="name of a network or recipe, path of a config.json, or run directory"
+        "target",
+        metavar="MODEL|RECIPE|RUN",
+        help="name of a network or recipe, path of a config.json, or a run",
     )
     counting.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     counting.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the recipe's or network's)")
     counting.set_defaults(run=_count)
 
     compiling = commands.add_parser("compile", help="make a trained network smaller, exactly", description=_compile.__doc__)
-    compiling.add_argument("path", type=Path, metavar="RUN|CHECKPOINT", help="run directory, or a checkpoint in one")
+    compiling.add_argument("path", type=_run, metavar="RUN|CHECKPOINT|NAME", help=f"{_RUN}, or a checkpoint in one")
     compiling.add_argument("--checkpoint", choices=("last", "best"), help="which of the run's (default: last)")
     compiling.add_argument("--input", metavar="3x224x224", help="shape of one input (default: the run's)")
     compiling.add_argument(
@@ -118,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     compiling.set_defaults(run=_compile)
 
     viewing = commands.add_parser("view", help="a page in which the wiring changes", description=_view.__doc__)
-    viewing.add_argument("paths", type=Path, metavar="RUN", nargs="+", help="run directory; two are put beside each other")
+    viewing.add_argument("paths", type=_run, metavar="RUN|NAME", nargs="+", help=f"{_RUN}; two are put beside each other")
     viewing.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: in the first run)")
     for kind in ("svg", "png"):
         viewing.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write one snapshot as {kind.upper()} instead")
@@ -134,9 +147,19 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE-NUMBER)")
     importing.set_defaults(run=_import)
 
-    for command in (train, resume, evaluate, sweeping, results, recipes, counting, compiling, viewing, importing):
+    for command in (train, resume, evaluate, sweeping, results, table, recipes, counting, compiling, viewing, importing):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
+
+
+_RUN = "run directory, or name of a pretrained network"
+
+
+def _run(text: str) -> Path:
+    """A run directory by its path, or that of a pretrained network by its name."""
+    path = Path(text)
+    inside = Path(__file__).parent / "models" / "pretrained" / text
+    return inside if re.fullmatch(r"\w+", text) and not path.exists() and inside.is_dir() else path
 
 
 def _say(text: str) -> None:
@@ -187,10 +210,10 @@ def _count(parsed: argparse.Namespace) -> None:
     size = _input_size(parsed.input) if parsed.input else None
     if parsed.target in get_args(ModelName):
         _say(str(count_config(override(config_of_model(parsed.target, size), parsed.overrides), size)))
-    elif Path(parsed.target).is_dir():
+    elif _run(parsed.target).is_dir():
         if parsed.overrides:
             raise ValueError(f"{parsed.overrides[0]!r}: a run is counted as it is; settings can be changed of a recipe")
-        _say(str(count_run(Path(parsed.target), size)))
+        _say(str(count_run(_run(parsed.target), size)))
     else:
         _say(str(count_config(_resolve(parsed.target, parsed.overrides), size)))
 
@@ -263,7 +286,10 @@ def _view(parsed: argparse.Namespace) -> None:
         for path in stills.values():
             _say(f"{path}: {write_still(one, path, -1 if parsed.snapshot is None else parsed.snapshot):,} bytes")
         return
-    page = view_runs(parsed.paths, parsed.out)
+    out, first = parsed.out, parsed.paths[0]
+    if out is None and first.is_relative_to(Path(__file__).parent):  # nothing is written into the package
+        out = Path(f"{first.name}.html")
+    page = view_runs(parsed.paths, out)
     for path in parsed.paths:
         _say_seed(path)
     _say(str(page))
@@ -316,7 +342,7 @@ def _results(parsed: argparse.Namespace) -> None:
     """Print a Markdown table of finished runs, a row per recipe and rule, with what is behind each row; or put it in a page.
 
     With --save, settings, environment, metrics and final counts of the runs go into a folder, as run directories without
-    weights, of which tables are made as well.
+    weights, of which tables are made as well; with --snapshots too, also the trained networks, in half precision.
     """
     from dnw.recipes import RECIPES
     from dnw.train import results_table, save_results
@@ -324,11 +350,13 @@ def _results(parsed: argparse.Namespace) -> None:
 
     if (parsed.into is None) != (parsed.table is None):
         raise ValueError("--into PAGE and --table NAME go together: the page, and the place in it")
+    if parsed.snapshots is not None and (parsed.save is None or parsed.snapshots < 2):
+        raise ValueError(f"--snapshots {parsed.snapshots}: a number from 2 on, together with --save FOLDER")
     if parsed.save is not None and parsed.into is not None:
         raise ValueError("--save keeps runs and --into makes a table; one after the other")
     if parsed.save is not None:
-        for kept in save_results(parsed.paths, parsed.save, RECIPES):
-            _say(f"{kept}: {sum(file.stat().st_size for file in kept.iterdir()):,} bytes")
+        for kept in save_results(parsed.paths, parsed.save, RECIPES, snapshots=parsed.snapshots):
+            _say(f"{kept}: {sum(file.stat().st_size for file in kept.rglob('*')):,} bytes")
         return
     table = results_table(parsed.paths, RECIPES)
     if parsed.into is None:
@@ -336,6 +364,17 @@ def _results(parsed: argparse.Namespace) -> None:
     else:
         insert_table(parsed.into, parsed.table, table)
         _say(f"{parsed.into}: table {parsed.table} written")
+
+
+def _table(parsed: argparse.Namespace) -> None:
+    """Print the paper's tables: what is published, our own counts, our results where some are kept, and each row's command.
+
+    Counts are of the networks as they start: multiply-adds of active edges, and of the nodes that such edges leave.
+    """
+    from dnw.recipes._published import tables
+
+    for line in tables(parsed.results, parsed.names):
+        _say(line)
 
 
 def _recipes(parsed: argparse.Namespace) -> None:

@@ -17,22 +17,34 @@ from dnw.models._original import (
     original_random_graph,
     read_original,
 )
+from dnw.models._peers import densenet_small, expander_edges, mnasnet_small, mobilenet_v2, shufflenet_v2
+from dnw.models._pretrained import Pretrained, pretrained, pretrained_names
 from dnw.models._resnet import resnet18_cifar, resnet50
+from dnw.models._shufflenet import shufflenet_v1
 
 __all__ = [
     "STAGES",
     "GraphChain",
     "GraphClassifier",
     "OriginalCheckpoint",
+    "Pretrained",
     "Stage",
     "Window",
+    "densenet_small",
+    "expander_edges",
     "load_original",
+    "mnasnet_small",
     "mobilenet_v1",
+    "mobilenet_v2",
     "original_num_edges",
     "original_random_graph",
+    "pretrained",
+    "pretrained_names",
     "read_original",
     "resnet18_cifar",
     "resnet50",
+    "shufflenet_v1",
+    "shufflenet_v2",
     "tiny_cifar10",
     "tiny_cifar10_continuous",
     "tiny_cifar10_discrete",

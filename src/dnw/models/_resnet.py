@@ -5,10 +5,11 @@ Contract: torchvision is imported where a network is made (extra ``vision``); no
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from torch import nn
+
+from dnw.models._library import library
 
 
 def resnet50(num_classes: int = 1000) -> nn.Module:
@@ -19,12 +20,12 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
     Raises:
         ImportError: torchvision is not installed (extra ``vision``).
     """
-    return _prepared(_torchvision().resnet50(num_classes=num_classes))
+    return _prepared(library("torchvision.models").resnet50(num_classes=num_classes))
 
 
 def resnet18_cifar(num_classes: int = 10) -> nn.Module:
     """ResNet-18 for images of 32 pixels: a 3x3 stem without stride, no pooling after it; otherwise as :func:`resnet50`."""
-    model = _torchvision().resnet18(num_classes=num_classes)
+    model = library("torchvision.models").resnet18(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return _prepared(model)
@@ -36,14 +37,3 @@ def _prepared(model: Any) -> nn.Module:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
     return model
-
-
-def _torchvision() -> Any:
-    if importlib.util.find_spec("torchvision") is None:
-        raise ImportError("torchvision is not installed; install the vision extra: pip install 'dnw[vision]'")
-    try:
-        import torchvision.models
-    except RuntimeError as error:
-        raise ImportError(f"torchvision does not fit the installed torch ({error}); install the two together") from None
-
-    return torchvision.models

@@ -294,6 +294,97 @@ def imagenet_random_x49() -> Config:
     return _variant(imagenet_dnw_x225(), "imagenet_random_x49", rule="random", width=0.51)
 
 
+# --- the peers of that table, at the same settings ---
+
+
+def _peer(name: str, model: str, width: float | None = None) -> Config:
+    return _variant(imagenet_dnw_x225(), f"imagenet_{name}", model=model, width=width, rule="complete")
+
+
+def imagenet_mobilenet_x25() -> Config:
+    """MobileNetV1 x0.25 (published: 50.6 %)."""
+    return _peer("mobilenet_x25", "mobilenet_v1", 0.25)
+
+
+def imagenet_mobilenet_x50() -> Config:
+    """MobileNetV1 x0.5 (published: 63.7 %)."""
+    return _peer("mobilenet_x50", "mobilenet_v1", 0.5)
+
+
+def imagenet_expander_x50() -> Config:
+    """X-4 MobileNetV1: an expander, every target of a 1x1 convolution reads a quarter of its sources (published: 54.0 %)."""
+    return _variant(imagenet_mobilenet_x50(), "imagenet_expander_x50", rule="frozen", edges="expander", density=0.25)
+
+
+def imagenet_mobilenet_v2_x15() -> Config:
+    """MobileNetV2 x0.15 (published: 44.9 %; torchvision's, extra vision)."""
+    return _peer("mobilenet_v2_x15", "mobilenet_v2", 0.15)
+
+
+def imagenet_mobilenet_v2_x40() -> Config:
+    """MobileNetV2 x0.4 at 160 px, as it was counted (published: 56.6 %; torchvision's, extra vision)."""
+    return _smaller(_peer("mobilenet_v2_x40", "mobilenet_v2", 0.4), 160)
+
+
+def imagenet_mobilenet_v2_x60() -> Config:
+    """MobileNetV2 x0.6 (published: 66.6 %; torchvision's, extra vision)."""
+    return _peer("mobilenet_v2_x60", "mobilenet_v2", 0.6)
+
+
+def imagenet_mobilenet_v2_x75() -> Config:
+    """MobileNetV2 x0.75 at 192 px, as it was counted (published: 67.9 %; torchvision's, extra vision)."""
+    return _smaller(_peer("mobilenet_v2_x75", "mobilenet_v2", 0.75), 192)
+
+
+def _smaller(config: Config, image_size: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"image_size": image_size})})
+
+
+def imagenet_densenet_x50() -> Config:
+    """A DenseNet of 42M multiply-adds (published: 41.1 %; torchvision's, extra vision)."""
+    return _peer("densenet_x50", "densenet_small", 0.5)
+
+
+def imagenet_densenet_x100() -> Config:
+    """A DenseNet of 142M multiply-adds (published: 54.8 %; torchvision's, extra vision)."""
+    return _peer("densenet_x100", "densenet_small", 1.0)
+
+
+def imagenet_xception_x50() -> Config:
+    """Xception-like, which is ShuffleNet in one group, x0.5 (published: 55.1 %)."""
+    return _peer("xception_x50", "xception_small", 0.5)
+
+
+def imagenet_xception_x100() -> Config:
+    """Xception-like, which is ShuffleNet in one group, x1 (published: 65.9 %)."""
+    return _peer("xception_x100", "xception_small", 1.0)
+
+
+def imagenet_shufflenet_v1_x50() -> Config:
+    """ShuffleNetV1 x0.5 in three groups (published: 56.8 %)."""
+    return _peer("shufflenet_v1_x50", "shufflenet_v1", 0.5)
+
+
+def imagenet_shufflenet_v1_x100() -> Config:
+    """ShuffleNetV1 x1 in three groups (published: 67.4 %)."""
+    return _peer("shufflenet_v1_x100", "shufflenet_v1", 1.0)
+
+
+def imagenet_shufflenet_v2_x50() -> Config:
+    """ShuffleNetV2 x0.5 (published: 60.3 %; torchvision's, extra vision)."""
+    return _peer("shufflenet_v2_x50", "shufflenet_v2", 0.5)
+
+
+def imagenet_shufflenet_v2_x100() -> Config:
+    """ShuffleNetV2 x1 (published: 69.4 %; torchvision's, extra vision)."""
+    return _peer("shufflenet_v2_x100", "shufflenet_v2", 1.0)
+
+
+def imagenet_mnasnet() -> Config:
+    """MnasNet-search1 (published: 64.9 %; timm's MnasNet-Small, extra vision)."""
+    return _peer("mnasnet", "mnasnet_small")
+
+
 _ALL = (
     *(digits, mnist),
     *(cifar10, cifar10_random, cifar10_random_original),
@@ -308,6 +399,11 @@ _ALL = (
     *(imagenet_resnet50, imagenet_resnet50_dnw, imagenet_resnet50_dnw_first_dense),
     *(imagenet_dnw_x225, imagenet_dnw_x30, imagenet_dnw_x49, imagenet_dnw_small_x15, imagenet_dnw_small_x225),
     *(imagenet_random_x225, imagenet_random_x49),
+    *(imagenet_mobilenet_x25, imagenet_mobilenet_x50, imagenet_expander_x50),
+    *(imagenet_mobilenet_v2_x15, imagenet_mobilenet_v2_x40, imagenet_mobilenet_v2_x60, imagenet_mobilenet_v2_x75),
+    *(imagenet_densenet_x50, imagenet_densenet_x100, imagenet_xception_x50, imagenet_xception_x100),
+    *(imagenet_shufflenet_v1_x50, imagenet_shufflenet_v1_x100, imagenet_shufflenet_v2_x50, imagenet_shufflenet_v2_x100),
+    imagenet_mnasnet,
 )
 
 RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe in _ALL}

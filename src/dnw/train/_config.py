@@ -18,6 +18,7 @@ from dnw.train._settings import (
     FIXED_RULES,
     MOST_EPOCHS,
     RULE_SETTINGS,
+    WITH_WIDTH,
     WITHOUT_DORMANT_GRADIENT,
     DataConfig,
     DensityConfig,
@@ -49,7 +50,7 @@ class Config(Settings):
         default=None,
         gt=0,
         le=8,
-        description="mobilenet_v1: its channels; a chain of graphs: as many edges as MobileNetV1 of that width",
+        description="of peers: their channels; a chain of graphs: as many edges as MobileNetV1 of that width",
     )
     solver: SolverName = Field(default="dopri5", description="of a graph in continuous time")
     solver_steps: int = Field(
@@ -64,7 +65,7 @@ class Config(Settings):
     rule_settings: RuleConfig = RuleConfig()
     dormant: DormantConfig = DormantConfig()
     edges: EdgesName | None = Field(
-        default=None, description="of rule frozen: those of a ticket, or random ones as the authors draw them"
+        default=None, description="of rule frozen: those of a ticket, random ones as the authors draw them, or of an expander"
     )
     ticket: TicketConfig = TicketConfig()
     density_schedule: DensityConfig = DensityConfig()
@@ -183,7 +184,7 @@ class Config(Settings):
         is_chain = self.model.startswith("mobilenet_v1_graphs")
         names = ("width", "num_edges", "density") if is_chain else ("num_edges", "density")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        if self.pattern is not None and (self.rule == "complete" or self.edges == "random_original"):
+        if self.pattern is not None and (self.rule == "complete" or self.edges in ("random_original", "expander")):
             raise ValueError(f"pattern={self.pattern}: rule={self.rule} chooses no edges; leave the pattern out")
         if self.pattern is not None and ":" in self.pattern:
             if self.num_edges is not None or self.density is not None:
@@ -193,7 +194,9 @@ class Config(Settings):
         elif {self.rule, self.baseline} - {None, "complete"} and len(given) != 1:
             how = f"given are {', '.join(given)}; take one off, as in {given[0].partition('=')[0]}=null" if given else None
             raise ValueError(f"a budget is one of {listing(names)}; {how or 'none is given'}")
-        if self.width is not None and not self.model.startswith("mobilenet_v1"):
+        if self.edges == "expander" and self.density is None:
+            raise ValueError("edges=expander: give density, the fraction of its sources that a target reads")
+        if self.width is not None and not (is_chain or self.model in WITH_WIDTH):
             raise ValueError(f"width={self.width}: model={self.model} has no width")
         if is_chain and self.width is not None and self.width > 1:
             raise ValueError(f"width={self.width}: the budget of a chain of graphs is that of a width from 0 to 1")

@@ -39,12 +39,14 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
     """
     run = RunDirectory(path)
     config = run.config()
-    data = load_data(config, run.data_dir() if data_dir is None else data_dir)
+    if data_dir is None:
+        data_dir = Path() if config.data.name == "digits" else run.data_dir()  # the digits are in the package
+    data = load_data(config, data_dir)
     fabric = launch(config, processes=1)
     scores = []
     with threads_of(run), lost_processes_named(path):
         for member, single in run.members():
-            for checkpoint in get_args(Checkpoint):
+            for checkpoint in ("last",) if member.network.exists() and not member.last.exists() else get_args(Checkpoint):
                 network = load_network(member, single, checkpoint, num_classes=num_classes_of(data), fabric=fabric)
                 top1, top5, _ = test(network, make_batches(single, data, fabric.device), fabric)
                 scores.append(Scores(member.path, single.method, single.seed, checkpoint, network.epoch, top1, top5))

@@ -28,16 +28,23 @@ from dnw._wiring.wire import wire
 from dnw._wiring.wiring import Wiring
 from dnw.models import (
     GraphChain,
+    densenet_small,
+    expander_edges,
+    mnasnet_small,
     mobilenet_v1,
+    mobilenet_v2,
     original_random_graph,
     resnet18_cifar,
     resnet50,
+    shufflenet_v1,
+    shufflenet_v2,
     tiny_cifar10,
     tiny_cifar10_continuous,
     tiny_cifar10_discrete,
     tiny_digits,
     tiny_mnist,
 )
+from dnw.models._pretrained import read_network
 from dnw.train._checkpoint import Start, read_checkpoint, read_ticket, write_checkpoint
 from dnw.train._config import Config
 from dnw.train._run import RunDirectory
@@ -61,6 +68,12 @@ MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
         classes, image_stride=_image_stride(c), learned_classifier=True, rank_all_entries=c.rank_all_entries
     ),
     "mobilenet_v1": lambda c, classes: mobilenet_v1(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
+    "mobilenet_v2": lambda c, classes: mobilenet_v2(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
+    "shufflenet_v1": lambda c, classes: shufflenet_v1(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
+    "shufflenet_v2": lambda c, classes: shufflenet_v2(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
+    "mnasnet_small": lambda c, classes: mnasnet_small(classes, image_stride=_image_stride(c)),
+    "xception_small": lambda c, classes: shufflenet_v1(classes, width=c.width or 1.0, groups=1, image_stride=_image_stride(c)),
+    "densenet_small": lambda c, classes: densenet_small(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
     "resnet18_cifar": lambda c, classes: resnet18_cifar(classes),
     "resnet50": lambda c, classes: resnet50(classes),
 }
@@ -68,7 +81,7 @@ Checkpoint = Literal["best", "last"]
 
 
 def _image_stride(config: Config) -> int:
-    """Of the first convolution of a MobileNet: small images are not halved there."""
+    """Of the first convolution of a network for large images: small images are not halved there."""
     return 1 if config.data.image_size <= 64 else 2
 
 
@@ -148,6 +161,8 @@ def load_network(
             raise ValueError(f"{run.path}: nothing in it says how many classes there are; give num_classes")
         return make_network(config, classes, start, steps=steps, fabric=fabric)
     file = run.best if checkpoint == "best" else run.last
+    if run.network.exists() and not run.last.exists():
+        return _kept_network(run.network, config, num_classes, fabric)
     if not file.exists():
         raise ValueError(f"{run.path}: no {file.name} yet; dnw resume {run.path} trains on")
     content = read_checkpoint(file, config)
@@ -168,6 +183,19 @@ def load_network(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: does not fit the run's config ({reason})") from None
     return dataclasses.replace(network, epoch=epoch, step=step)
+
+
+def _kept_network(file: Path, config: Config, num_classes: int | None, fabric: Fabric | None) -> Network:
+    """A network of which no more is kept than its weights: its edges are those that it has."""
+    stored = read_network(file)
+    if num_classes not in (None, stored.num_classes):
+        raise ValueError(f"{file}: it tells {stored.num_classes} classes apart, and the data has {num_classes}")
+    start = Start(stored.weights, stored.edges, str(file))
+    try:
+        network = make_network(config, stored.num_classes, start, fabric=fabric)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{file}: does not fit the run's config ({str(error).splitlines()[0]})") from None
+    return dataclasses.replace(network, epoch=stored.epoch, step=stored.step)
 
 
 def num_classes_of_run(run: RunDirectory) -> int | None:
@@ -208,6 +236,9 @@ def make_network(
     elif config.edges == "random_original":
         assert config.num_edges is not None
         edges = {"graph.weight": original_random_graph(config.num_edges, config.seed)}
+    elif config.edges == "expander":
+        assert config.density is not None
+        edges = expander_edges(model, config.density, config.seed)
     optim = config.optim
     fused = True if fabric is None or fabric.device.type == "cpu" else None  # few passes over memory
     optimizer = torch.optim.SGD(_parameter_groups(model, optim), lr=optim.lr, momentum=optim.momentum, fused=fused)

@@ -94,7 +94,9 @@ def _runs(path: Path) -> list[Path]:
     return [path] if RunDirectory(path).exists else runs_inside(path) or [path]
 
 
-def save_results(paths: Sequence[Path], folder: Path, recipes: Mapping[str, Callable[[], Config]]) -> list[Path]:
+def save_results(
+    paths: Sequence[Path], folder: Path, recipes: Mapping[str, Callable[[], Config]], *, snapshots: int | None = None
+) -> list[Path]:
     """Keeps of finished runs what results are made of, some ten kilobytes each: settings, environment, metrics, final counts.
 
     What is kept is a run directory without weights; tables are made of it as of any other. It is called after the recipe, what
@@ -104,6 +106,8 @@ def save_results(paths: Sequence[Path], folder: Path, recipes: Mapping[str, Call
         paths: run directories, or directories of sweeps; every seed and baseline is kept by itself.
         folder: where to.
         recipes: what the runs' settings are compared with, by name.
+        snapshots: keep the trained networks as well, and so many snapshots of each: what is kept is tested, counted, compiled
+            and looked at like any run then. None: no networks.
 
     Returns:
         The directories that are kept now. A run that stopped early is left out.
@@ -111,7 +115,10 @@ def save_results(paths: Sequence[Path], folder: Path, recipes: Mapping[str, Call
     Raises:
         ValueError: no run directory, a damaged one, none that is finished, or another run of the same settings is kept there.
     """
+    from dnw.models._pretrained import write_network
     from dnw.train._counts import count_run
+    from dnw.train._network import load_network
+    from dnw.view._snapshots import thin_snapshots
 
     kept = []
     for run in (run for path in paths for run in _runs(path)):
@@ -136,6 +143,13 @@ def save_results(paths: Sequence[Path], folder: Path, recipes: Mapping[str, Call
                 found = count_run(member.path)
                 counts = {name: getattr(found, name) for name in ("parameters", "active", "dense", "nominal", "live")}
                 write_whole(target.path / "counts.json", (json.dumps(counts) + "\n").encode())
+            if snapshots is not None:
+                network = load_network(member, config)
+                edges = {name: parameter.active for name, parameter in network.wiring.items()}
+                with network.wiring.settled():
+                    told = {"num_classes": network.num_classes, "epoch": network.epoch, "step": network.step}
+                    write_network(target.network, network.model, edges, **told)
+                thin_snapshots(member.snapshots, target.snapshots, snapshots)
             write_whole(target.path / "config.json", config.to_json().encode())
             kept.append(target.path)
     if not kept:

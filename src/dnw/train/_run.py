@@ -106,6 +106,11 @@ class RunDirectory:
         return self.path / "best.pt"
 
     @property
+    def network(self) -> Path:
+        """The weights of a run that is kept without what training goes on with."""
+        return self.path / "network.pt"
+
+    @property
     def first(self) -> Path:
         """The weights that a run of rule complete begins with; a lottery ticket is rewound to them."""
         return self.path / "first.pt"

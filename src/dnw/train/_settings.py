@@ -49,7 +49,7 @@ FIXED_RULES = ("random", "complete", "frozen")
 """Rules that never change their edges."""
 WITHOUT_DORMANT_GRADIENT = (*FIXED_RULES, "no_update", "magnitude_pruning", "l1_anneal", "set")
 """Rules that never need the gradient of dormant edges."""
-EdgesName = Literal["ticket", "random_original"]
+EdgesName = Literal["ticket", "random_original", "expander"]
 ModelName = Literal[
     "tiny_digits",
     "tiny_mnist",
@@ -59,9 +59,17 @@ ModelName = Literal[
     "mobilenet_v1_graphs",
     "mobilenet_v1_graphs_small",
     "mobilenet_v1",
+    "mobilenet_v2",
+    "shufflenet_v1",
+    "shufflenet_v2",
+    "mnasnet_small",
+    "xception_small",
+    "densenet_small",
     "resnet18_cifar",
     "resnet50",
 ]
+WITH_WIDTH = ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "xception_small", "densenet_small")
+"""Models of which a width multiplies the channels."""
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 DataName = Literal["digits", "mnist", "cifar10", "folder"]
 MOST_EPOCHS = 100_000

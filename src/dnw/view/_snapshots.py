@@ -98,12 +98,18 @@ class SnapshotWriter:
             flat = parameter.active.flatten().cpu()
             edges[name] = flat.numpy().nonzero()[0]
             weights[name] = as_half(parameter.weight.flatten().cpu()[flat].float().numpy())
+        self.append(Snapshot(step, epoch, edges, weights, dict(beside or {})))
+
+    def append(self, snapshot: Snapshot) -> None:
+        """Writes a snapshot as it is, after those that are there."""
+        last, edges, weights, beside = self._last, snapshot.edges, snapshot.weights, snapshot.beside
+        step, epoch = snapshot.step, snapshot.epoch
         before = last.edges if last and last.edges.keys() == edges.keys() else {}
         arrays: dict[str, np.ndarray] = {
             "time": np.array([step, epoch]),
             "before": np.array(last.step if last and before else -1),
         }
-        arrays |= {f"{_BESIDE}{name}": array for name, array in (beside or {}).items()}
+        arrays |= {f"{_BESIDE}{name}": array for name, array in beside.items()}
         for name, now in edges.items():
             earlier = before.get(name, _NO_EDGES)
             arrays[f"{name}/came"] = np.setdiff1d(now, earlier, assume_unique=True).astype(np.uint32)
@@ -112,7 +118,27 @@ class SnapshotWriter:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_whole(self._folder / _name(step), buffer.getvalue())
-        self._last = Snapshot(step, epoch, edges, weights)
+        self._last = snapshot
+
+
+def thin_snapshots(source: Path, target: Path, most: int) -> None:
+    """Writes some of the snapshots of a folder into another one: the first, the last, and between them more early than late.
+
+    Args:
+        source, target: folders; what is in the second stays where its steps come before.
+        most: how many, at least 2.
+
+    Raises:
+        ValueError: a damaged snapshot.
+    """
+    found = list(read_snapshots(source))
+    if not found:
+        return
+    count = min(most, len(found))
+    wanted = {round((len(found) - 1) * (i / max(1, count - 1)) ** 2) for i in range(count)}
+    writer = SnapshotWriter(target)
+    for number in sorted(wanted):
+        writer.append(found[number])
 
 
 def as_half(values: np.ndarray) -> np.ndarray:
