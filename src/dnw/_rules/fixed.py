@@ -50,7 +50,7 @@ class Complete(Fixed):
 class Frozen(Fixed):
     """A given edge set, never changed: one boolean mask, of the parameter's shape, per parameter name. It needs no budget."""
 
-    edges: Mapping[str, Tensor] = field(default_factory=dict)
+    edges: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     fits_floors = False
 
