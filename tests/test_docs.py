@@ -216,6 +216,16 @@ def test_compiling_graphs(code, tmp_path, capsys):
     assert "graph: nodes kept by level" in capsys.readouterr().out
 
 
+@runs("docs/compile.md#as-c")
+def test_mnist_in_c(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"dnw": dnw})
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] in code
+    assert "(0.1307,) (0.3081,)".replace(",)", "]").replace("(", "[") in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist.c", "mnist.h"}
+
+
 @runs("docs/extending.md#a-rule-in-twenty-lines")
 def test_the_rule_in_twenty_lines(code):
     layer = nn.Linear(20, 10)

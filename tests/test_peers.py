@@ -116,7 +116,7 @@ def test_settings_that_do_not_fit_a_peer(recipe, changes, message):
 
 
 def test_widths_that_there_are_not():
-    with pytest.raises(ValueError, match=r"width=0\.305: stages of \[72, 144, 288\] channels; they must be more than 7"):
+    with pytest.raises(ValueError, match=r"width=0\.305: stages of \[73, 146, 292\] channels; they must be more than 7"):
         shufflenet_v1(width=0.305)
     with pytest.raises(ValueError, match="groups=2: allowed are 1 and 3"):
         shufflenet_v1(groups=2)

@@ -171,6 +171,8 @@ class Config(Settings):
             raise ValueError(f"ticket.run={self.ticket.run}: rule={self.rule} takes no ticket; rule=frozen edges=ticket does")
         if self.edges == "random_original" and not (self.model == "tiny_cifar10" and self.rank_all_entries and self.num_edges):
             raise ValueError("edges=random_original is for model=tiny_cifar10 with rank_all_entries=true and num_edges")
+        if self.edges == "expander" and self.density is None:
+            raise ValueError("edges=expander: give density, the fraction of its sources that a target reads")
         if self.density_schedule.end is not None and self.rule in FIXED_RULES:
             raise ValueError(f"density_schedule: rule={self.rule} never changes its edges, so it has no schedule")
         if "l1_anneal" in (self.rule, self.baseline) and self.density_schedule.end is None:
@@ -194,8 +196,6 @@ class Config(Settings):
         elif {self.rule, self.baseline} - {None, "complete"} and len(given) != 1:
             how = f"given are {', '.join(given)}; take one off, as in {given[0].partition('=')[0]}=null" if given else None
             raise ValueError(f"a budget is one of {listing(names)}; {how or 'none is given'}")
-        if self.edges == "expander" and self.density is None:
-            raise ValueError("edges=expander: give density, the fraction of its sources that a target reads")
         if self.width is not None and not (is_chain or self.model in WITH_WIDTH):
             raise ValueError(f"width={self.width}: model={self.model} has no width")
         if is_chain and self.width is not None and self.width > 1:
