@@ -7,7 +7,8 @@ TORCH_INDEX ?=
 PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/
 
-.PHONY: demo test check results lint types unit sanitize format clean
+# make gpu: what a GPU is worth most for, in 25 minutes; again, and it goes on.
+.PHONY: demo test check results gpu lint types unit sanitize format clean
 
 demo: $(VENV)/.train
 	$(RUN)dnw train digits
@@ -30,6 +31,10 @@ results: $(VENV)/.dev
 	for folder in results/*; do \
 	  $(RUN)dnw results $$folder --into docs/results.md --table $$(basename $$folder) || exit 1; \
 	done
+	$(RUN)dnw results results/dormant_chain_20 --plot docs/learning_curves.svg
+
+gpu: $(VENV)/.dev
+	PYTHON=$(RUN)python bash benchmarks/gpu.sh
 
 lint: $(VENV)/.dev
 	$(RUN)ruff check .

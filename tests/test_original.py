@@ -240,6 +240,20 @@ def test_what_is_kept_of_a_run_gives_the_same_table(tmp_path, capsys):
         save_results([run], tmp_path / "kept", RECIPES)
 
 
+def test_learning_curves_are_drawn_of_what_is_kept(tmp_path, capsys):
+    """Those of the docs as well, as the same release of matplotlib draws them: make results."""
+    matplotlib = pytest.importorskip("matplotlib")
+    assert main(["results", str(STORED / "dormant_chain_20"), "--plot", str(tmp_path / "curves.svg")]) == 0
+    assert "curves.svg: " in capsys.readouterr().out
+    drawn, stored = (tmp_path / "curves.svg").read_text(), (STORED.parent / "docs" / "learning_curves.svg").read_text()
+    assert drawn.count("20 epochs") == 3
+    assert drawn == stored or f"Matplotlib v{matplotlib.__version__}" not in stored
+    assert main(["results", str(STORED / "dormant_chain"), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["results", str(tmp_path), "--plot", str(tmp_path / "none.svg")]) == 1
+    assert not (tmp_path / "none.svg").exists()
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in STORED.iterdir()))
 def test_the_tables_of_the_docs_are_made_of_what_is_kept(name, tmp_path):
     page = STORED.parent / "docs" / "results.md"

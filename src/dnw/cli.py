@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument(
         "--snapshots", type=int, metavar="N", help="with --save: keep the trained networks too, and so many snapshots of each"
     )
+    results.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw accuracy over the epochs as SVG, PDF or PNG instead (extra plot)"
+    )
     results.set_defaults(run=_results)
 
     table = commands.add_parser("table", help="the paper's tables beside our counts and results", description=_table.__doc__)
@@ -345,7 +348,7 @@ def _results(parsed: argparse.Namespace) -> None:
     weights, of which tables are made as well; with --snapshots too, also the trained networks, in half precision.
     """
     from dnw.recipes import RECIPES
-    from dnw.train import results_table, save_results
+    from dnw.train import plot_results, results_table, save_results
     from dnw.train._results import insert_table
 
     if (parsed.into is None) != (parsed.table is None):
@@ -357,6 +360,10 @@ def _results(parsed: argparse.Namespace) -> None:
     if parsed.save is not None:
         for kept in save_results(parsed.paths, parsed.save, RECIPES, snapshots=parsed.snapshots):
             _say(f"{kept}: {sum(file.stat().st_size for file in kept.rglob('*')):,} bytes")
+        return
+    if parsed.plot is not None:
+        plot_results(parsed.paths, parsed.plot, RECIPES)
+        _say(f"{parsed.plot}: {parsed.plot.stat().st_size:,} bytes")
         return
     table = results_table(parsed.paths, RECIPES)
     if parsed.into is None:

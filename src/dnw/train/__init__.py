@@ -28,6 +28,7 @@ _PUBLIC = {
     "run_record": "dnw.train._view",
     "results_table": "dnw.train._results",
     "save_results": "dnw.train._results",
+    "plot_results": "dnw.train._results",
     "sweep": "dnw.train._sweep",
     "plot_sweep": "dnw.train._sweep",
     "import_original": "dnw.train._import",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from dnw.train._import import import_original as import_original
     from dnw.train._loop import resume as resume
     from dnw.train._loop import train as train
+    from dnw.train._results import plot_results as plot_results
     from dnw.train._results import results_table as results_table
     from dnw.train._results import save_results as save_results
     from dnw.train._run import EpochMetrics as EpochMetrics

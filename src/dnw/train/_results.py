@@ -89,6 +89,49 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
     return "\n".join(lines)
 
 
+def plot_results(paths: Sequence[Path], file: Path, recipes: Mapping[str, Callable[[], Config]]) -> None:
+    """Plots test accuracy over the epochs, a curve for each row of the table with the range over its seeds, as SVG, PDF or PNG.
+
+    Args:
+        paths: as for :func:`results_table`.
+        file: where to.
+        recipes: what the runs' settings are compared with, by name.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra ``plot``).
+        ValueError: no run directory, a damaged one, or none that is finished.
+    """
+    from dnw.train._sweep import check_plot, save_figure
+
+    check_plot()
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[list[float]]] = {}
+    for run in (run for path in paths for run in _runs(path)):
+        for member, config in RunDirectory(run).members():
+            metrics = member.metrics()
+            if len(metrics) == config.epochs:
+                name = " ".join((config.recipe, *_changed(config, recipes)))
+                name = name if config.method in name else f"{name} ({config.method})"
+                curves.setdefault(f"{name}, {config.epochs} epochs", []).append([100 * m.top1 for m in metrics])
+    if not curves:
+        raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, seeds in curves.items():
+        epochs = range(1, 1 + len(seeds[0]))
+        (line,) = axes.plot(epochs, [statistics.mean(at) for at in zip(*seeds, strict=True)], label=name)
+        if len(seeds) > 1:
+            low, high = ([end(at) for at in zip(*seeds, strict=True)] for end in (min, max))
+            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    save_figure(figure, file)
+
+
 def _runs(path: Path) -> list[Path]:
     """The run, or those of a sweep."""
     return [path] if RunDirectory(path).exists else runs_inside(path) or [path]

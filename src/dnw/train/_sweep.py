@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dnw._files import write_whole
 from dnw.train._config import Config, override
@@ -113,10 +114,17 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
     axes.grid(alpha=0.3)
     if len(accuracies) > 1:
         axes.legend()
+    save_figure(figure, file)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Writes a figure of matplotlib; the same figure gives the same file."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format=file.suffix.removeprefix(".") or "svg", metadata={"Date": None} if file.suffix == ".svg" else None
-    )
+    kind = file.suffix.removeprefix(".") or "svg"
+    with matplotlib.rc_context({"svg.hashsalt": "dnw", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     write_whole(file, buffer.getvalue())
 
 
