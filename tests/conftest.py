@@ -22,7 +22,7 @@ OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-FROM_LIBRARIES = ("resnet", "mobilenet_v2", "shufflenet_v2", "mnasnet", "densenet")
+FROM_LIBRARIES = ("mobilenet_v2", "shufflenet_v2", "mnasnet", "densenet")
 """What is in the names of networks and recipes that come from torchvision or timm."""
 _kept: list[torch.library.Library] = []
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from compiled import lively
 from test_data import write_tree
 
 import dnw
@@ -177,7 +178,6 @@ def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path
 
 
 @pytest.mark.parametrize(("make", "size", "stem"), [(resnet18_cifar, 32, 1_728), (resnet50, 64, 9_408)])
-@pytest.mark.usefixtures("torchvision")
 def test_resnets_with_every_weight_sparse(make, size, stem):
     torch.manual_seed(0)
     model = make(10).eval()
@@ -195,7 +195,6 @@ def test_resnets_with_every_weight_sparse(make, size, stem):
     assert model.layer2[0].conv1.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
 
 
-@pytest.mark.usefixtures("torchvision")
 def test_the_resnet_recipes():
     assert 25.5e6 < count_config(RECIPES["imagenet_resnet50"]()).parameters < 25.6e6
     config = RECIPES["imagenet_resnet50_dnw_first_dense"]()
@@ -206,7 +205,6 @@ def test_the_resnet_recipes():
     assert found.active < 0.06 * found.parameters
 
 
-@pytest.mark.usefixtures("torchvision")
 def test_a_run_of_a_sparse_resnet_is_compiled(tmp_path, capsys):
     write_tree(tmp_path / "tree", size=40, num=4, wide=4)
     settings = ["data.name=folder", "data.workers=0", "batch_size=4", "epochs=1", "device=cpu", "density=0.05", "baseline=null"]
@@ -231,8 +229,27 @@ def test_without_torchvision_the_extra_is_named(monkeypatch, capsys):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["count", "resnet50"]) == 1
-    assert "pip install 'dnw[vision]'" in capsys.readouterr().err
+    assert main(["count", "mobilenet_v2"]) == 1
+    said = capsys.readouterr().err
+    assert "torchvision is not installed" in said
+    assert "pip install -c keep.txt '.[vision]'" in said
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("make", [resnet50, resnet18_cifar])
+def test_weights_of_torchvisions_resnets_fit(make):
+    import torchvision
+
+    torch.manual_seed(0)
+    other = torchvision.models.resnet50(num_classes=7) if make is resnet50 else torchvision.models.resnet18(num_classes=7)
+    if make is resnet18_cifar:
+        other.conv1, other.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    other.fc = torch.nn.Linear(other.fc.in_features, 7, bias=False)
+    own, images = make(7).eval(), torch.randn(2, 3, 64, 64)
+    assert list(own.state_dict()) == list(other.state_dict())
+    own.load_state_dict(lively(other).state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(own(images), other(images), rtol=1e-4, atol=1e-4)
 
 
 # --- sweeps ---

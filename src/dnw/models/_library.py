@@ -15,7 +15,10 @@ def library(name: str) -> Any:
     """
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed; install the vision extra: pip install 'dnw[vision]'")
+        raise ImportError(
+            f"{package} is not installed; hold your torch while you install it: pip freeze | grep '^torch' > keep.txt; "
+            "pip install -c keep.txt '.[vision]' (docs/command.md, Keep your torch)"
+        )
     try:
         return importlib.import_module(name)
     except RuntimeError as error:

@@ -195,7 +195,7 @@ def cifar10_mobilenet_top_kast_x225() -> Config:
     return _chain("top_kast", rule_settings={"backward": 3.0})
 
 
-# --- sparse training of ResNets (section 4.4; torchvision's, extra vision) ---
+# --- sparse training of ResNets (section 4.4) ---
 
 
 def cifar10_resnet18() -> Config:
