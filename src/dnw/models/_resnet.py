@@ -80,7 +80,7 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet50(num_classes: int = 1000) -> ResNet:
+def resnet50(num_classes: int = 1000) -> nn.Module:
     """ResNet-50 v1.5 as in the paper's sparse training: for images of 224 pixels.
 
     Convolutions and the classifier, which has no bias, are initialised by He's normal rule with the fan-in.
@@ -88,6 +88,6 @@ def resnet50(num_classes: int = 1000) -> ResNet:
     return ResNet(num_classes, (3, 4, 6, 3), bottleneck=True, small_images=False)
 
 
-def resnet18_cifar(num_classes: int = 10) -> ResNet:
+def resnet18_cifar(num_classes: int = 10) -> nn.Module:
     """ResNet-18 for images of 32 pixels: a 3x3 stem without stride, no pooling after it; otherwise as :func:`resnet50`."""
     return ResNet(num_classes, (2, 2, 2, 2), bottleneck=False, small_images=True)
