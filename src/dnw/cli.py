@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -34,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides that follow an option: argparse ends a list of arguments at the first option
         parsed.overrides += rest
     try:
-        parsed.run(parsed)
+        with _ending_like_an_interrupt():
+            parsed.run(parsed)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # of a reader such as head, which has read enough
@@ -48,6 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dnw: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
+
+
+@contextmanager
+def _ending_like_an_interrupt() -> Iterator[None]:
+    """Within, SIGTERM is Ctrl-C: a run says how it goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

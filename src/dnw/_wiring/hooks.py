@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -40,11 +41,27 @@ class _Replaced:
             setattr(self.optimizer, self.name, self.own)
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable``, once there is a compiler: it imports it, which takes as long as torch itself."""
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def hook(*arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*arguments)
+
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return hook
+
+
 class Hooks:
     """Everything that was put around an optimizer and its model's modules, until it is removed."""
 
     def __init__(self, exchange: Exchange, travel: Travel) -> None:
-        weights, uncompiled = exchange.weights, torch.compiler.disable
+        weights = exchange.weights
         optimizer = weights.optimizer
         self._exchange, self._travel, self._optimizer = exchange, travel, optimizer
         self._handles: list[Any] = []

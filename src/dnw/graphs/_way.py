@@ -85,9 +85,12 @@ def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Modul
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_built() -> bool:
     return library() is not None
+
+
+_is_built._dynamo_marked_constant = True  # type: ignore[attr-defined]
+"""What ``torch.compiler.assume_constant_result`` says; but that imports the compiler, which takes as long as torch itself."""
 
 
 def _is_watched() -> bool:

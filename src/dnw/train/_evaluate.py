@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from dnw.data import Batches
 from dnw.train._images import load_data, make_batches, num_classes_of
 from dnw.train._network import Checkpoint, Network, load_network
-from dnw.train._processes import launch, lost_processes_named, sum_over_processes, threads_of
+from dnw.train._processes import Alone, launch, lost_processes_named, sum_over_processes, threads_of
 from dnw.train._run import RunDirectory
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
 
 
 @torch.no_grad()
-def test(network: Network, batches: Batches, fabric: Fabric) -> tuple[float, float, float]:
+def test(network: Network, batches: Batches, fabric: Fabric | Alone) -> tuple[float, float, float]:
     """Top-1, top-5 and mean loss on the test images, with the weights that the rule evaluates with."""
     sums = torch.zeros(4, device=fabric.device)
     model = network.wrapped_model.eval()
     with network.wiring.settled():
         for images, labels in batches.test():
-            sums += _batch_scores(model(images), labels)
+            with fabric.autocast():
+                logits = model(images)
+            sums += _batch_scores(logits, labels)
     right1, right5, loss, images_seen = sum_over_processes(fabric, sums).tolist()
     return right1 / images_seen, right5 / images_seen, loss / images_seen
 

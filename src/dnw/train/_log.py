@@ -1,18 +1,22 @@
-"""What a run shows while it trains: a bar within the epoch, one line per epoch, a table at the end."""
+"""What a run shows while it trains: where it is within the epoch, one line per epoch, a table at the end."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dnw._wiring.edges import Summary
 from dnw.train._config import Config
 from dnw.train._run import EpochMetrics
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of an epoch, where output goes into a file or a pipe."""
 
 
 class Log:
@@ -57,12 +61,34 @@ class Log:
 
     @contextmanager
     def progress(self, batches: int, epoch: int, epochs: int) -> Iterator[Callable[[], None]]:
-        """A bar over the batches of an epoch; yields the function that moves it on by one batch."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not (self.enabled and self._console.is_terminal)
-        with Progress(*columns, console=self._console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(f"epoch {epoch + 1}/{epochs}", total=batches)
-            yield lambda: bar.advance(task)
+        """A bar over the batches of an epoch, or in a file a line now and then, each with the time that the run still takes.
+
+        Yields:
+            The function that moves it on by one batch.
+        """
+        name, started = f"epoch {epoch + 1}/{epochs}", time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+        terminal = self._console.is_terminal
+        done, said = 0, started
+
+        def advance() -> None:
+            nonlocal done, said
+            done, now = done + 1, time.monotonic()
+            left = (now - started) / done * (batches * (epochs - epoch) - done)
+            if terminal:
+                bar.update(task, advance=1, left=f"{_clock(left)} left")
+            elif now - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                self.line(f"{name}  step {done}/{batches}  about {_clock(left)} left")
+
+        with Progress(*columns, console=self._console, transient=True, disable=not (self.enabled and terminal)) as bar:
+            task = bar.add_task(name, total=batches, left="")
+            yield advance
+
+
+def _clock(seconds: float) -> str:
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min" if minutes else f"{round(seconds)} s"
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from dnw.count import num_live_nodes
@@ -29,6 +29,7 @@ from dnw.train._log import Log
 from dnw.train._network import Network, load_network
 from dnw.train._pictures import Pictures
 from dnw.train._processes import (
+    Alone,
     check_agreement,
     check_launcher,
     launch,
@@ -39,6 +40,9 @@ from dnw.train._processes import (
 )
 from dnw.train._run import EpochMetrics, RunDirectory, TrainingStoppedError
 from dnw.train._ticket import check_tickets, keep_ticket
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _STEPS_BETWEEN_CHECKS = 50
 
@@ -93,7 +97,7 @@ def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) 
     part(fabric, run.path)
 
 
-def _train_members(run: RunDirectory, data: ImageData, data_dir: Path, fabric: Fabric, log: Log) -> None:
+def _train_members(run: RunDirectory, data: ImageData, data_dir: Path, fabric: Fabric | Alone, log: Log) -> None:
     """Trains the single runs of a run, one after the other."""
     log.enabled = fabric.is_global_zero
     members = list(run.members())
@@ -128,7 +132,7 @@ def _prepare(
     run.remove_parts()
 
 
-def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabric, log: Log) -> None:
+def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabric | Alone, log: Log) -> None:
     batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
     network = load_network(
         run,
@@ -165,7 +169,9 @@ def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabri
                 lr = config.optim.lr_at(epoch + i / batches.num_batches, config.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                logits = model(images)
+                with fabric.autocast():
+                    logits = model(images)
+                logits = logits.float()
                 loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
                 optimizer.zero_grad()
                 fabric.backward(loss)
@@ -236,7 +242,7 @@ def _evaluations_per_pass(before: tuple[int, int], after: tuple[int, int]) -> fl
     return round((after[1] - before[1]) / solves, 2) if solves else 0.0
 
 
-def _check_finite(fabric: Fabric, loss: Tensor, epoch: int, step: int, lr: float, run: RunDirectory) -> None:
+def _check_finite(fabric: Fabric | Alone, loss: Tensor, epoch: int, step: int, lr: float, run: RunDirectory) -> None:
     if not bool(torch.isfinite(sum_over_processes(fabric, loss.clone()))):
         raise _not_finite("the loss", epoch, step, lr, run)
 

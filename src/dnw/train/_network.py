@@ -53,6 +53,8 @@ from dnw.train._settings import SHARES_OF_THE_RUN, OptimConfig
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from dnw.train._processes import Alone
+
 MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "tiny_digits": lambda c, classes: tiny_digits(classes),
     "tiny_mnist": lambda c, classes: tiny_mnist(classes),
@@ -139,7 +141,7 @@ def load_network(
     *,
     num_classes: int | None = None,
     steps: int | None = None,
-    fabric: Fabric | None = None,
+    fabric: Fabric | Alone | None = None,
 ) -> Network:
     """The network of a single run as it is stored.
 
@@ -185,7 +187,7 @@ def load_network(
     return dataclasses.replace(network, epoch=epoch, step=step)
 
 
-def _kept_network(file: Path, config: Config, num_classes: int | None, fabric: Fabric | None) -> Network:
+def _kept_network(file: Path, config: Config, num_classes: int | None, fabric: Fabric | Alone | None) -> Network:
     """A network of which no more is kept than its weights: its edges are those that it has."""
     stored = read_network(file)
     if num_classes not in (None, stored.num_classes):
@@ -210,7 +212,7 @@ def make_network(
     start: Start | None = None,
     *,
     steps: int | None = None,
-    fabric: Fabric | None = None,
+    fabric: Fabric | Alone | None = None,
 ) -> Network:
     """The network of a config as its run begins.
 

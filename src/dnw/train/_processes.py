@@ -4,17 +4,57 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnw._wiring.wiring import Wiring
 from dnw.train._config import Config
 from dnw.train._log import Log
 from dnw.train._run import RunDirectory, TrainingStoppedError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Alone:
+    """One process on one device: what a run needs of Lightning Fabric, whose import takes longer than that of torch.
+
+    Attributes:
+        device: where models and images are.
+        global_rank, world_size, is_global_zero: of the only process.
+    """
+
+    global_rank, world_size, is_global_zero = 0, 1, True
+
+    def __init__(self, config: Config) -> None:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(auto if config.device == "auto" else config.device)
+        self._mixed = config.precision == "bf16-mixed"
+
+    def setup(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return model.to(self.device), optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._mixed else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def all_reduce(self, values: Tensor, reduce_op: str) -> Tensor:
+        return values
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        return values[None]
+
+    def broadcast(self, value: str) -> str:
+        return value
+
+    def barrier(self) -> None:
+        pass
 
 
 def check_launcher(config: Config) -> None:
@@ -26,8 +66,8 @@ def check_launcher(config: Config) -> None:
         )
 
 
-def launch(config: Config, processes: int) -> Fabric:
-    """Starts the processes of a run beside this one.
+def launch(config: Config, processes: int) -> Fabric | Alone:
+    """Starts the processes of a run beside this one, where there are any.
 
     Raises:
         ValueError: this machine has fewer devices.
@@ -37,17 +77,16 @@ def launch(config: Config, processes: int) -> Fabric:
             f"device=cuda, processes={processes}: this machine shows {torch.cuda.device_count()} CUDA devices; use "
             "device=cpu or fewer processes"
         )
-    fabric = Fabric(
-        accelerator=config.device,
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        precision=config.precision,
-    )
+    if processes == 1:
+        return Alone(config)
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator=config.device, devices=processes, strategy="ddp", precision=config.precision)
     fabric.launch()
     return fabric
 
 
-def part(fabric: Fabric, path: Path) -> None:
+def part(fabric: Fabric | Alone, path: Path) -> None:
     """Ends the group of processes together: one that goes first makes the others abort on their way out."""
     with lost_processes_named(path):
         fabric.barrier()
@@ -55,7 +94,7 @@ def part(fabric: Fabric, path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def check_agreement(fabric: Fabric, wiring: Wiring, epoch: int) -> None:
+def check_agreement(fabric: Fabric | Alone, wiring: Wiring, epoch: int) -> None:
     """Raises where processes that train together have come to hold different latent weights or edges."""
     if fabric.world_size == 1:
         return
@@ -66,7 +105,7 @@ def check_agreement(fabric: Fabric, wiring: Wiring, epoch: int) -> None:
         raise TrainingStoppedError(f"after epoch {epoch + 1} the processes hold different wirings; nothing of it was saved")
 
 
-def sum_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
+def sum_over_processes(fabric: Fabric | Alone, values: Tensor) -> Tensor:
     reduced = fabric.all_reduce(values, reduce_op="sum")
     assert isinstance(reduced, Tensor)
     return reduced

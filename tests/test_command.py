@@ -1,0 +1,47 @@
+"""What the command says while it works, what it imports, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dnw import cli
+from dnw.train import _log
+from dnw.train._log import Log, _clock
+
+
+def test_sigterm_ends_like_ctrl_c(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_recipes", lambda parsed: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(["recipes"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_in_a_file_has_a_line_now_and_then_with_the_time_left(monkeypatch, capsys):
+    now = iter(range(0, 1_000_000, 7))
+    monkeypatch.setattr(_log.time, "monotonic", lambda: float(next(now)))
+    with Log().progress(10, epoch=1, epochs=4) as advance:
+        for _ in range(10):
+            advance()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "epoch 2/4  step 5/10  about 2 min left"  # 35 s for 5 of 30 steps
+    assert 1 <= len(said) <= 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(9.6, "10 s"), (59, "59 s"), (61, "1 min"), (3700, "1 h 01 min"), (90_000, "25 h 00 min")]
+)
+def test_times_are_said_in_words(seconds, text):
+    assert _clock(seconds) == text
+
+
+def test_a_run_alone_needs_neither_fabric_nor_the_compiler_to_begin():
+    """Their imports take three times as long as that of torch."""
+    heavy = ("lightning_fabric", "torch._dynamo", "torchdiffeq", "matplotlib", "scipy")
+    code = f"import sys, dnw.train._loop; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
