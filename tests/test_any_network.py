@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -986,3 +987,49 @@ def test_the_docs_have_the_table_of_operators():
 def test_handlers_are_named_after_operators_that_pytorch_has():
     for name in HANDLERS:
         assert hasattr(torch.ops.aten, name) or name in ("numpy_T", "lift_fresh_copy"), name
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda image: image.relu() * 2)(self.conv(x))
+
+
+class Differentiated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: (y * y).sum())(x)
+
+
+class Scaling(nn.Module):
+    """Changes what it holds: through ``.data`` a value, or its own parameter."""
+
+    def __init__(self, parameter: bool) -> None:
+        super().__init__()
+        self.conv, self.parameter = nn.Conv2d(3, 4, 3), parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        with torch.no_grad():
+            (self.conv.weight if self.parameter else y.data).mul_(3)
+        return y * 2
+
+
+def test_transforms_of_functions_are_compiled_or_refused_and_leave_torch_as_it_was():
+    images = torch.randn(4, 3, 8, 8)
+    model = Mapped().eval()
+    assert_near(results(compile(model, (images,)), (images,)), results(model, (images,)))
+    with contextlib.suppress(ValueError):
+        compile(Differentiated(), images)
+    torch.randn(3)  # no transform is left open
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_models_that_change_what_they_hold_stay_as_they_were(parameter):
+    model = Scaling(parameter).eval()
+    before = model.conv.weight.detach().clone()
+    with contextlib.nullcontext() if parameter else pytest.raises(ValueError, match="cannot be exported"):
+        compile(model, torch.randn(2, 3, 8, 8))
+    assert torch.equal(model.conv.weight, before)

@@ -379,6 +379,45 @@ def test_a_graph_with_a_forward_of_its_own_is_traced_as_it_is():
     assert not assert_equal_to_the_trained(lively(nn.Sequential(Doubled((2, 3), 2))), (2, 6, 7)).rows
 
 
+class Fed(nn.Module):
+    """A graph without a node function at its inputs, which are a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.graph = StaticGraph((9, 4), 3, norm=None)
+        self.graph.nodes[0] = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.graph(torch.cat([x, self.one(x), self.other(x)], 1))
+
+
+def test_the_levels_of_a_graph_end_where_its_inputs_begin():
+    (row,) = assert_equal_to_the_trained(lively(Fed()), (3, 6, 7)).rows
+    assert (row.nodes, row.edges) == ((9, 4, 3), 9 * 4 + 13 * 3)
+
+
+def test_a_graph_whose_weight_is_parametrized():
+    graph = lively(nn.Sequential(StaticGraph((2, 3), 2)))
+    nn.utils.parametrizations.weight_norm(graph[0], "weight")
+    assert_equal_to_the_trained(graph, (2, 6, 7))
+
+
+class CatTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.last(torch.cat([y, y], 1))
+
+
+def test_a_value_beside_itself():
+    found = assert_equal_to_the_trained(CatTwice(), (3, 6, 7))
+    assert found.multiply_adds == found.kept_multiply_adds == (4 * 27 + 16) * 4 * 5
+
+
 @pytest.mark.parametrize(
     ("make", "size", "message"),
     [

@@ -13,7 +13,7 @@ import torch
 from compiled import lively, small_program, thinned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnw.compile import Program, Runtime, _measure, load_program, measured, plan, save_program
 from dnw.compile import _native as native
@@ -195,6 +195,31 @@ def test_any_cache_and_vector_width_give_the_same(lanes, stale, side, cache):
     torch.testing.assert_close(runtime(images), program(images), rtol=1e-4, atol=1e-5)
     calls, records = runtime._layout.lowered.calls, runtime._layout.lowered.records
     assert (len(calls) > len(records)) == (cache == 24_000 or (cache == 100_000 and side != (21, 18)))
+
+
+class Beside(nn.Module):
+    """A value that stands in a concatenation beside what a deep branch makes of it."""
+
+    def __init__(self, width: int, depth: int, pool: bool) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(3, width, 1), nn.Conv2d(width, 2 * width, 1)
+        self.branch = nn.Sequential(*[nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)])
+        self.last = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Conv2d(2 * width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        joined = torch.cat([first, self.branch(first)], 1)
+        return self.last(joined if isinstance(self.last, nn.MaxPool2d) else joined + self.wide(first))
+
+
+@pytest.mark.parametrize("height", range(57, 68, 2))
+@pytest.mark.parametrize(("width", "depth", "pool"), [(20, 4, False), (16, 7, False), (32, 4, True)])
+def test_what_is_joined_row_by_row_lies_where_it_is_held(height, width, depth, pool):
+    """A writer that has not begun yet still puts zeros above the first row."""
+    torch.manual_seed(0)
+    program = plan(model := Beside(width, depth, pool).eval(), (3, height, 64)).apply(model)
+    images = torch.randn(2, 3, height, 64)
+    torch.testing.assert_close(Runtime(program)(images), program(images), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -66,7 +66,11 @@ def _exported(model: nn.Module, example: tuple[Tensor, ...]) -> torch.export.Exp
             reason = reason or _first_line(error)
             continue
         if _is_free(found):
-            return found.run_decompositions({}) if _changes(found) else found  # into plain values
+            try:
+                return found.run_decompositions({}) if _changes(found) else found  # into plain values
+            except Exception as error:
+                reason = reason or _first_line(error)
+                continue
         reason = "its code fixes the number of images in a batch, by len(x) or int(x.shape[0]), say; x.shape[0] leaves it free"
     try:
         with torch.no_grad():
@@ -84,8 +88,13 @@ def _first_line(error: Exception) -> str:
 def _changes(exported: torch.export.ExportedProgram) -> bool:
     """Whether something is changed in place, or may be where the graph does not show it."""
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
-    inner = any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets)
-    return inner or any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
+    return any(not _is_plain(target) or (getattr(target, "_schema", None) and target._schema.is_mutable) for target in targets)
+
+
+def _is_plain(target: Any) -> bool:
+    """Whether something that is called is an operator of PyTorch, or computes with sizes; nothing else is called here."""
+    module = getattr(target, "__module__", "") or ""
+    return isinstance(target, torch._ops.OpOverload) or module in ("_operator", "operator", "math", "builtins", "torch")
 
 
 def _is_free(exported: torch.export.ExportedProgram) -> bool:
@@ -273,6 +282,8 @@ class Capture(Traced):
 
     def _run(self, node: fx.Node) -> None:
         target: Any = node.target
+        if not _is_plain(target):
+            raise ValueError(f"{self.where or 'the model'}: {getattr(target, '__name__', target)} is not compiled")
         args, kwargs = self._given(node)
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, View) for leaf in leaves) and any(isinstance(leaf, Uneven) for leaf in leaves):

@@ -290,18 +290,20 @@ def _others(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _expected(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
-    """What the model returns, as leaves; inputs and buffers stay as they are."""
+    """What the model returns, as leaves; inputs, parameters and buffers stay as they are."""
     kind = dtype_of(network)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    kept = [buffer.detach().clone() for buffer in network.buffers()]
+    own = [*network.parameters(), *network.buffers()]
+    kept = [tensor.detach().clone() for tensor in own]
     given = [x.clone().to(device, kind) if x.is_floating_point() else x.clone().to(device) for x in inputs]
     try:
         with evaluating(network), torch.no_grad():
             return pytree.tree_leaves(network(*given))
     finally:
         with torch.no_grad():
-            for buffer, before in zip(network.buffers(), kept, strict=False):
-                buffer.copy_(before)
+            for tensor, before in zip(own, kept, strict=True):
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
 
 
 def _error(expected: list[Any], runtime: Runtime, inputs: tuple[Tensor, ...], ends: _Ends, close: float) -> float:

@@ -156,6 +156,7 @@ class Lowered:
             self._numbers[task] = len(self.records)
             self.records.append(_record(task))
             self.scratch = max(self.scratch, _scratch(task))
+        _require_held(task.writes.maps, first, rows)
         second = task.reads[min(1, len(task.reads) - 1)]
         parts = task.reads[0], second, task.reads[-1], task.writes
         offsets = (part.maps.row_0 + part.first * part.maps.plane for part in parts)
@@ -180,9 +181,16 @@ class Lowered:
             self._rows("slide", maps, first, stop - first, before)
 
     def _rows(self, kind: str, maps: Maps, first: int, rows: int, before: int) -> None:
+        _require_held(maps, first, rows)
         numbers: dict[str, float] = {"targets": maps.channels, "out_pitch": maps.pitch, "out_plane": maps.plane}
         self.records.append(Record(kind, numbers, {}))
         self.calls.append(Call(len(self.records) - 1, first, rows, before, before, before, maps.row_0))
+
+
+def _require_held(maps: Maps, first: int, rows: int) -> None:
+    """Rows are written where they are held, nowhere beside."""
+    held = maps.first_row, maps.first_row + (maps.held or maps.rows)
+    assert maps.outside or held[0] <= first <= first + rows <= held[1], f"rows {first} to {first + rows} of {held}"
 
 
 # --- segments ---
@@ -250,9 +258,9 @@ def _feeds(writer: Task, part: Part) -> bool:
 
 
 def _oldest(maps: Maps, segment: list[Task], made: dict[Task, int]) -> int:
-    """The first row of maps that is still read, or not yet made."""
+    """The first row of maps that is still read, or not yet made; who has not begun puts zeros above as well."""
     oldest = [task.oldest(made[task]) for task in segment if any(part.maps is maps for part in task.reads)]
-    unmade = [made[task] for task in segment if task.writes.maps is maps and made[task] < maps.height]
+    unmade = [made[task] or -maps.top for task in segment if task.writes.maps is maps and made[task] < maps.height]
     return max(min([*oldest, *unmade]), -maps.top)
 
 

@@ -20,7 +20,6 @@ from dnw._wiring.parameters import unwrap_model
 from dnw.compile._capture import captured
 from dnw.compile._file import raw_bytes
 from dnw.compile._graphs import is_plain
-from dnw.compile._layers import Concat
 from dnw.compile._pieces import foreign, name_of
 from dnw.compile._program import Convolution, Linear, Node, Program, tensors
 from dnw.compile._shrink import Analysed, analysed, shrunk
@@ -209,8 +208,9 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
     """Which entries of each parameter the network computes with: those that are not 0, and of a static graph only edges."""
     weights = {name: p.detach() != 0 for name, p in network.named_parameters()}
     for name, graph in graphs_of(network).items():
-        if isinstance(graph, StaticGraph):
-            weights[parameter_of(name)] &= graph.levels.candidates().to(graph.weight.device)
+        mask = weights.get(parameter_of(name))  # none where it is parametrized
+        if isinstance(graph, StaticGraph) and mask is not None:
+            mask &= graph.levels.candidates().to(mask.device)
     return weights
 
 
@@ -234,12 +234,12 @@ def _rows(network: nn.Module, found: Analysed) -> Iterator[PlanRow]:
             ]
             levels = len(graph.levels.sizes)
             for at in range(0, len(sums) - len(sums) % levels, levels):
-                yield _row(name, found, sums[at : at + levels])
+                yield _row(name, found, sums[at : at + levels], levels)
 
 
-def _row(name: str, found: Analysed, sums: list[tuple[int, Node]]) -> PlanRow:
+def _row(name: str, found: Analysed, sums: list[tuple[int, Node]], num_levels: int) -> PlanRow:
     states = sums[-1][1].reads[0]
-    levels = _levels(found.program, states)
+    levels = _levels(found.program, states, num_levels)
     known = found.facts[states]
     silent, read = ~known.varies, torch.zeros_like(known.varies)
     silent &= found.facts[states].numbers(found.program.sizes()[states]).flatten(1).any(1)
@@ -262,13 +262,12 @@ def _row(name: str, found: Analysed, sums: list[tuple[int, Node]]) -> PlanRow:
     )
 
 
-def _levels(program: Program, states: int) -> list[int]:
-    """The values of the levels that lie one after the other in the states of all of them."""
-    number = states - len(program.input_sizes)
-    if number >= 0 and isinstance(program.nodes[number].instruction, Concat):
-        earlier, last = program.nodes[number].reads
-        return [*_levels(program, earlier), last]
-    return [states]
+def _levels(program: Program, states: int, count: int) -> list[int]:
+    """The values of so many levels, which lie one after the other in the states of all of them."""
+    if count == 1:
+        return [states]
+    earlier, last = program.nodes[states - len(program.input_sizes)].reads
+    return [*_levels(program, earlier, count - 1), last]
 
 
 def _size(program: Program) -> int:

@@ -74,8 +74,8 @@ class Linear:
             for w in wanted:
                 if w is not None:
                     pull += _fit(w, made.shape)
-            found = torch.autograd.grad(made, numbers, pull)
-        return [f > 0 for f in found]
+            found = torch.autograd.grad(made, numbers, pull, allow_unused=True)  # a source that stands there twice counts once
+        return [None if f is None else f > 0 for f in found]
 
 
 class Matrix:
