@@ -39,9 +39,15 @@ def test_times_are_said_in_words(seconds, text):
     assert _clock(seconds) == text
 
 
+def test_training_nothing_says_how_to_start(capsys):
+    for arguments in (["train"], ["train", "epochs=3"]):
+        assert cli.main(arguments) == 1
+        assert "give a recipe first: dnw train digits takes about a minute" in capsys.readouterr().err
+
+
 def test_a_run_alone_needs_neither_fabric_nor_the_compiler_to_begin():
     """Their imports take three times as long as that of torch."""
     heavy = ("lightning_fabric", "torch._dynamo", "torchdiffeq", "matplotlib", "scipy")
-    code = f"import sys, dnw.train._loop; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, dnw.train._loop, dnw.cli; dnw.cli._quiet(); print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -58,7 +58,7 @@ def test_overrides():
         ("seeds=0,0", "one or more different whole numbers"),
         ("seeds=-1", "one or more different whole numbers"),
         ("density=2", r"density: .*less than or equal to 1"),
-        ("density=0.5", "given are num_edges=100, density=0.5; take one off, as in num_edges=null"),
+        ("lr=0.1", r"lr: no such setting; did you mean 'optim.lr'\?"),
         ("baseline=dnw", "baseline=dnw: is the rule of the run itself"),
         ("width=0.5", "width=0.5: model=tiny_digits has no width"),
         ("rule=random_original", "rule: random_original is no rule, .* write rule=frozen edges=random_original"),
@@ -158,10 +158,23 @@ def test_the_budget_of_a_chain():
     assert override(config, ["width=0.3"]).width == 0.3
     with pytest.raises(ValueError, match="a budget is one of 'width', 'num_edges', 'density'; none is given"):
         override(config, ["width=null"])
-    with pytest.raises(ValueError, match="given are width=0.225, num_edges=5; take one off, as in width=null"):
-        override(config, ["num_edges=5"])
+    with pytest.raises(ValueError, match="given are width=0.3, num_edges=5; take one off, as in width=null"):
+        override(config, ["num_edges=5", "width=0.3"])
     with pytest.raises(ValueError, match=r"width=1.5: the budget of a chain of graphs is that of a width from 0 to 1"):
         override(config, ["width=1.5"])
+
+
+def test_a_budget_takes_the_place_of_the_recipes():
+    found = override(digits(), ["density=0.1"])
+    assert (found.density, found.num_edges) == (0.1, None)
+    assert override(found, ["num_edges=50"]) == override(digits(), ["num_edges=50"])
+    chain = override(RECIPES["cifar10_mobilenet_dnw_x225"](), ["num_edges=5"])
+    assert (chain.width, chain.num_edges) == (None, 5)
+    assert override(RECIPES["imagenet_expander_x50"](), ["width=0.25"]).density == 0.25
+    with pytest.raises(ValueError, match="given are num_edges=100, density=0.1; take one off"):
+        override(digits(), ["density=0.1", "num_edges=100"])
+    with pytest.raises(ValueError, match="none is given"):
+        override(digits(), ["num_edges=null"])
 
 
 def test_bad_files():

@@ -417,8 +417,9 @@ def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
     from dnw.train._config import MOST_BYTES
 
     if name is None or "=" in name:
-        overrides = [*([name] if name else []), *overrides]
-        name = "digits"
+        raise ValueError(
+            "give a recipe first: dnw train digits takes about a minute and needs no data; dnw recipes lists them all"
+        )
     if name in RECIPES:
         config = RECIPES[name]()
     elif name.endswith(".json"):
@@ -433,8 +434,6 @@ def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
 def _quiet() -> None:
     """Keeps the advice that libraries give to programmers out of a user's terminal."""
     import logging
-
-    import lightning_fabric  # noqa: F401  (it sets its own log level when imported)
 
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning_fabric|torch\.distributed")

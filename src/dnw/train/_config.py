@@ -34,6 +34,9 @@ from dnw.train._settings import (
     validated,
 )
 
+_NULL = ("null", "none", "None")
+BUDGETS = ("width", "num_edges", "density")
+"""Settings that say how many edges there are; a run has one of them."""
 MOST_BYTES = 2**20
 """Of the file of a config."""
 MAY_CHANGE = ("device", "data.workers", "first_epoch_snapshots")
@@ -259,6 +262,12 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         ValueError: no such key, or a value that is not allowed.
     """
     values = config.model_dump(mode="json")
+    named = {key for key, _, text in (item.partition("=") for item in overrides) if text not in _NULL}
+    given = [name for name in BUDGETS if name in named]
+    if len(given) == 1 and (given[0] != "width" or config.model.startswith("mobilenet_v1_graphs")):
+        # a budget takes the place of the recipe's; the width of other models is none
+        others = BUDGETS if config.model.startswith("mobilenet_v1_graphs") else ("num_edges", "density")
+        values |= {name: None for name in others if name not in given}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
@@ -268,7 +277,9 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         for group in outer:
             part = part.get(group) if isinstance(part, dict) else None
         if not isinstance(part, dict) or name not in part or isinstance(part[name], dict):
-            raise ValueError(f"{key}: no such setting{did_you_mean(key, _flat(values))}")
+            inside = [known for known in _flat(values) if known.endswith(f".{key}")]
+            hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(key, _flat(values))
+            raise ValueError(f"{key}: no such setting{hint}")
         part[name] = _value(text, part[name])
     return validated(Config, values, "override")
 
@@ -280,7 +291,7 @@ def changes(config: Config, base: Config) -> list[str]:
 
 
 def _value(text: str, present: Any) -> Any:
-    if text in ("null", "none", "None"):
+    if text in _NULL:
         return None
     if isinstance(present, list):
         return [_scalar(part) for part in text.split(",") if part]

@@ -34,7 +34,7 @@ class Log:
         density = summary.active / summary.candidates
         self.line(
             f"{config.recipe}: rule {config.method}, seed {config.seed}, {summary.active:,} of {summary.candidates:,} "
-            f"candidate edges ({density:.1%}), {config.epochs} epochs in {path}"
+            f"candidate edges ({density:.1%}), {config.epochs} epoch{'s' if config.epochs > 1 else ''} in {path}"
         )
         if done:
             self.line(f"continuing after epoch {done}")

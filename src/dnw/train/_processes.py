@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,8 +80,11 @@ def launch(config: Config, processes: int) -> Fabric | Alone:
         )
     if processes == 1:
         return Alone(config)
-    from lightning_fabric import Fabric
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    from lightning_fabric import Fabric  # which sets its own
 
+    logger.setLevel(level or logger.level)
     fabric = Fabric(accelerator=config.device, devices=processes, strategy="ddp", precision=config.precision)
     fabric.launch()
     return fabric
