@@ -416,10 +416,12 @@ def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
     from dnw.train import config_from_json, override
     from dnw.train._config import MOST_BYTES
 
-    if name is None or "=" in name:
+    if name is None:
         raise ValueError(
             "give a recipe first: dnw train digits takes about a minute and needs no data; dnw recipes lists them all"
         )
+    if "=" in name:
+        overrides, name = [name, *overrides], "digits"
     if name in RECIPES:
         config = RECIPES[name]()
     elif name.endswith(".json"):
