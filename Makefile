@@ -1,5 +1,6 @@
 # make demo: set up and train the digits. make test: set up and run tests, lint and types. make check: the same of the core alone,
-# while one works on it. make sanitize: kernels under sanitizers.
+# while one works on it. make sanitize: kernels under sanitizers. make results: tables and curves of the docs from results/.
+# make gpu: what a GPU is worth most for, in 25 minutes; again, and it goes on.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip finds builds of torch without CUDA, if not in its usual index: see "Installing" in the README.
@@ -7,7 +8,6 @@ TORCH_INDEX ?=
 PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/
 
-# make gpu: what a GPU is worth most for, in 25 minutes; again, and it goes on.
 .PHONY: demo test check results gpu lint types unit sanitize format clean
 
 demo: $(VENV)/.train

@@ -16,9 +16,10 @@ import dnw
 from dnw.cli import main
 from dnw.compile import Runtime, plan
 from dnw.models import GraphClassifier, Pretrained, pretrained, pretrained_names
-from dnw.models._pretrained import FOLDER, read_network, write_network
+from dnw.models._pretrained import PRETRAINED, read_network, write_network
 from dnw.recipes import RECIPES
 from dnw.train import evaluate, load_trained, override, save_results, train
+from dnw.view import read_snapshots
 
 SHARED = Path(os.environ.get("DNW_SHARED", Path(__file__).parents[2] / "shared"))
 NAMES = pretrained_names()
@@ -26,7 +27,7 @@ NAMES = pretrained_names()
 
 def test_there_are_some_and_they_are_small():
     assert {"digits_static", "mnist_static"} <= set(NAMES)
-    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    files = [file for file in PRETRAINED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 1_500_000
     assert {file.name for file in files if not file.name.startswith("step-")} == {
         "config.json",
@@ -46,11 +47,11 @@ def test_a_network_has_the_wiring_of_its_config(name):
     assert int(wired.active.count_nonzero()) == found.config["num_edges"]
     assert torch.equal(found.model.get_parameter(parameter) != 0, wired.active)
     assert f"Pretrained('{name}': {found.config['num_edges']:,} edges" in repr(found)
-    assert found.config == json.loads((FOLDER / name / "environment.json").read_text())["config"]
+    assert found.config == json.loads((PRETRAINED / name / "environment.json").read_text())["config"]
 
 
 def test_the_digits_are_told_apart_as_well_as_after_training(capsys):
-    (score,) = evaluate(FOLDER / "digits_static")
+    (score,) = evaluate(PRETRAINED / "digits_static")
     found = pretrained("digits_static")
     assert abs(score.top1 - found.top1) < 0.004
     _, test = dnw.data.load("digits", "", 8)
@@ -69,21 +70,21 @@ def test_mnist_is_told_apart_as_well_as_after_training(tmp_path):
     if not unpack.exists():
         pytest.skip("the real data sets are not at hand (set DNW_SHARED)")
     subprocess.run([sys.executable, unpack, tmp_path, "mnist"], check=True, capture_output=True)
-    (score,) = evaluate(FOLDER / "mnist_static", data_dir=tmp_path)
+    (score,) = evaluate(PRETRAINED / "mnist_static", data_dir=tmp_path)
     assert score.top1 > 0.98
     assert abs(score.top1 - pretrained("mnist_static").top1) < 0.002
 
 
 def test_names_stand_where_runs_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    before = sorted(FOLDER.rglob("*"))
+    before = sorted(PRETRAINED.rglob("*"))
     assert main(["count", "digits_static"]) == 0
     assert "graph.weight" in capsys.readouterr().out
     assert main(["view", "digits_static"]) == 0
     assert capsys.readouterr().out.strip() == "digits_static.html"
     assert main(["compile", "digits_static", "--out", "net.dnw"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"digits_static.html", "net.dnw"}
-    assert sorted(FOLDER.rglob("*")) == before
+    assert sorted(PRETRAINED.rglob("*")) == before
     images = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         expected = pretrained("digits_static").model(images)
@@ -114,7 +115,9 @@ def test_a_network_goes_on_training():
 
 def test_any_run_can_be_kept_with_its_network(tmp_path):
     run = train(override(RECIPES["digits"](), ["epochs=2", "baseline=null"]), data_dir=tmp_path, out=tmp_path / "run")
-    (kept,) = save_results([run], tmp_path / "kept", RECIPES, snapshots=3)
+    for _ in range(2):  # again changes nothing
+        (kept,) = save_results([run], tmp_path / "kept", RECIPES, snapshots=3)
+    assert [s.step for s in read_snapshots(kept / "snapshots")] == [0, 8, 80]
     assert len(list((kept / "snapshots").iterdir())) == 3
     own, again = load_trained(run), load_trained(kept)
     assert (again.epoch, again.step) == (own.epoch, own.step)
@@ -127,7 +130,7 @@ def test_any_run_can_be_kept_with_its_network(tmp_path):
     other = override(RECIPES["digits"](), ["epochs=2", "baseline=null", "num_edges=90"])
     (kept / "config.json").write_text(other.to_json())
     (kept / "environment.json").unlink()
-    (kept / "network.pt").write_bytes((FOLDER / "mnist_static" / "network.pt").read_bytes())
+    (kept / "network.pt").write_bytes((PRETRAINED / "mnist_static" / "network.pt").read_bytes())
     with pytest.raises(ValueError, match=r"network\.pt: .* are those of another network"):
         load_trained(kept)
 

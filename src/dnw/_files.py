@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PRETRAINED = Path(__file__).parent / "models" / "pretrained"
+"""Where the trained networks of the package lie, a folder each."""
 PART = ".part"
 """How the name of a file ends that is being written aside; one that is left over belongs to a process that was killed."""
 

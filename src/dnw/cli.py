@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, get_args
 
 from dnw import __version__
 from dnw._checks import did_you_mean, listing
-from dnw._files import read_text
+from dnw._files import PRETRAINED, read_text
 
 if TYPE_CHECKING:
     from dnw.train import Config
@@ -178,7 +178,7 @@ _RUN = "run directory, or name of a pretrained network"
 def _run(text: str) -> Path:
     """A run directory by its path, or that of a pretrained network by its name."""
     path = Path(text)
-    inside = Path(__file__).parent / "models" / "pretrained" / text
+    inside = PRETRAINED / text
     return inside if re.fullmatch(r"\w+", text) and not path.exists() and inside.is_dir() else path
 
 
@@ -307,7 +307,7 @@ def _view(parsed: argparse.Namespace) -> None:
             _say(f"{path}: {write_still(one, path, -1 if parsed.snapshot is None else parsed.snapshot):,} bytes")
         return
     out, first = parsed.out, parsed.paths[0]
-    if out is None and first.is_relative_to(Path(__file__).parent):  # nothing is written into the package
+    if out is None and first.is_relative_to(PRETRAINED):  # nothing is written into the package
         out = Path(f"{first.name}.html")
     page = view_runs(parsed.paths, out)
     for path in parsed.paths:
@@ -376,7 +376,7 @@ def _results(parsed: argparse.Namespace) -> None:
         raise ValueError("--save keeps runs and --into makes a table; one after the other")
     if parsed.save is not None:
         for kept in save_results(parsed.paths, parsed.save, RECIPES, snapshots=parsed.snapshots):
-            _say(f"{kept}: {sum(file.stat().st_size for file in kept.rglob('*')):,} bytes")
+            _say(f"{kept}: {sum(file.stat().st_size for file in kept.rglob('*') if file.is_file()):,} bytes")
         return
     if parsed.plot is not None:
         plot_results(parsed.paths, parsed.plot, RECIPES)

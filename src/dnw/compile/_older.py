@@ -5,6 +5,7 @@ Contract: only read. Each becomes nodes of today's instructions, which compute t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,12 +31,12 @@ Emit = Callable[..., int]
 
 
 @dataclass(frozen=True, eq=False)
-class Older:
+class Older(ABC):
     """An instruction of its day; ``unrolled`` appends what it is now."""
 
+    @abstractmethod
     def unrolled(self, emit: Emit, x: int, size: Size) -> int:
         """The number of the value that is made of value ``x``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dnw._checks import did_you_mean, listing
-from dnw._files import read_tensors, read_text, write_whole
+from dnw._files import PRETRAINED, read_tensors, read_text, write_whole
 from dnw._rules.fixed import Frozen
 from dnw._wiring.wire import wire
 from dnw._wiring.wiring import Wiring
 from dnw.models._classifier import tiny_cifar10, tiny_digits, tiny_mnist
 
 FORMAT = 1
-FOLDER = Path(__file__).parent / "pretrained"
 _MAKERS: dict[str, Callable[[int], nn.Module]] = {
     "tiny_digits": tiny_digits,
     "tiny_mnist": tiny_mnist,
@@ -59,7 +58,7 @@ class Pretrained:
 
 def pretrained_names() -> list[str]:
     """The networks that there are."""
-    return sorted(path.parent.name for path in FOLDER.glob("*/network.pt"))
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/network.pt"))
 
 
 def pretrained_folder(name: str) -> Path:
@@ -71,7 +70,7 @@ def pretrained_folder(name: str) -> Path:
     names = pretrained_names()
     if name not in names:
         raise ValueError(f"no pretrained network {name!r}{did_you_mean(name, names)}; there are {listing(names)}")
-    return FOLDER / name
+    return PRETRAINED / name
 
 
 def pretrained(name: str) -> Pretrained:

@@ -101,7 +101,9 @@ class SnapshotWriter:
         self.append(Snapshot(step, epoch, edges, weights, dict(beside or {})))
 
     def append(self, snapshot: Snapshot) -> None:
-        """Writes a snapshot as it is, after those that are there."""
+        """Writes a snapshot as it is, after those that are there; nothing where its step has one already."""
+        if self._last is not None and snapshot.step <= self._last.step:
+            return
         last, edges, weights, beside = self._last, snapshot.edges, snapshot.weights, snapshot.beside
         step, epoch = snapshot.step, snapshot.epoch
         before = last.edges if last and last.edges.keys() == edges.keys() else {}
