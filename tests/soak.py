@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from dnw.recipes import RECIPES, digits
+from dnw.recipes import digits
 from dnw.train import (
     RunDirectory,
     TrainingStoppedError,
@@ -128,7 +128,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "eval": accuracies,
     "load": weights,
     "count": lambda path: str(count_run(path)),
-    "results": lambda path: results_table([path], RECIPES),
+    "results": lambda path: results_table([path]),
     "resume": trained_on,
 }
 

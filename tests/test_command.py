@@ -10,13 +10,14 @@ import sys
 import pytest
 
 from dnw import cli
+from dnw.cli import _commands
 from dnw.train import _log
 from dnw.train._log import Log, _clock
 
 
 def test_sigterm_ends_like_ctrl_c(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(cli, "_recipes", lambda parsed: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(_commands, "_say", lambda text: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(["recipes"]) == 130
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -47,6 +48,7 @@ def test_training_nothing_says_how_to_start(capsys):
 def test_a_run_alone_needs_neither_fabric_nor_the_compiler_to_begin():
     """Their imports take three times as long as that of torch."""
     heavy = ("lightning_fabric", "torch._dynamo", "torchdiffeq", "matplotlib", "scipy")
-    code = f"import sys, dnw.train._loop, dnw.cli; dnw.cli._quiet(); print([m for m in {heavy} if m in sys.modules])"
+    loads = "import sys, dnw.train._loop, dnw.cli._commands; dnw.cli._commands._quiet()"
+    code = f"{loads}; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -14,9 +14,9 @@ from dnw._rules import RULES
 from dnw.data import DATASETS
 from dnw.graphs._ode import ADAPTIVE, EQUAL_STEPS
 from dnw.recipes import RECIPES, cifar10, digits
+from dnw.recipes import _settings as settings
+from dnw.recipes._config import changes
 from dnw.train import Config, DataConfig, OptimConfig, config_from_json, override
-from dnw.train import _settings as settings
-from dnw.train._config import changes
 from dnw.train._counts import config_of_model
 from dnw.train._network import MODELS, make_model
 
@@ -220,8 +220,8 @@ def test_complete_needs_no_budget():
 def test_the_names_that_a_config_knows_are_those_that_there_are(name, table):
     known = get_args(getattr(settings, name))
     missing, unknown = [x for x in table if x not in known], [x for x in known if x not in table]
-    assert not missing, f"add {missing} to {name} in dnw/train/_settings.py"
-    assert not unknown, f"{name} in dnw/train/_settings.py has {unknown}, which there are no more"
+    assert not missing, f"add {missing} to {name} in dnw/recipes/_settings.py"
+    assert not unknown, f"{name} in dnw/recipes/_settings.py has {unknown}, which there are no more"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -245,7 +245,7 @@ def own_settings(rule: str) -> dict[str, object]:
 def test_the_settings_of_a_rule_are_those_of_its_class(rule):
     expected = own_settings(rule)
     listed = settings.RULE_SETTINGS.get(rule, ())
-    where = "of dnw/train/_settings.py"
+    where = "of dnw/recipes/_settings.py"
     assert set(listed) == set(expected), f"RULE_SETTINGS {where} has {listed} of {rule}, its class {tuple(expected)}"
     fixed = "belongs into" if dnw.RULES[rule].fixed else "does not belong into"
     assert dnw.RULES[rule].fixed == (rule in settings.FIXED_RULES), f"{rule} {fixed} FIXED_RULES {where}"

@@ -13,6 +13,7 @@ from pages import PAGES, ROOT, anchors, commands_in_prose, links, prose, section
 
 import dnw
 from dnw import cli
+from dnw.cli._arguments import make_parser
 from dnw.recipes import RECIPES
 
 # --- links and commands ---
@@ -52,7 +53,7 @@ def words_of(program: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("command", "arguments"), words_of("dnw"), ids=[command for command, _ in words_of("dnw")])
 def test_commands_of_dnw_parse(command, arguments, capsys):
     """Their settings are resolved, too, which needs neither data nor torch."""
-    parser = cli._parser()
+    parser = make_parser()
     (verbs,) = [action.choices for action in parser._actions if action.choices]
     assert arguments[0] in {*verbs, "--help", *PLACEHOLDERS}, f"there is no verb {arguments[0]!r}"
     if len(arguments) == 1 or "--help" in arguments or PLACEHOLDERS & set(arguments):

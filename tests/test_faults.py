@@ -22,7 +22,7 @@ from processes import GROUP
 from torch import nn
 
 from dnw.cli import main
-from dnw.recipes import RECIPES, digits
+from dnw.recipes import digits
 from dnw.train import (
     RunDirectory,
     TrainingStoppedError,
@@ -117,7 +117,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "count": count_run,
     "load": load_trained,
     "view": run_record,
-    "results": lambda path: results_table([path], RECIPES),
+    "results": lambda path: results_table([path]),
     "sweep": lambda path: sweep(
         short(), "epochs", ["2"], data_dir=Path("data"), out=shutil.copytree(path, path.parent / "sweep" / "epochs-2").parent
     ),
@@ -446,7 +446,7 @@ def test_a_network_without_graphs_has_no_live_nodes_and_no_snapshots(tmp_path, m
     run = train(short(), data_dir=tmp_path, out=tmp_path / "run")
     assert "live nodes" not in capsys.readouterr().out
     assert not (run / "snapshots").exists()
-    assert "live nodes" not in results_table([run], RECIPES)
+    assert "live nodes" not in results_table([run])
     assert load_trained(run).model[3].out_features == 10
 
 
@@ -509,7 +509,7 @@ def test_a_resumed_run_computes_with_the_threads_that_it_was_started_with(tmp_pa
     assert used == {2}
     assert "2 threads, as this run was started with" in capsys.readouterr().out
     assert RunDirectory(tmp_path / "run").environment()["threads"] == 2
-    assert ", 2 threads, commit" in results_table([tmp_path / "run"], RECIPES)
+    assert ", 2 threads, commit" in results_table([tmp_path / "run"])
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):

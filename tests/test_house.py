@@ -28,8 +28,8 @@ FLOORS = [
     ["models", "count"],
     ["compile", "data"],
     ["view"],
-    ["train"],
     ["recipes"],
+    ["train"],
     ["cli"],
 ]
 """From the ground up: a room imports only from floors below its own."""
@@ -126,9 +126,14 @@ def loaded_by(code: str) -> set[str]:
 COMMANDS = [
     ["--help"],
     ["recipes"],
+    ["recipes", "cifar10"],
+    ["completion", "bash"],
     ["train", "--help"],
     ["train", "digits", "--print-config"],
     ["train", "digits", "optim.lr=x"],
+    ["train", "digits", "optim.lrr=1"],
+    ["train", "mnist", "--data-dir", "/nowhere"],
+    ["train", "cifar10", "--data-dir", "/nowhere"],
 ]
 
 

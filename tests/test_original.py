@@ -161,7 +161,7 @@ def test_evaluations_of_an_ode_are_reported_per_epoch(tmp_path, capsys, monkeypa
     run = RunDirectory(train(config, data_dir=tmp_path, out=tmp_path / "run"))
     assert run.metrics()[0].evaluations == 12
     assert "evaluations 12.0" in capsys.readouterr().out
-    assert "(12 evaluations)" in results_table([run.path], RECIPES)
+    assert "(12 evaluations)" in results_table([run.path])
 
 
 def test_an_ode_that_cannot_go_on_is_one_line(tmp_path, capsys, monkeypatch):
@@ -190,11 +190,11 @@ def test_the_table_of_results(tmp_path, capsys):
     assert f"commit `{environment['commit']}`" in table
     lines = (run / "seed-1" / "metrics.jsonl").read_text().splitlines()
     (run / "seed-1" / "metrics.jsonl").write_text(lines[0] + "\n")
-    table = results_table([run], RECIPES)
+    table = results_table([run])
     assert "| `digits` | dnw | 2 | 0 |" in table
     assert f"- not finished, left out: {run / 'seed-1'} (1 of 2 epochs)" in table
     with pytest.raises(ValueError, match="not a run directory"):
-        results_table([tmp_path / "nothing"], RECIPES)
+        results_table([tmp_path / "nothing"])
 
 
 def test_settings_that_differ_from_the_recipe_stand_in_the_table(tmp_path):
@@ -203,12 +203,12 @@ def test_settings_that_differ_from_the_recipe_stand_in_the_table(tmp_path):
         train(override(base, [f"optim.lr={lr}", "num_edges=150"]), data_dir=tmp_path, out=tmp_path / str(lr))
         for lr in (0.1, 0.05)
     ]
-    table = results_table(runs, RECIPES)
+    table = results_table(runs)
     assert "| `digits` | dnw | 1 | 0 |" in table
     assert "| `digits` `optim.lr=0.05` | dnw | 1 | 0 |" in table
     assert "- changed in all rows: `num_edges=150 batch_size=64`" in table
     again = shutil.copytree(runs[0], tmp_path / "again")  # the same seed again is no second seed
-    assert results_table([*runs, again], RECIPES).count("| `digits` | dnw | 1 | 0 |") == 2
+    assert results_table([*runs, again]).count("| `digits` | dnw | 1 | 0 |") == 2
 
 
 def test_what_is_kept_of_a_run_gives_the_same_table(tmp_path, capsys):
@@ -228,16 +228,16 @@ def test_what_is_kept_of_a_run_gives_the_same_table(tmp_path, capsys):
         assert sum(file.stat().st_size for file in files.values()) < 10_000
         assert not any(str(tmp_path) in file.read_text() for file in files.values())
         assert json.loads(files["counts.json"].read_text())["active"] < 2_000
-    assert results_table([tmp_path / "kept"], RECIPES) == results_table([run], RECIPES)
+    assert results_table([tmp_path / "kept"]) == results_table([run])
     other = train(override(config, ["num_edges=150", "seeds=1", "baseline=null"]), data_dir=tmp_path, out=tmp_path / "other")
     metrics = RunDirectory(other).metrics()
     RunDirectory(other).write_metrics(metrics[:1])
     with pytest.raises(ValueError, match="no finished run"):
-        save_results([other], tmp_path / "kept", RECIPES)
+        save_results([other], tmp_path / "kept")
     lines = RunDirectory(kept[0]).metrics()
     RunDirectory(kept[0]).write_metrics(lines[:1])
     with pytest.raises(ValueError, match="holds another run of the same settings"):
-        save_results([run], tmp_path / "kept", RECIPES)
+        save_results([run], tmp_path / "kept")
 
 
 def test_learning_curves_are_drawn_of_what_is_kept(tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_the_tables_of_the_docs_are_made_of_what_is_kept(name, tmp_path):
     page = STORED.parent / "docs" / "results.md"
     again = tmp_path / "page.md"
     again.write_text(page.read_text())
-    insert_table(again, name, results_table([STORED / name], RECIPES))
+    insert_table(again, name, results_table([STORED / name]))
     assert again.read_text() == page.read_text(), "make results"
 
 
@@ -269,7 +269,7 @@ def test_a_table_is_put_into_its_place_in_a_page(tmp_path, capsys):
     page.write_text("before\n<!-- table one -->\nold\n<!-- end -->\nbetween\n<!-- table two -->\nkept\n<!-- end -->\nafter\n")
     for _ in range(2):
         assert main(["results", str(run), "--into", str(page), "--table", "one"]) == 0
-        table = results_table([run], RECIPES)
+        table = results_table([run])
         assert page.read_text() == (
             f"before\n<!-- table one -->\n\n{table}\n\n<!-- end -->\nbetween\n<!-- table two -->\nkept\n<!-- end -->\nafter\n"
         )

@@ -10,6 +10,7 @@ import tomllib
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,35 @@ def test_both_pictures_have_the_same_colours():
     assert f"--plus: {PLUS}; --minus: {MINUS};" in _file("page.css")
 
 
+SEEN_BY = {
+    "all cones": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+"""What eyes make of linear red, green and blue. Source: Machado, Oliveira, Fernandes, 2009, table 1, severity 1."""
+
+
+def lab(colour: str, seen: np.ndarray) -> np.ndarray:
+    """A colour such as #c76a00 in CIELAB, as it is seen."""
+    values = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(seen @ linear, 0, 1) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", SEEN_BY)
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_all_eyes_tell_the_four_kinds_of_edges_apart(scheme, eyes):
+    """Ten is told apart at a glance side by side; lines are thin and apart, so twice that is asked for."""
+    kinds = [re.findall(rf"--{kind}: (#\w+)", _file("page.css"))[scheme] for kind in ("plus", "minus", "came", "went")]
+    found = [lab(kind, np.array(SEEN_BY[eyes])) for kind in kinds]
+    for (one, a), (other, b) in combinations(zip(kinds, found, strict=True), 2):
+        assert np.linalg.norm(a - b) > 20, f"{one} and {other}"
+
+
 # --- in a browser ---
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -369,7 +399,7 @@ def test_hostile_names_do_nothing_in_a_browser(run, browser, tmp_path):
 
 def test_what_is_not_known_of_a_run_is_left_out(run, browser, tmp_path):
     one = run_record(run)
-    facts = "[...document.querySelectorAll('#now span')].map(e => e.textContent)"
+    facts = "[...document.querySelectorAll('#now th[scope=row]')].map(e => e.textContent)"
     for reload, metrics, shown in (
         (None, (), []),
         (None, ({"epoch": 1, "lr": 0.1},), []),
@@ -384,8 +414,9 @@ def test_what_is_not_known_of_a_run_is_left_out(run, browser, tmp_path):
             assert page.evaluate(facts) == ["edges", "live", "come", "gone", *shown]
             assert page.is_visible("#accuracy") == ("accuracy" in shown)
             assert page.is_visible("#loss") == ("loss" in shown)
-        numbers = [n.replace("\n", " ") for n in page.locator("#now div").all_inner_texts()[4:]]
-        assert numbers == {0: [], 1: ["2.500 loss"], 2: ["none yet accuracy", "none yet loss"]}[len(shown)]
+        numbers = [row.split("\t") for row in page.locator("#now tr").all_inner_texts()[5:]]
+        none, of_both = "none yet", {0: [], 1: [["loss", "2.500", "2.500"]]}
+        assert numbers == of_both.get(len(shown), [["accuracy", none, none], ["loss", none, none]])
         assert page.evaluate("document.querySelectorAll('#table th').length") == 7 + (shown == ["loss"])
         assert "NaN" not in page.evaluate("document.body.innerText + document.querySelector('#table').textContent")
         assert page.problems == []
@@ -438,6 +469,66 @@ def test_two_runs_share_their_time(run, browser, tmp_path):
     assert page.is_visible("#inside")
     page.evaluate("pick(runs[0], 70)")
     assert not page.is_visible("#inside"), "this run has no pictures of its nodes, and those of the other are not its"
+    assert page.problems == []
+
+
+def test_numbers_of_both_runs_stand_beside_each_other(run, browser):
+    page = opened(browser, run / "view.html", viewport={"width": 1280, "height": 800})
+    rows = [row.inner_text().split("\t") for row in page.locator("#now tr").all()]
+    records = [run_record(run), run_record(run / "baseline")]
+    assert [cell.strip() for cell in rows[0][1:]] == [one.about for one in records]
+    table = {cells[0]: cells[1:] for cells in rows[1:]}
+    assert table["live"] == [f"{int((one.live[-1] != 0).sum())} of {one.live.shape[1]}" for one in records]
+    assert table["accuracy"] == [f"{100 * one.metrics[-1]['top1']:.1f} %" for one in records]
+    assert page.problems == []
+
+
+def test_values_are_told_where_one_points(run, browser):
+    page = opened(browser, run / "view.html", viewport={"width": 1280, "height": 1600})
+
+    def tip(canvas: str, across: float, down: float = 0.5) -> str:
+        page.locator(canvas).scroll_into_view_if_needed()
+        box = page.locator(canvas).bounding_box()
+        page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+        return page.inner_text("#tip") if page.is_visible("#tip") else ""
+
+    both = [run_record(run), run_record(run / "baseline")]
+    ends = ", ".join(f"{one.about} {100 * one.metrics[-1]['top1']:.2f} %" for one in both)
+    assert tip("#accuracy", 0.99) == f"epoch 3.00: {ends}"
+    assert "training" in tip("#loss", 0.5)
+    assert re.fullmatch(r"\d+: .* \d+, .* \d+", tip("#degrees", 0.3))
+    target, source = next(iter(edges_of(both[0], -1)))
+    nodes = both[0].live.shape[1]
+    side = page.locator("#adjacency").bounding_box()
+    left = (side["width"] - min(side["width"], side["height"])) / 2
+    across = (left + (source + 0.5) / nodes * min(side["width"], side["height"])) / side["width"]
+    said = tip("#adjacency", across, (target + 0.5) / nodes * min(side["width"], side["height"]) / side["height"])
+    names = [page.evaluate(f"runs[0].nodeName({n})") for n in (source, target)]
+    assert said == f"from {names[0]} to {names[1]}: 1 edge"
+    assert page.problems == []
+
+
+def test_nodes_are_chosen_by_keys_and_outputs_are_no_classes(run, browser):
+    page = opened(browser, run / "view.html", viewport={"width": 1280, "height": 800})
+    one = run_record(run)
+    live = [n for n in range(one.live.shape[1]) if one.live[-1, n]]
+    page.locator("canvas.graph").first.focus()
+    chosen = []
+    for key in "nnnp":
+        page.keyboard.press(key)
+        chosen.append(page.evaluate("state.picked.node"))
+    assert chosen == [live[0], live[1], live[2], live[1]]
+    assert page.inner_text("#nodeName") == page.evaluate(f"runs[0].nodeName({live[1]})")
+    page.keyboard.press("p")
+    page.keyboard.press("p")
+    assert page.evaluate("state.picked.node") == live[-1]
+    assert page.get_attribute("#nodeName", "aria-live") == "polite"
+    page.keyboard.press("Escape")
+    settle(page)
+    box = page.locator("canvas.graph").first.bounding_box()
+    x, y = page.evaluate(f"graphs[0].position({live[-1]})")
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    assert page.inner_text("#tip").endswith("; a channel for the layers that come after, no class")
     assert page.problems == []
 
 

@@ -12,9 +12,9 @@ from dnw.cli import main
 from dnw.compile import compile
 from dnw.models import expander_edges, mobilenet_v1, shufflenet_v1, shufflenet_v2
 from dnw.recipes import RECIPES
-from dnw.recipes._published import TABLES, Published, tables
 from dnw.train import EpochMetrics, RunDirectory, override
 from dnw.train._network import make_model, make_network
+from dnw.train._published import TABLES, Published, tables
 
 COUNTS = {
     "imagenet_mobilenet_x25": (0.470, 41.0),
@@ -139,7 +139,7 @@ def test_every_row_is_a_recipe_whose_docstring_has_its_accuracy():
 def test_the_tables_have_counts_results_and_commands(tmp_path, monkeypatch):
     own = Published("static, DNW", "cifar10", 80.9, 0.6)
     rows = (own, ROWS["cifar10_mobilenet_x25"], ROWS["imagenet_mobilenet_x25"])
-    monkeypatch.setattr("dnw.recipes._published.TABLES", {"few": rows})
+    monkeypatch.setattr("dnw.train._published.TABLES", {"few": rows})
     assert not any("seed" in line for line in tables(tmp_path / "nothing"))
     for seed, top1 in ((0, 0.5), (1, 0.52)):
         stored(
@@ -165,7 +165,7 @@ def stored(path, config, top1):
 
 
 def test_the_command_prints_one_of_the_tables(capsys, monkeypatch):
-    monkeypatch.setattr("dnw.recipes._published.TABLES", {"few": (ROWS["cifar10_mobilenet_x25"],), "more": ()})
+    monkeypatch.setattr("dnw.train._published.TABLES", {"few": (ROWS["cifar10_mobilenet_x25"],), "more": ()})
     assert main(["table", "few"]) == 0
     printed = capsys.readouterr().out
     assert "MobileNetV1 x0.25" in printed

@@ -116,7 +116,7 @@ def test_a_network_goes_on_training():
 def test_any_run_can_be_kept_with_its_network(tmp_path):
     run = train(override(RECIPES["digits"](), ["epochs=2", "baseline=null"]), data_dir=tmp_path, out=tmp_path / "run")
     for _ in range(2):  # again changes nothing
-        (kept,) = save_results([run], tmp_path / "kept", RECIPES, snapshots=3)
+        (kept,) = save_results([run], tmp_path / "kept", snapshots=3)
     assert [s.step for s in read_snapshots(kept / "snapshots")] == [0, 8, 80]
     assert len(list((kept / "snapshots").iterdir())) == 3
     own, again = load_trained(run), load_trained(kept)

@@ -18,9 +18,6 @@ KNOWN = {
     "RuleConfig": "a part of dnw.train.Config, set by overrides",
     "DensityConfig": "a part of dnw.train.Config, set by overrides",
     "TicketConfig": "a part of dnw.train.Config, set by overrides",
-    "Log": "what prints a run's lines: given by sweeps and by tests alone",
-    "Scores": "what dnw.train.evaluate returns, read by its attributes",
-    "Network": "what dnw.train.load_trained returns, read by its attributes",
 }
 """Classes that public signatures mention although they are not public, and why that is so."""
 CONSTRUCTED = ("__init__", "__call__", "__getitem__", "__iter__")

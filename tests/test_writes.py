@@ -163,7 +163,8 @@ def test_what_is_read_is_a_copy():
     model, _, wiring = wired()
     parameter = wiring["5.weight"]
     before = [parameter.latent, parameter.active, parameter.weight]
-    parameter.latent.zero_()
+    with pytest.raises(RuntimeError, match="make a clone"):  # what is written to a copy in place would be lost
+        parameter.latent.zero_()
     parameter.active.zero_()
     parameter.weight.zero_()
     assert all(torch.equal(a, b) for a, b in zip(before, [parameter.latent, parameter.active, parameter.weight], strict=True))

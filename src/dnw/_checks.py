@@ -43,10 +43,17 @@ def check_seed(value: object) -> int:
     return seed
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns '; did you mean ...?' for the nearest known name, or an empty string."""
+def did_you_mean(name: str, known: Iterable[str], *, what: str = "") -> str:
+    """Returns '; did you mean ...?' for the nearest known name, or an empty string; ``what`` says what is known."""
     close = nearest(name, known)
-    return f"; did you mean {close!r}?" if close else ""
+    return f"; did you mean {what}{close!r}?" if close else ""
+
+
+def one_of(name: str, known: Iterable[str]) -> str:
+    """Returns '; did you mean ...? There are ...' of known names, or '; there are ...' where none is near."""
+    known = list(known)
+    hint = did_you_mean(name, known)
+    return f"{hint} There are {listing(known)}" if hint else f"; there are {listing(known)}"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

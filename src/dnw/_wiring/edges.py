@@ -60,9 +60,21 @@ class Edges:
     def __len__(self) -> int:
         return self.target.numel()
 
+    def __repr__(self) -> str:
+        targets, sources = self.shape
+        ends = f"among {targets:,} nodes" if self.is_graph else f"from {sources:,} sources to {targets:,} targets"
+        return f"<Edges of {self.name}: {len(self):,} {ends}>"
+
     def to_scipy(self) -> Any:
-        """A ``scipy.sparse.csr_array`` ``[targets, sources]``; active edges of weight 0 are kept as explicit zeros."""
-        from scipy.sparse import coo_array
+        """A ``scipy.sparse.csr_array`` ``[targets, sources]``; active edges of weight 0 are kept as explicit zeros.
+
+        Raises:
+            ImportError: SciPy is not installed (extra ``edges``).
+        """
+        try:
+            from scipy.sparse import coo_array
+        except ImportError as error:
+            raise _without("SciPy", error) from error
 
         weight = self.weight.float() if self.weight.element_size() < 4 else self.weight
         return coo_array((weight.numpy(), (self.target.numpy(), self.source.numpy())), shape=self.shape).tocsr()
@@ -71,8 +83,14 @@ class Edges:
         """A ``networkx.DiGraph`` with edge attribute ``weight``.
 
         A graph's nodes are its node numbers; elsewhere they are ``("source", i)`` and ``("target", j)``.
+
+        Raises:
+            ImportError: NetworkX is not installed (extra ``edges``).
         """
-        import networkx
+        try:
+            import networkx
+        except ImportError as error:
+            raise _without("NetworkX", error) from error
 
         graph = networkx.DiGraph(name=self.name)
         for target, source, weight in self.to_list():
@@ -90,6 +108,11 @@ class Edges:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
+
+
+def _without(library: str, error: ImportError) -> ImportError:
+    advice = "install the edges extra: pip install 'dnw[edges]'"
+    return ModuleNotFoundError(f"{library} is not installed; {advice}, or use to_list() or to_json()", name=error.name)
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,13 @@ class WiredParameter:
     def latent(self) -> Tensor:
         """The dense weights that selection ranks. Assign to write; what was written is projected at once.
 
+        What is read is a copy. It is an inference tensor, so that writing to it in place, which would change nothing, is an
+        error of PyTorch's: ``clone()`` it, change the clone, and assign that.
+
         Raises:
             ValueError: an assigned tensor has another shape or is not finite.
         """
-        with self._exchange.question():
+        with self._exchange.question(), torch.inference_mode():
             return self._layer.whole(self._layer.latent.clone())
 
     @latent.setter

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dnw._checks import did_you_mean, listing
+from dnw._checks import one_of
 from dnw._rules.dormant import Dormant
 from dnw._rules.pool import Pool
 from dnw._rules.rule import Rule
@@ -104,7 +104,7 @@ class Wiring(Mapping[str, WiredParameter]):
         for layer in self._weights.layers:
             if layer.name == name:
                 return WiredParameter(self._exchange, layer)
-        raise KeyError(f"no wired parameter {name!r}{did_you_mean(name, self)}; there are {listing(self)}")
+        raise KeyError(f"no wired parameter {name!r}{one_of(name, self)}")
 
     def __iter__(self) -> Iterator[str]:
         return (layer.name for layer in self._weights.layers)
@@ -113,7 +113,7 @@ class Wiring(Mapping[str, WiredParameter]):
         return len(self._weights.layers)
 
     def __repr__(self) -> str:
-        return f"<Wiring of {len(self)} parameters by {self.rule!r}, {self.step} steps>"
+        return f"<Wiring of {len(self)} parameter{'s' * (len(self) != 1)} by {self.rule!r}, {self.step} steps>"
 
     # --- what may be asked of all of it ---
 

@@ -7,7 +7,7 @@ from dnw.compile._native import Runtime
 from dnw.compile._onnx import save_onnx
 from dnw.compile._plan import Plan, PlanRow, plan
 from dnw.compile._program import Program
-from dnw.compile._standalone import Needs, save_c
+from dnw.compile._standalone import Needs, code_size, save_c
 
 __all__ = [
     "CompiledNetwork",
@@ -19,6 +19,7 @@ __all__ = [
     "ReportRow",
     "Runtime",
     "Timing",
+    "code_size",
     "compile",
     "load_program",
     "measured",

@@ -7,10 +7,14 @@ is known. The functions are in _standalone.h; only those that a network needs ar
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
 import struct
+import subprocess
+import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -42,7 +46,7 @@ class Needs:
     """What a network in C needs of its machine, in bytes.
 
     Attributes:
-        flash: weights, edges and other constant numbers; code (a few KB) not counted.
+        flash: weights, edges and other constant numbers; :func:`code_size` measures the code, 2 to 30 KB.
         ram: the array in which maps live; image and outputs, which the caller has, not counted.
     """
 
@@ -50,14 +54,18 @@ class Needs:
     ram: int
 
 
-def save_c(program: Program, path: str | Path) -> Needs:
+def save_c(
+    program: Program, path: str | Path, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Needs:
     """Writes a compacted network as ``path`` (``net.c``) and its header beside it (``net.h``).
 
-    The header declares ``void net_run(const float *image, float *outputs)``. It is compiled with any C99 compiler: ``cc -O3``.
+    The header declares ``void net_run(const float *image, float *outputs)``. It is compiled with any C99 compiler:
+    ``cc -Os`` where flash is short, ``cc -O3`` where time is.
 
     Args:
         program: the network.
         path: of the C file; its name without the ending becomes the prefix of what is declared.
+        mean, std: of each channel of the images, in units of their full range; the header then says how pixels become inputs.
 
     Raises:
         ValueError: no compacted network, the name of the file is no name in C, or a weight is no finite number.
@@ -69,11 +77,44 @@ def save_c(program: Program, path: str | Path) -> Needs:
     name = path.stem
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise ValueError(f"{path.name}: its stem becomes the prefix of names in C; take letters, digits and _, such as net.c")
+    channels = program.input_sizes[0][0]
+    if mean is not None and std is not None and (len(mean) != channels or len(std) != channels):
+        raise ValueError(f"mean={mean}, std={std}: give one of each for every channel of the images, {channels}")
     writer = _Writer(program, name)
-    source, header = writer.source(), writer.header()
+    source, header = writer.source(), writer.header(*(() if mean is None or std is None else (mean, std)))
     write_whole(path.with_suffix(".h"), header.encode())
     write_whole(path, source.encode())
     return writer.needs
+
+
+def code_size(path: str | Path) -> dict[str, int]:
+    """How many bytes of code a network in C becomes, by optimization: compiled by this machine's compiler, for this machine.
+
+    Args:
+        path: what :func:`save_c` has written.
+
+    Returns:
+        Bytes by flag, ``{"-Os": ..., "-O3": ...}``; empty where there is no C compiler, or no ``size`` beside it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    path, found = Path(path), dict[str, int]()
+    path.read_bytes()
+    compiler, measure = shutil.which(os.environ.get("CC", "cc")), shutil.which("size")
+    if compiler is None or measure is None:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "net.o"
+        for flag in ("-Os", "-O3"):
+            try:
+                subprocess.run([compiler, "-std=c99", flag, "-c", path, "-o", compiled], check=True, capture_output=True)
+                sections = subprocess.run([measure, "-A", compiled], check=True, capture_output=True, text=True).stdout
+            except (OSError, subprocess.CalledProcessError):
+                return {}
+            sizes = [line.split() for line in sections.splitlines()]
+            found[flag] = sum(int(words[1]) for words in sizes if words[:1] and words[0].startswith((".text", ".rodata.cst")))
+    return found
 
 
 @dataclass(eq=False)
@@ -162,24 +203,30 @@ class _Writer:
             placed.append((offset, offset + buffer.count, buffer))
         return max((stop for _, stop, _ in placed), default=0)
 
-    def header(self) -> str:
+    def header(self, mean: Sequence[float] = (), std: Sequence[float] = ()) -> str:
         upper, sizes = self.name.upper(), " and ".join("x".join(map(str, size)) for size in self.program.input_sizes)
-        outputs = sum(map(math.prod, self.program.output_sizes))
-        return textwrap.dedent(f"""\
-            /* A network compiled by dnw. Images are {sizes} floats, row by row; outputs are {outputs}.
-             * Constant numbers take {self.needs.flash} bytes, maps {self.needs.ram} bytes of static
-             * memory, which all calls share. */
-            #ifndef {upper}_H
-            #define {upper}_H
-
-            #define {upper}_INPUTS {sum(map(math.prod, self.program.input_sizes))}
-            #define {upper}_OUTPUTS {outputs}
-            #define {upper}_ARENA {max(1, self._arena)}
-
-            void {self.name}_run(const float *image, float *outputs);
-
-            #endif
-            """)
+        inputs, outputs = (sum(map(math.prod, sizes)) for sizes in (self.program.input_sizes, self.program.output_sizes))
+        lines = [
+            f"/* A network compiled by dnw. Images are {sizes} floats, row by row; outputs are {outputs}.",
+            f" * Constant numbers take {self.needs.flash} bytes, maps {self.needs.ram} bytes of static",
+            " * memory, which all calls share; the code is small with -Os, and fast with -O3. */",
+            f"#ifndef {upper}_H",
+            f"#define {upper}_H",
+            "",
+            f"#define {upper}_INPUTS {inputs}",
+            f"#define {upper}_OUTPUTS {outputs}",
+            f"#define {upper}_ARENA {max(1, self._arena)}",
+            "",
+        ]
+        if mean:
+            means, stds = (", ".join(map(_number, values)) for values in (mean, std))
+            lines += [
+                "/* What goes in of a pixel p from 0 to 255 is (p / 255 - mean) / std of its channel. */",
+                f"#define {upper}_MEAN {{{means}}}",
+                f"#define {upper}_STD {{{stds}}}",
+                "",
+            ]
+        return "\n".join([*lines, f"void {self.name}_run(const float *image, float *outputs);", "", "#endif", ""])
 
     def source(self) -> str:
         functions = [text for name, text in _functions() if name in {function for function, _ in self._calls}]

@@ -1,28 +1,53 @@
 """Real images in: digits (in the package), MNIST, CIFAR-10 and image folders, with augmentation in batch.
 
 Contract: files are data. No pickle is run, a damaged file is named, and what fits in memory is decoded once and kept as
-bytes on the training device.
+bytes on the training device. The names are loaded when first used, so that missing data is found without torch.
 """
 
-from dnw.data._augment import Augment, crop_and_flip
-from dnw.data._batches import Batches, InMemory, Streaming
-from dnw.data._folder import FolderImages, list_folder
-from dnw.data._images import Images
-from dnw.data._load import DATASETS, load
-from dnw.data._readers import read_cifar10, read_digits, read_mnist
+from __future__ import annotations
 
-__all__ = [
-    "DATASETS",
-    "Augment",
-    "Batches",
-    "FolderImages",
-    "Images",
-    "InMemory",
-    "Streaming",
-    "crop_and_flip",
-    "list_folder",
-    "load",
-    "read_cifar10",
-    "read_digits",
-    "read_mnist",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "DATASETS": "_load",
+    "Augment": "_augment",
+    "Batches": "_batches",
+    "FolderImages": "_folder",
+    "Images": "_images",
+    "InMemory": "_batches",
+    "Streaming": "_batches",
+    "crop_and_flip": "_augment",
+    "list_folder": "_folder",
+    "load": "_load",
+    "read_cifar10": "_readers",
+    "read_digits": "_readers",
+    "read_mnist": "_readers",
+}
+
+__all__ = list(_PUBLIC)
+
+if TYPE_CHECKING:
+    from dnw.data._augment import Augment as Augment
+    from dnw.data._augment import crop_and_flip as crop_and_flip
+    from dnw.data._batches import Batches as Batches
+    from dnw.data._batches import InMemory as InMemory
+    from dnw.data._batches import Streaming as Streaming
+    from dnw.data._folder import FolderImages as FolderImages
+    from dnw.data._folder import list_folder as list_folder
+    from dnw.data._images import Images as Images
+    from dnw.data._load import DATASETS as DATASETS
+    from dnw.data._load import load as load
+    from dnw.data._readers import read_cifar10 as read_cifar10
+    from dnw.data._readers import read_digits as read_digits
+    from dnw.data._readers import read_mnist as read_mnist
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"dnw.data.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'dnw.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dnw.data._folder import FolderImages, decode, fits_in_memory, list_folder
 from dnw.data._images import Images, sizes_text
+from dnw.data._places import check_folder, find_cifar10
 from dnw.data._readers import read_cifar10, read_digits, read_mnist
 
 Pair = tuple[Images, Images] | tuple[FolderImages, FolderImages]
@@ -21,21 +22,12 @@ def _mnist(folder: Path, size: int) -> Pair:
 
 
 def _cifar10(folder: Path, size: int) -> Pair:
-    for inner in (folder / "cifar-10-batches-py", folder):
-        if (inner / "data_batch_1").is_file():
-            return read_cifar10(inner)
-    for inner in (folder / "cifar10", folder):
-        if (inner / "train").is_dir():
-            return _folder(inner, size)
-    raise ValueError(
-        f"no CIFAR-10 in {folder}: expected cifar-10-batches-py/data_batch_1 to 5 and test_batch, or an image tree "
-        "cifar10/train/<class>/ and cifar10/test/<class>/; name the folder with --data-dir"
-    )
+    inner, pickled = find_cifar10(folder)
+    return read_cifar10(inner) if pickled else _folder(inner, size)
 
 
 def _folder(folder: Path, size: int) -> Pair:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; name it with --data-dir")
+    check_folder(folder)
     train, test = list_folder(folder)
     if fits_in_memory(train, size) and fits_in_memory(test, size):
         return decode(train, size), decode(test, size)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dnw.data._images import Images, sizes_text
+from dnw.data._places import find_mnist
 
 _DIGITS = tuple("0123456789")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -42,14 +43,13 @@ def read_mnist(folder: Path) -> tuple[Images, Images]:
         ValueError: a missing, cut-off or foreign file, one without images, one that says it holds more than a gigabyte, or
             a label above 9; the file is named.
     """
-    folders = [folder / "MNIST" / "raw", folder / "raw", folder]
     parts = []
     for part in ("train", "t10k"):
-        path = _find(folders, f"{part}-images-idx3-ubyte")
+        path = find_mnist(folder, f"{part}-images-idx3-ubyte")
         images = _idx(path, 3)
         if not images.size:
             raise ValueError(f"{path}: holds no images (its header says {sizes_text(images.shape)})")
-        path = _find(folders, f"{part}-labels-idx1-ubyte")
+        path = find_mnist(folder, f"{part}-labels-idx1-ubyte")
         labels = _idx(path, 1)
         if len(images) != len(labels):
             raise ValueError(f"MNIST in {folder}: {len(images):,} {part} images but {len(labels):,} labels")
@@ -57,15 +57,6 @@ def read_mnist(folder: Path) -> tuple[Images, Images]:
             raise ValueError(f"{path}: label {labels.argmax():,} is {labels.max()}, not a digit from 0 to {len(_DIGITS) - 1}")
         parts.append(Images(torch.from_numpy(images[:, None]), torch.from_numpy(labels.astype(np.int64)), _DIGITS))
     return parts[0], parts[1]
-
-
-def _find(folders: list[Path], name: str) -> Path:
-    for folder in folders:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    tried = ", ".join(str(p) for p in dict.fromkeys(folders))
-    raise ValueError(f"no MNIST file {name} (or {name}.gz) in {tried}; name the folder with --data-dir")
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:

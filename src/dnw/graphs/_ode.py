@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dnw._checks import did_you_mean, listing
+from dnw._checks import listing, one_of
 
 Rate = Callable[[float, Tensor], Tensor]
 
@@ -42,10 +42,7 @@ def solver_named(name: str, steps: int, rtol: float, atol: float, adjoint: bool)
         ValueError: no such solver, or a setting out of range.
     """
     if name not in (*EQUAL_STEPS, *ADAPTIVE):
-        raise ValueError(
-            f"solver={name!r}: no such solver{did_you_mean(name, EQUAL_STEPS + ADAPTIVE)}; there are {listing(EQUAL_STEPS)} "
-            f"with equal steps and {listing(ADAPTIVE)}"
-        )
+        raise ValueError(f"solver={name!r}: no such solver{one_of(name, EQUAL_STEPS + ADAPTIVE)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"solver_steps={steps!r}: a whole number from 1 on")
     if not (rtol > 0 and atol > 0):

@@ -9,6 +9,7 @@ from dnw.models._classifier import (
     tiny_digits,
     tiny_mnist,
 )
+from dnw.models._lenet import lenet_300_100
 from dnw.models._mobilenet import STAGES, GraphChain, Stage, mobilenet_v1
 from dnw.models._original import (
     OriginalCheckpoint,
@@ -32,6 +33,7 @@ __all__ = [
     "Window",
     "densenet_small",
     "expander_edges",
+    "lenet_300_100",
     "load_original",
     "mnasnet_small",
     "mobilenet_v1",

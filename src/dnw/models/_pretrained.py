@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnw._checks import did_you_mean, listing
+from dnw._checks import one_of
 from dnw._files import PRETRAINED, read_tensors, read_text, write_whole
 from dnw._rules.fixed import Frozen
 from dnw._wiring.wire import wire
@@ -69,7 +69,7 @@ def pretrained_folder(name: str) -> Path:
     """
     names = pretrained_names()
     if name not in names:
-        raise ValueError(f"no pretrained network {name!r}{did_you_mean(name, names)}; there are {listing(names)}")
+        raise ValueError(f"no pretrained network {name!r}{one_of(name, names)}")
     return PRETRAINED / name
 
 

@@ -1,5 +1,5 @@
 """The experiments, as functions that return a config. A variant changes what differs."""
 
-from dnw.recipes._recipes import RECIPES, cifar10, digits, mnist
+from dnw.recipes._recipes import GROUPS, RECIPES, cifar10, config_of, digits, mnist
 
-__all__ = ["RECIPES", "cifar10", "digits", "mnist"]
+__all__ = ["GROUPS", "RECIPES", "cifar10", "config_of", "digits", "mnist"]

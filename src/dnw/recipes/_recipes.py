@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from dnw.train import Config, DataConfig, OptimConfig
+from dnw._checks import one_of
+from dnw._files import read_text
+from dnw.recipes._config import MOST_BYTES, Config, config_from_json
+from dnw.recipes._settings import DataConfig, OptimConfig
 
 _CIFAR10 = DataConfig(
     name="cifar10", image_size=32, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), crop_padding=4, flip=True
@@ -43,6 +47,11 @@ def mnist() -> Config:
     )
 
 
+def mnist_mlp() -> Config:
+    """An ordinary multilayer perceptron (LeNet-300-100) on MNIST with 2 % of the weights of every layer."""
+    return _variant(mnist(), "mnist_mlp", model="lenet_300_100", num_edges=None, density=0.02)
+
+
 # --- the tiny classifiers (section 4.1, table 1) ---
 
 
@@ -60,12 +69,12 @@ def cifar10() -> Config:
 
 
 def cifar10_random() -> Config:
-    """The same with a random graph all of whose edges can be used."""
+    """The tiny classifier with a random graph all of whose edges can be used."""
     return _variant(cifar10(), "cifar10_random", rule="random")
 
 
 def cifar10_random_original() -> Config:
-    """The same with a random graph as the authors draw it, of whose edges about 27,000 can be used (published: 76.1 %)."""
+    """The tiny classifier with a random graph as the authors draw it: about 27,000 usable edges (published: 76.1 %)."""
     return _variant(cifar10(), "cifar10_random_original", rule="frozen", edges="random_original", rank_all_entries=True)
 
 
@@ -106,7 +115,7 @@ def cifar10_mobilenet_dnw_x225() -> Config:
 
 
 def cifar10_mobilenet_random_x225() -> Config:
-    """The same with a random graph (published: 87.2 %)."""
+    """The chain with a random graph (published: 87.2 %)."""
     return _variant(cifar10_mobilenet_dnw_x225(), "cifar10_mobilenet_random_x225", rule="random")
 
 
@@ -120,17 +129,17 @@ def _chain(rule: str, **changes: object) -> Config:
 
 
 def cifar10_mobilenet_no_update_x225() -> Config:
-    """The same without the update rule: dormant edges get no gradient (published: 86.7 %)."""
+    """The chain without the update rule: dormant edges get no gradient (published: 86.7 %)."""
     return _chain("no_update")
 
 
 def cifar10_mobilenet_l1_anneal_x225() -> Config:
-    """The same by an L1 penalty and pruning over the first half (published: 84.3 %; the settings are ours)."""
+    """The chain by an L1 penalty and pruning over the first half (published: 84.3 %; the settings are ours)."""
     return _chain("l1_anneal", rule_settings={"penalty": 1e-4}, density_schedule={"end": 0.5, "every": 10})
 
 
 def cifar10_mobilenet_targeted_dropout_x225() -> Config:
-    """The same by targeted dropout, rate 0.95 (published: 89.2 %)."""
+    """The chain by targeted dropout, rate 0.95 (published: 89.2 %)."""
     return _chain("targeted_dropout", rule_settings={"rate": 0.95})
 
 
@@ -156,42 +165,42 @@ def cifar10_mobilenet_fine_tune_x225() -> Config:
 
 
 def cifar10_mobilenet_magnitude_pruning_x225() -> Config:
-    """The same by gradual magnitude pruning: a cubic schedule over the first three quarters."""
+    """The chain by gradual magnitude pruning: a cubic schedule over the first three quarters."""
     return _chain("magnitude_pruning", density_schedule={"end": 0.75, "every": 100})
 
 
 def cifar10_mobilenet_set_x225() -> Config:
-    """The same by sparse evolutionary training (SET): random edges come."""
+    """The chain by sparse evolutionary training (SET): random edges come."""
     return _chain("set", rule_settings={"every": 100, "until": 0.75})
 
 
 def cifar10_mobilenet_rigl_x225() -> Config:
-    """The same by RigL: edges come where the gradient is largest."""
+    """The chain by RigL: edges come where the gradient is largest."""
     return _chain("rigl", rule_settings={"every": 100, "until": 0.75})
 
 
 def cifar10_mobilenet_sparse_momentum_x225() -> Config:
-    """The same by sparse momentum (Sparse networks from scratch), which moves edges between the graphs."""
+    """The chain by sparse momentum (Sparse networks from scratch), which moves edges between the graphs."""
     return _chain("sparse_momentum", rule_settings={"every": 391, "until": 1.0})
 
 
 def cifar10_mobilenet_sr_ste_x225() -> Config:
-    """The same by the sparse-refined straight-through estimator (SR-STE), in which dormant edges decay."""
+    """The chain by the sparse-refined straight-through estimator (SR-STE), in which dormant edges decay."""
     return _chain("sr_ste")
 
 
 def cifar10_mobilenet_st3_x225() -> Config:
-    """The same by ST-3, with its cubic schedule over the first half."""
+    """The chain by ST-3, with its cubic schedule over the first half."""
     return _chain("st3", density_schedule={"end": 0.5})
 
 
 def cifar10_mobilenet_feather_x225() -> Config:
-    """The same by Feather, with its cubic schedule over the first half."""
+    """The chain by Feather, with its cubic schedule over the first half."""
     return _chain("feather", density_schedule={"end": 0.5})
 
 
 def cifar10_mobilenet_top_kast_x225() -> Config:
-    """The same by Top-KAST, with a backward set of three times as many edges."""
+    """The chain by Top-KAST, with a backward set of three times as many edges."""
     return _chain("top_kast", rule_settings={"backward": 3.0})
 
 
@@ -212,7 +221,7 @@ def cifar10_resnet18() -> Config:
 
 
 def cifar10_resnet18_dnw() -> Config:
-    """The same with 10 % of the weights of every layer; dnw sweep cifar10_resnet18_dnw --over density=0.05,0.1,0.2 for more."""
+    """ResNet-18 with 10 % of the weights of every layer; dnw sweep takes more: --over density=0.05,0.1,0.2."""
     return _variant(cifar10_resnet18(), "cifar10_resnet18_dnw", rule="dnw", density=0.1)
 
 
@@ -244,7 +253,7 @@ def imagenet_resnet50_dnw() -> Config:
 
 
 def imagenet_resnet50_dnw_first_dense() -> Config:
-    """The same with a dense first layer (published: 75.0 %; 20 %: 76.6 %, 30 %: 77.1 %)."""
+    """ResNet-50 with 10 % of the weights and a dense first layer (published: 75.0 %; 20 %: 76.6 %, 30 %: 77.1 %)."""
     return _variant(imagenet_resnet50_dnw(), "imagenet_resnet50_dnw_first_dense", dense=("conv1.weight",))
 
 
@@ -265,12 +274,12 @@ def imagenet_dnw_x225() -> Config:
 
 
 def imagenet_dnw_x30() -> Config:
-    """The same with the edges of width x0.3 (published: 65.0 %)."""
+    """The chain with the edges of width x0.3 (published: 65.0 %)."""
     return _variant(imagenet_dnw_x225(), "imagenet_dnw_x30", width=0.3)
 
 
 def imagenet_dnw_x49() -> Config:
-    """The same with the edges of width x0.49 (published: 70.4 %)."""
+    """The chain with the edges of width x0.49 (published: 70.4 %)."""
     return _variant(imagenet_dnw_x225(), "imagenet_dnw_x49", width=0.49)
 
 
@@ -385,26 +394,53 @@ def imagenet_mnasnet() -> Config:
     return _peer("mnasnet", "mnasnet_small")
 
 
-_ALL = (
-    *(digits, mnist),
-    *(cifar10, cifar10_random, cifar10_random_original),
-    *(cifar10_discrete, cifar10_discrete_random, cifar10_continuous, cifar10_continuous_random),
-    *(cifar10_mobilenet_dnw_x225, cifar10_mobilenet_random_x225, cifar10_mobilenet_x25),
-    *(cifar10_mobilenet_no_update_x225, cifar10_mobilenet_l1_anneal_x225, cifar10_mobilenet_targeted_dropout_x225),
-    *(cifar10_mobilenet_complete, cifar10_mobilenet_lottery_x225, cifar10_mobilenet_fine_tune_x225),
-    *(cifar10_mobilenet_magnitude_pruning_x225, cifar10_mobilenet_set_x225, cifar10_mobilenet_rigl_x225),
-    *(cifar10_mobilenet_sparse_momentum_x225, cifar10_mobilenet_sr_ste_x225, cifar10_mobilenet_st3_x225),
-    *(cifar10_mobilenet_feather_x225, cifar10_mobilenet_top_kast_x225),
-    *(cifar10_resnet18, cifar10_resnet18_dnw),
-    *(imagenet_resnet50, imagenet_resnet50_dnw, imagenet_resnet50_dnw_first_dense),
-    *(imagenet_dnw_x225, imagenet_dnw_x30, imagenet_dnw_x49, imagenet_dnw_small_x15, imagenet_dnw_small_x225),
-    *(imagenet_random_x225, imagenet_random_x49),
-    *(imagenet_mobilenet_x25, imagenet_mobilenet_x50, imagenet_expander_x50),
-    *(imagenet_mobilenet_v2_x15, imagenet_mobilenet_v2_x40, imagenet_mobilenet_v2_x60, imagenet_mobilenet_v2_x75),
-    *(imagenet_densenet_x50, imagenet_densenet_x100, imagenet_xception_x50, imagenet_xception_x100),
-    *(imagenet_shufflenet_v1_x50, imagenet_shufflenet_v1_x100, imagenet_shufflenet_v2_x50, imagenet_shufflenet_v2_x100),
-    imagenet_mnasnet,
-)
-
-RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe in _ALL}
+GROUPS: dict[str, tuple[Callable[[], Config], ...]] = {
+    "small, to begin with": (digits, mnist, mnist_mlp),
+    "tiny classifiers on CIFAR-10 (table 1)": (
+        *(cifar10, cifar10_random, cifar10_random_original),
+        *(cifar10_discrete, cifar10_discrete_random, cifar10_continuous, cifar10_continuous_random),
+    ),
+    "ways of finding a wiring: MobileNetV1 as graphs on CIFAR-10 (table 2, and what came later)": (
+        *(cifar10_mobilenet_dnw_x225, cifar10_mobilenet_random_x225, cifar10_mobilenet_x25),
+        *(cifar10_mobilenet_no_update_x225, cifar10_mobilenet_l1_anneal_x225, cifar10_mobilenet_targeted_dropout_x225),
+        *(cifar10_mobilenet_complete, cifar10_mobilenet_lottery_x225, cifar10_mobilenet_fine_tune_x225),
+        *(cifar10_mobilenet_magnitude_pruning_x225, cifar10_mobilenet_set_x225, cifar10_mobilenet_rigl_x225),
+        *(cifar10_mobilenet_sparse_momentum_x225, cifar10_mobilenet_sr_ste_x225, cifar10_mobilenet_st3_x225),
+        *(cifar10_mobilenet_feather_x225, cifar10_mobilenet_top_kast_x225),
+    ),
+    "sparse ResNets": (
+        *(cifar10_resnet18, cifar10_resnet18_dnw),
+        *(imagenet_resnet50, imagenet_resnet50_dnw, imagenet_resnet50_dnw_first_dense),
+    ),
+    "MobileNetV1 as graphs on ImageNet (table 3)": (
+        *(imagenet_dnw_x225, imagenet_dnw_x30, imagenet_dnw_x49, imagenet_dnw_small_x15, imagenet_dnw_small_x225),
+        *(imagenet_random_x225, imagenet_random_x49),
+    ),
+    "the networks beside them in that table": (
+        *(imagenet_mobilenet_x25, imagenet_mobilenet_x50, imagenet_expander_x50),
+        *(imagenet_mobilenet_v2_x15, imagenet_mobilenet_v2_x40, imagenet_mobilenet_v2_x60, imagenet_mobilenet_v2_x75),
+        *(imagenet_densenet_x50, imagenet_densenet_x100, imagenet_xception_x50, imagenet_xception_x100),
+        *(imagenet_shufflenet_v1_x50, imagenet_shufflenet_v1_x100, imagenet_shufflenet_v2_x50, imagenet_shufflenet_v2_x100),
+        imagenet_mnasnet,
+    ),
+}
+"""The recipes by what they are for."""
+RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for group in GROUPS.values() for recipe in group}
 """Every recipe by name."""
+
+
+def config_of(recipe: str | Path | Config) -> Config:
+    """The config of a recipe by its name, of a stored ``config.json`` by its path, or a config as it is.
+
+    Raises:
+        ValueError: no such recipe, or a file that holds no valid config.
+        OSError: no such file.
+    """
+    if isinstance(recipe, Config):
+        return recipe
+    name = str(recipe)
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        return config_from_json(read_text(Path(name), MOST_BYTES), name)
+    raise ValueError(f"no recipe {name!r}{one_of(name, RECIPES)}, or give the path of a config.json")

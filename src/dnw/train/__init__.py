@@ -9,11 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "Config": "dnw.train._config",
-    "DataConfig": "dnw.train._settings",
-    "OptimConfig": "dnw.train._settings",
-    "config_from_json": "dnw.train._config",
-    "override": "dnw.train._config",
+    "Config": "dnw.recipes._config",
+    "DataConfig": "dnw.recipes._settings",
+    "OptimConfig": "dnw.recipes._settings",
+    "config_from_json": "dnw.recipes._config",
+    "override": "dnw.recipes._config",
+    "Log": "dnw.train._log",
+    "Logger": "dnw.train._loggers",
+    "CSVLogger": "dnw.train._loggers",
+    "TensorBoardLogger": "dnw.train._loggers",
+    "Network": "dnw.train._network",
+    "Scores": "dnw.train._evaluate",
     "train": "dnw.train._loop",
     "resume": "dnw.train._loop",
     "TrainingStoppedError": "dnw.train._run",
@@ -37,23 +43,29 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 if TYPE_CHECKING:
-    from dnw.train._config import Config as Config
-    from dnw.train._config import config_from_json as config_from_json
-    from dnw.train._config import override as override
+    from dnw.recipes._config import Config as Config
+    from dnw.recipes._config import config_from_json as config_from_json
+    from dnw.recipes._config import override as override
+    from dnw.recipes._settings import DataConfig as DataConfig
+    from dnw.recipes._settings import OptimConfig as OptimConfig
     from dnw.train._counts import count_config as count_config
     from dnw.train._counts import count_run as count_run
+    from dnw.train._evaluate import Scores as Scores
     from dnw.train._evaluate import evaluate as evaluate
     from dnw.train._import import import_original as import_original
+    from dnw.train._log import Log as Log
+    from dnw.train._loggers import CSVLogger as CSVLogger
+    from dnw.train._loggers import Logger as Logger
+    from dnw.train._loggers import TensorBoardLogger as TensorBoardLogger
     from dnw.train._loop import resume as resume
     from dnw.train._loop import train as train
+    from dnw.train._network import Network as Network
     from dnw.train._results import plot_results as plot_results
     from dnw.train._results import results_table as results_table
     from dnw.train._results import save_results as save_results
     from dnw.train._run import EpochMetrics as EpochMetrics
     from dnw.train._run import RunDirectory as RunDirectory
     from dnw.train._run import TrainingStoppedError as TrainingStoppedError
-    from dnw.train._settings import DataConfig as DataConfig
-    from dnw.train._settings import OptimConfig as OptimConfig
     from dnw.train._sweep import plot_sweep as plot_sweep
     from dnw.train._sweep import sweep as sweep
     from dnw.train._trained import compile_run as compile_run
@@ -66,3 +78,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'dnw.train' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

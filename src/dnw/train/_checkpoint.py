@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dnw._files import read_tensors, write_whole
-from dnw.train._config import Config, check_unchanged
-from dnw.train._settings import MOST_EPOCHS, short
+from dnw.recipes._config import Config, check_unchanged
+from dnw.recipes._settings import MOST_EPOCHS, short
 
 FORMAT = 1
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from dnw.count import Count, count
-from dnw.train._config import Config
+from dnw.recipes._config import Config
+from dnw.recipes._settings import validated
 from dnw.train._network import make_network
-from dnw.train._settings import validated
 from dnw.train._trained import load_trained
 
-_INPUT_SIZES = {"tiny_digits": (1, 8, 8), "tiny_mnist": (1, 28, 28), "resnet18_cifar": (3, 32, 32)}
+_INPUT_SIZES = {
+    "tiny_digits": (1, 8, 8),
+    "tiny_mnist": (1, 28, 28),
+    "lenet_300_100": (1, 28, 28),
+    "resnet18_cifar": (3, 32, 32),
+}
 _INPUT_SIZES |= {f"tiny_cifar10{kind}": (3, 32, 32) for kind in ("", "_discrete", "_continuous")}
 """Of networks by their names, where no data set says it; those that are not here take 224 pixels."""
 
 
-def count_run(path: Path, input_size: tuple[int, int, int] | None = None) -> Count:
+def count_run(path: str | Path, input_size: tuple[int, int, int] | None = None) -> Count:
     """Counts the network of a run with the edges of its last checkpoint.
 
     Raises:

@@ -33,7 +33,7 @@ class Scores:
     top5: float
 
 
-def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
+def evaluate(path: str | Path, *, data_dir: str | Path | None = None) -> list[Scores]:
     """Tests the best and the last checkpoint of every single run in a run directory.
 
     Raises:
@@ -43,10 +43,10 @@ def evaluate(path: Path, *, data_dir: Path | None = None) -> list[Scores]:
     config = run.config()
     if data_dir is None:
         data_dir = Path() if config.data.name == "digits" else run.data_dir()  # the digits are in the package
-    data = load_data(config, data_dir)
+    data = load_data(config, Path(data_dir))
     fabric = launch(config, processes=1)
     scores = []
-    with threads_of(run), lost_processes_named(path):
+    with threads_of(run), lost_processes_named(run.path):
         for member, single in run.members():
             for checkpoint in ("last",) if member.network.exists() and not member.last.exists() else get_args(Checkpoint):
                 network = load_network(member, single, checkpoint, num_classes=num_classes_of(data), fabric=fabric)

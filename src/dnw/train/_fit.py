@@ -6,7 +6,7 @@ import torch
 
 from dnw.count import num_live_nodes
 from dnw.data import FolderImages
-from dnw.train._config import Config
+from dnw.recipes._config import Config
 from dnw.train._images import ImageData, make_batches, num_classes_of, num_steps
 from dnw.train._network import make_model, make_network
 

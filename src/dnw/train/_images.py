@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, load
-from dnw.train._config import Config
+from dnw.recipes._config import Config
 
 ImageData = tuple
 """Training and test images as :func:`dnw.data.load` returns them."""

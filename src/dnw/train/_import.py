@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dnw.models import GraphChain, GraphClassifier, load_original, read_original
+from dnw.recipes._config import Config
 from dnw.train._checkpoint import Start
-from dnw.train._config import Config
 from dnw.train._network import make_model, make_network
 from dnw.train._run import RunDirectory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dnw._wiring.edges import Summary
-from dnw.train._config import Config
+from dnw.recipes._config import Config
+from dnw.train._images import ImageData
 from dnw.train._run import EpochMetrics
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -20,15 +22,25 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Log:
-    """Progress on standard output; silent in all processes but the first."""
+    """Progress on standard output; silent in all processes but the first.
 
-    def __init__(self) -> None:
-        self.enabled = True
+    Args:
+        quiet: silent in the first, too.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.enabled = not quiet and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
         self._console = Console(highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         if self.enabled:
             self._console.print(text, markup=False)
+
+    def data(self, config: Config, data: ImageData) -> None:
+        """The first line, before anything takes long."""
+        train, test = map(len, data)
+        classes = len(data[0].classes)
+        self.line(f"{config.recipe}: {train:,} images for training and {test:,} for testing, of {classes} classes")
 
     def start(self, config: Config, path: Path, summary: Summary, done: int) -> None:
         density = summary.active / summary.candidates
@@ -58,6 +70,14 @@ class Log:
             last = [m[-1].top1 for m in metrics]
             seeds = f"  ({len(metrics)} seeds)" if len(metrics) > 1 else ""
             self.line(f"{rule:>10}: test accuracy {_mean(last)} at the last epoch, {_mean(best)} at the best{seeds}")
+
+    def end(self, run: Path, page: Path) -> None:
+        """Where a run lies, and what can be done with it."""
+        self.line(f"run: {run}")
+        if page.exists():
+            self.line(f"  look at it:  {page}   (dnw view {run} --open)")
+        self.line(f"  test it:     dnw eval {run}")
+        self.line(f"  compile it:  dnw compile {run}")
 
     @contextmanager
     def progress(self, batches: int, epoch: int, epochs: int) -> Iterator[Callable[[], None]]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from dnw.count import num_live_nodes
 from dnw.graphs import ContinuousTimeGraph
+from dnw.recipes import config_of
+from dnw.recipes._config import Config, override
 from dnw.train._checkpoint import write_checkpoint
-from dnw.train._config import Config
 from dnw.train._evaluate import test
 from dnw.train._fit import check_fit
 from dnw.train._images import ImageData, load_data, make_batches, num_classes_of, num_steps
 from dnw.train._lock import held
 from dnw.train._log import Log
+from dnw.train._loggers import Logger
 from dnw.train._network import Network, load_network
 from dnw.train._pictures import Pictures
 from dnw.train._processes import (
@@ -47,92 +49,149 @@ if TYPE_CHECKING:
 _STEPS_BETWEEN_CHECKS = 50
 
 
-def train(config: Config, *, data_dir: Path, out: Path | None = None, log: Log | None = None) -> Path:
-    """Trains every seed of a config, each with its baseline where there is one.
+def train(
+    recipe: str | Path | Config,
+    *,
+    data_dir: str | Path = "data",
+    out: str | Path | None = None,
+    log: Log | None = None,
+    loggers: Sequence[Logger] = (),
+    **settings: Any,
+) -> Path:
+    """Trains every seed of a recipe, each with its baseline where there is one.
+
+    >>> run = train("digits", epochs=5, optim={"lr": 0.05})
 
     Args:
-        config: what to run.
+        recipe: its name, a config, or the path of a stored ``config.json``.
         data_dir: where the data lies.
         out: the run directory; by default the first free ``runs/<recipe>-<number>``.
-        log: where progress is shown.
+        log: where progress is shown; ``Log(quiet=True)`` for nowhere.
+        loggers: called after every epoch with the directory of the single run and the metrics of the epoch.
+        settings: what is changed of the recipe, as :func:`override` takes them.
 
     Returns:
         The run directory.
 
     Raises:
-        ValueError, OSError: missing or damaged data, or a run directory that cannot be made.
+        ValueError, OSError: no such recipe or setting, missing or damaged data, or a run directory that cannot be made.
         TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
         ChildProcessError: a process that trains or decodes along with this one has died; the run can be resumed.
     """
+    config, data_dir, log = override(config_of(recipe), settings), Path(data_dir), log or Log()
     check_launcher(config)
     data = load_data(config, data_dir)
+    log.data(config, data)
     check_fit(config, data)
     check_tickets(config, num_classes_of(data))
     fabric = launch(config, config.processes)
-    with lost_processes_named(out or Path("runs")):
+    with lost_processes_named(Path(out or "runs")):
         created = RunDirectory.create(config, data_dir, num_classes_of(data), out) if fabric.is_global_zero else None
         run = RunDirectory(fabric.broadcast("" if created is None else str(created.path)))
-    _train_members(run, data, data_dir, fabric, log or Log())
+    _train_members(run, config, data, data_dir, fabric, log, loggers)
     part(fabric, run.path)
     return run.path
 
 
-def resume(path: Path, *, data_dir: Path | None = None, log: Log | None = None) -> None:
-    """Continues a run from its last checkpoints, to exactly the result of an unbroken run.
+def resume(
+    path: str | Path,
+    *,
+    epochs: int | None = None,
+    data_dir: str | Path | None = None,
+    log: Log | None = None,
+    loggers: Sequence[Logger] = (),
+) -> None:
+    """Continues a run from its last checkpoints, to exactly the result of an unbroken run; or extends a finished one.
+
+    Args:
+        path: run directory.
+        epochs: of a finished run: train on until it has so many. The learning rate goes on where a run of that length would
+            be, and schedules of edges stay those of the first length. The config keeps, as ``extended_from``, how long the
+            run was; a run that is given both from the start comes to the same.
+        data_dir: where the data lies, if not where it lay.
+        log, loggers: as for :func:`train`.
 
     Raises:
-        ValueError: this is no run directory, another process trains it, or something in it is damaged; the file is named.
+        ValueError: this is no run directory, another process trains it, or something in it is damaged; the file is named. Or
+            it is extended to fewer epochs than it has, or before it is finished.
         TrainingStoppedError, ChildProcessError: as for :func:`train`.
     """
-    run = RunDirectory(path)
+    run, log = RunDirectory(path), log or Log()
     config = run.config()
+    if epochs not in (None, config.epochs):
+        config = config.extended(epochs)
+        _check_finished(run)
     check_launcher(config)
-    data_dir = run.data_dir() if data_dir is None else data_dir
+    data_dir = run.data_dir() if data_dir is None else Path(data_dir)
     data = load_data(config, data_dir)
+    log.data(config, data)
     check_fit(config, data)
     fabric = launch(config, config.processes)
-    log = log or Log()
     with threads_of(run, log if fabric.is_global_zero else None):
-        _train_members(run, data, data_dir, fabric, log)
+        _train_members(run, config, data, data_dir, fabric, log, loggers)
     part(fabric, run.path)
 
 
-def _train_members(run: RunDirectory, data: ImageData, data_dir: Path, fabric: Fabric | Alone, log: Log) -> None:
+def _check_finished(run: RunDirectory) -> None:
+    for member, config in run.members():
+        if len(member.metrics()) < config.epochs:
+            done = f"is at epoch {len(member.metrics())} of {config.epochs}"
+            raise ValueError(f"{member.path}: {done}, and only a finished run is extended; dnw resume {run.path} finishes it")
+
+
+def _train_members(
+    run: RunDirectory,
+    config: Config,
+    data: ImageData,
+    data_dir: Path,
+    fabric: Fabric | Alone,
+    log: Log,
+    loggers: Sequence[Logger],
+) -> None:
     """Trains the single runs of a run, one after the other."""
-    log.enabled = fabric.is_global_zero
-    members = list(run.members())
+    log.enabled &= fabric.is_global_zero
+    members = list(run.members(config))
     try:
         with ExitStack() as stack:
             stack.enter_context(lost_processes_named(run.path))
             if fabric.is_global_zero:
-                _prepare(run, members, data, data_dir, stack)
+                _prepare(run, config, members, data, data_dir, stack)
             fabric.barrier()
-            for member, config in members:
-                _train_one(member, config, data, fabric, log)
+            for member, single in members:
+                _train_one(member, single, data, fabric, log, loggers)
     except KeyboardInterrupt:
         log.line(f"stopped; continue with: dnw resume {run.path}")
         raise
     if fabric.is_global_zero:
-        log.results([(config.method, config.seed, member.metrics()) for member, config in members])
-    log.line(f"run: {run.path}   (dnw eval {run.path} tests its best and last checkpoint again)")
+        log.results([(single.method, single.seed, member.metrics()) for member, single in members])
+        log.end(run.path, members[0][0].page)
 
 
 def _prepare(
-    run: RunDirectory, members: Sequence[tuple[RunDirectory, Config]], data: ImageData, data_dir: Path, stack: ExitStack
+    run: RunDirectory,
+    config: Config,
+    members: Sequence[tuple[RunDirectory, Config]],
+    data: ImageData,
+    data_dir: Path,
+    stack: ExitStack,
 ) -> None:
     """Holds the directories of a run for this process, clears up after one that was killed, writes what is missing."""
     stack.enter_context(held(run.path))
-    for member, config in members:
+    for member, single in members:
         if not member.exists:
-            member.start(config, data_dir, num_classes_of(data))
+            member.start(single, data_dir, num_classes_of(data))
         if member.path != run.path:
             stack.enter_context(held(member.path))
+            member.extend(single)
         member.remove_parts()
-        keep_ticket(member, config, num_classes_of(data))
+        keep_ticket(member, single, num_classes_of(data))
+    run.extend(config)  # last: it is what a resumed run believes
     run.remove_parts()
 
 
-def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabric | Alone, log: Log) -> None:
+def _train_one(
+    run: RunDirectory, config: Config, data: ImageData, fabric: Fabric | Alone, log: Log, loggers: Sequence[Logger]
+) -> None:
     batches = make_batches(config, data, fabric.device, fabric.global_rank, fabric.world_size)
     network = load_network(
         run,
@@ -166,7 +225,7 @@ def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabri
         model.train()
         with log.progress(batches.num_batches, epoch, config.epochs) as advance:
             for i, (images, labels) in enumerate(batches.train(epoch)):
-                lr = config.optim.lr_at(epoch + i / batches.num_batches, config.epochs)
+                lr = config.lr_at(epoch + i / batches.num_batches)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 with fabric.autocast():
@@ -217,6 +276,8 @@ def _train_one(run: RunDirectory, config: Config, data: ImageData, fabric: Fabri
             if is_best:
                 network.save(run.best, epoch + 1, step)
             run.write_metrics(metrics)
+            for logger in loggers:
+                logger(run.path, epoch_metrics)
             network.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
             pictures.refresh(last=epoch + 1 == config.epochs)
         log.epoch(epoch_metrics, config.epochs)

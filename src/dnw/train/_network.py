@@ -30,6 +30,7 @@ from dnw.models import (
     GraphChain,
     densenet_small,
     expander_edges,
+    lenet_300_100,
     mnasnet_small,
     mobilenet_v1,
     mobilenet_v2,
@@ -45,10 +46,10 @@ from dnw.models import (
     tiny_mnist,
 )
 from dnw.models._pretrained import read_network
+from dnw.recipes._config import Config
+from dnw.recipes._settings import SHARES_OF_THE_RUN, OptimConfig
 from dnw.train._checkpoint import Start, read_checkpoint, read_ticket, write_checkpoint
-from dnw.train._config import Config
 from dnw.train._run import RunDirectory
-from dnw.train._settings import SHARES_OF_THE_RUN, OptimConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "tiny_digits": lambda c, classes: tiny_digits(classes),
     "tiny_mnist": lambda c, classes: tiny_mnist(classes),
+    "lenet_300_100": lambda c, classes: lenet_300_100(classes, c.data.image_size),
     "tiny_cifar10": lambda c, classes: tiny_cifar10(classes, rank_all_entries=c.rank_all_entries),
     "tiny_cifar10_discrete": lambda c, classes: tiny_cifar10_discrete(classes),
     "tiny_cifar10_continuous": lambda c, classes: tiny_cifar10_continuous(
@@ -115,6 +117,35 @@ class Network:
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that it takes."""
         return self.config.data.input_size
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The probability of each class.
+
+        Args:
+            images: ``[batch, channels, height, width]``, uint8, or floating-point from 0 to 1; normalised here.
+
+        Returns:
+            ``[batch, classes]`` on the CPU.
+
+        Raises:
+            ValueError: images of another kind or size.
+        """
+        size, data = self.input_size, self.config.data
+        whole = images.dtype == torch.uint8
+        if images.ndim != 4 or tuple(images.shape[1:]) != size or not (whole or images.is_floating_point()):
+            wanted = "x".join(map(str, size))
+            given = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"images are {given}; expected [batch, {wanted}], uint8, or floating-point from 0 to 1")
+        device, training = next(self.model.parameters()).device, self.model.training
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (data.mean, data.std))
+        with self.wiring.settled():
+            parts = [
+                self.model.eval()((part.to(device).float() / (255 if whole else 1) - mean) / std).softmax(1).cpu()
+                for part in images.split(256)
+            ]
+        self.model.train(training)
+        return torch.cat(parts) if parts else torch.empty(0, self.num_classes)
 
     def save(self, file: Path, epoch: int, step: int) -> None:
         """Writes a checkpoint of the weights as they are now, after so many epochs and steps."""
@@ -245,7 +276,8 @@ def make_network(
     fused = True if fabric is None or fabric.device.type == "cpu" else None  # few passes over memory
     optimizer = torch.optim.SGD(_parameter_groups(model, optim), lr=optim.lr, momentum=optim.momentum, fused=fused)
     wrapped_model, wrapped_optimizer = (model, optimizer) if fabric is None else fabric.setup(model, optimizer)
-    told = _told(config, model, steps, edges)
+    scheduled = None if steps is None else steps // config.epochs * config.first_epochs
+    told = _told(config, model, scheduled, edges)
     wiring = wire(wrapped_model, wrapped_optimizer, **told)
     return Network(config, num_classes, model, optimizer, wrapped_model, wrapped_optimizer, wiring)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw._wiring.wiring import Wiring
-from dnw.train._config import Config
+from dnw.recipes._config import Config
 from dnw.train._log import Log
 from dnw.train._run import RunDirectory, TrainingStoppedError
 

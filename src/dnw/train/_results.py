@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dnw._checks import listing
 from dnw._files import write_whole
-from dnw.train._config import Config, changes
+from dnw.recipes import RECIPES
+from dnw.recipes._config import Config, changes
 from dnw.train._run import EpochMetrics, RunDirectory, runs_inside
 from dnw.train._sealed import sealed
 
@@ -18,7 +19,7 @@ _SHOWN = ("recipe", "rule", "edges", "baseline", "epochs", "seeds", "first_epoch
 """Settings that stand in columns of their own, or do not matter."""
 
 
-def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Config]]) -> str:
+def results_table(paths: Sequence[Path]) -> str:
     """A Markdown table with one row per recipe, rule and settings over the seeds of all given runs, and what is behind it.
 
     Runs that stopped early are left out and named. What was changed of a recipe is given in its row, or below the table if
@@ -27,7 +28,6 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
     Args:
         paths: run directories, or directories of sweeps; their seeds and baselines count as runs of their own. A seed that
             was run again stands in a row of its own.
-        recipes: what the runs' settings are compared with, by name.
 
     Raises:
         ValueError: no run directory, a damaged one, or none that is finished.
@@ -47,7 +47,7 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
                 seen[same] += 1
     if not rows:
         raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
-    changed = {row: _changed(runs[0][1], recipes) for row, runs in rows.items()}
+    changed = {row: _changed(runs[0][1]) for row, runs in rows.items()}
     in_all = [change for change in next(iter(changed.values())) if all(change in found for found in changed.values())]
     with_graphs = any(metrics[-1].nodes for runs in rows.values() for _, _, metrics in runs)
     titles = ["recipe", "rule", "epochs", "seeds", "last", "best", "edges", "live nodes", "s per epoch"]
@@ -89,13 +89,12 @@ def results_table(paths: Sequence[Path], recipes: Mapping[str, Callable[[], Conf
     return "\n".join(lines)
 
 
-def plot_results(paths: Sequence[Path], file: Path, recipes: Mapping[str, Callable[[], Config]]) -> None:
+def plot_results(paths: Sequence[Path], file: Path) -> None:
     """Plots test accuracy over the epochs, a curve for each row of the table with the range over its seeds, as SVG, PDF or PNG.
 
     Args:
         paths: as for :func:`results_table`.
         file: where to.
-        recipes: what the runs' settings are compared with, by name.
 
     Raises:
         ImportError: matplotlib is not installed (extra ``plot``).
@@ -111,7 +110,7 @@ def plot_results(paths: Sequence[Path], file: Path, recipes: Mapping[str, Callab
         for member, config in RunDirectory(run).members():
             metrics = member.metrics()
             if len(metrics) == config.epochs:
-                name = " ".join((config.recipe, *_changed(config, recipes)))
+                name = " ".join((config.recipe, *_changed(config)))
                 name = name if config.method in name else f"{name} ({config.method})"
                 curves.setdefault(f"{name}, {config.epochs} epochs", []).append([100 * m.top1 for m in metrics])
     if not curves:
@@ -137,9 +136,7 @@ def _runs(path: Path) -> list[Path]:
     return [path] if RunDirectory(path).exists else runs_inside(path) or [path]
 
 
-def save_results(
-    paths: Sequence[Path], folder: Path, recipes: Mapping[str, Callable[[], Config]], *, snapshots: int | None = None
-) -> list[Path]:
+def save_results(paths: Sequence[Path], folder: Path, *, snapshots: int | None = None) -> list[Path]:
     """Keeps of finished runs what results are made of, some ten kilobytes each: settings, environment, metrics, final counts.
 
     What is kept is a run directory without weights; tables are made of it as of any other. It is called after the recipe, what
@@ -148,7 +145,6 @@ def save_results(
     Args:
         paths: run directories, or directories of sweeps; every seed and baseline is kept by itself.
         folder: where to.
-        recipes: what the runs' settings are compared with, by name.
         snapshots: keep the trained networks as well, and so many snapshots of each: what is kept is tested, counted, compiled
             and looked at like any run then. None: no networks.
 
@@ -169,7 +165,7 @@ def save_results(
             metrics = member.metrics()
             if len(metrics) < config.epochs:
                 continue
-            target = RunDirectory(folder / _name(config, recipes))
+            target = RunDirectory(folder / _name(config))
             if target.metrics() not in ([], metrics):
                 raise ValueError(
                     f"{target.path} holds another run of the same settings; take it away first, or keep both apart"
@@ -200,9 +196,9 @@ def save_results(
     return kept
 
 
-def _name(config: Config, recipes: Mapping[str, Callable[[], Config]]) -> str:
+def _name(config: Config) -> str:
     """Of a run by its settings, as files are called."""
-    changed = [change.replace("=", "-") for change in _changed(config, recipes)]
+    changed = [change.replace("=", "-") for change in _changed(config)]
     parts = [config.recipe, *changed, *([config.method] if config.method not in config.recipe else [])]
     whole = "-".join([*parts, f"{config.epochs}-epochs", f"seed-{config.seed}"])
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in whole)
@@ -228,11 +224,11 @@ def insert_table(page: Path, name: str, table: str) -> None:
     write_whole(page, f"{before}{opening}\n\n{table}\n\n{closing}{after}".encode())
 
 
-def _changed(config: Config, recipes: Mapping[str, Callable[[], Config]]) -> list[str]:
+def _changed(config: Config) -> list[str]:
     """What differs from the recipe, as overrides; another run by its name alone."""
-    if config.recipe not in recipes:
+    if config.recipe not in RECIPES:
         return []
-    pairs = (change.partition("=") for change in changes(config, recipes[config.recipe]()))
+    pairs = (change.partition("=") for change in changes(config, RECIPES[config.recipe]()))
     named = ((key, Path(value).name if key == "ticket.run" else value) for key, _, value in pairs)
     return [f"{key}={value}" for key, value in named if key not in _SHOWN]
 

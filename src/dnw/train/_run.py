@@ -21,19 +21,22 @@ from typing import Any
 import torch
 
 from dnw import __version__
-from dnw._files import PART, read_text, write_whole
+from dnw._checks import did_you_mean
+from dnw._files import PART, PRETRAINED, read_text, write_whole
 from dnw.graphs._way import graph_kernels
-from dnw.train._config import MOST_BYTES, Config, check_unchanged, config_from_json
+from dnw.recipes._config import MOST_BYTES, Config, check_unchanged, config_from_json
+from dnw.recipes._settings import short
 from dnw.train._lock import NAME as LOCK
 from dnw.train._lock import held
 from dnw.train._sealed import sealed, unsealed
-from dnw.train._settings import short
 
 FILES = {
     "config.json": "what the run is: every setting",
     "environment.json": "what it was started in: versions, machine, threads, commit, what graphs run on, where the data lies, "
     "how many classes it has, and the config once more",
     "metrics.jsonl": "a line per epoch: losses, accuracies, edges, seconds",
+    "metrics.csv": "with `--log csv`: the same as a table",
+    "tensorboard/*": "with `--log tensorboard`: the same for TensorBoard",
     "counts.json": "of a result that `dnw results` keeps: parameters and multiply-adds at the end",
     "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
@@ -134,7 +137,7 @@ class RunDirectory:
         return (self.path / "config.json").is_file()
 
     @classmethod
-    def create(cls, config: Config, data_dir: Path, num_classes: int, out: Path | None) -> RunDirectory:
+    def create(cls, config: Config, data_dir: Path, num_classes: int, out: str | Path | None) -> RunDirectory:
         """Makes a new run directory: ``out``, or the first free ``runs/<recipe>-<number>``.
 
         Raises:
@@ -142,9 +145,9 @@ class RunDirectory:
             OSError: it cannot be made.
         """
         if out is not None:
-            _check_new(out)
-            out.mkdir(parents=True, exist_ok=True)
-            path = out
+            path = Path(out)
+            _check_new(path)
+            path.mkdir(parents=True, exist_ok=True)
         else:
             path = _new_numbered(Path("runs"), config.recipe)
         run = cls(path)
@@ -171,6 +174,9 @@ class RunDirectory:
         if not self.exists:
             inside = runs_inside(self.path)
             hint = f"; {inside[0]} is one" if inside else ""
+            if not self.path.exists():
+                known = [folder.name for folder in PRETRAINED.iterdir()]
+                hint = did_you_mean(self.path.name, known, what="the pretrained network ")
             raise ValueError(f"{self.path}: not a run directory (it has no config.json){hint}")
         config = config_from_json(read_text(path, MOST_BYTES), str(path))
         started = self.environment().get("config")
@@ -220,10 +226,15 @@ class RunDirectory:
                 if _is_part(part.name):
                     part.unlink(missing_ok=True)
 
-    def members(self) -> Iterator[tuple[RunDirectory, Config]]:
-        """The single runs: one per seed, each with its baseline after it."""
-        for folder, config in self.config().singles().items():
-            yield RunDirectory(self.path / folder), config
+    def extend(self, config: Config) -> None:
+        """Stores the config of a run that goes on to more epochs than it had."""
+        if self.config() != config:
+            write_whole(self.path / "config.json", config.to_json().encode())
+
+    def members(self, config: Config | None = None) -> Iterator[tuple[RunDirectory, Config]]:
+        """The single runs: one per seed, each with its baseline after it; of the stored config, or of another."""
+        for folder, single in (config or self.config()).singles().items():
+            yield RunDirectory(self.path / folder), single
 
     def metrics(self) -> list[EpochMetrics]:
         """The epochs done so far.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dnw._files import write_whole
-from dnw.train._config import Config, override
+from dnw.recipes._config import Config, override
 from dnw.train._log import Log
 from dnw.train._loop import resume, train
 from dnw.train._run import RunDirectory, TrainingStoppedError

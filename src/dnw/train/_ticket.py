@@ -6,8 +6,8 @@ Contract: a run keeps its ticket, so that it can be resumed when the first stage
 from __future__ import annotations
 
 from dnw._checks import listing
+from dnw.recipes._config import Config
 from dnw.train._checkpoint import Start, read_weights, write_checkpoint
-from dnw.train._config import Config
 from dnw.train._network import load_network, make_network
 from dnw.train._run import RunDirectory
 

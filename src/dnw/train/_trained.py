@@ -15,7 +15,7 @@ from dnw.train._network import Checkpoint, Network, load_network
 from dnw.train._run import RunDirectory
 
 
-def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Network:
+def load_trained(path: str | Path, checkpoint: Checkpoint = "last") -> Network:
     """The network of a run directory, in eval mode; the first seed's, where there are several.
 
     Raises:
@@ -28,7 +28,7 @@ def load_trained(path: Path, checkpoint: Checkpoint = "last") -> Network:
 
 
 def compile_run(
-    path: Path, input_size: tuple[int, int, int] | None = None, checkpoint: Checkpoint | None = None
+    path: str | Path, input_size: tuple[int, int, int] | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[Plan | Report, Program]:
     """The plan for a run's network, or for one that is no network of graphs the report, and the compacted network.
 
@@ -40,6 +40,7 @@ def compile_run(
     Raises:
         ValueError: no such checkpoint, or a network that is not compiled.
     """
+    path = Path(path)
     if path.is_file():
         named = {"best.pt": "best", "last.pt": "last"}.get(path.name)
         if named is not None and checkpoint not in (None, named):

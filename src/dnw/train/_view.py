@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from dnw.count import graphs_of, parameter_of
-from dnw.train._config import Config
+from dnw.recipes._config import Config
 from dnw.train._network import make_model, num_classes_of_run
 from dnw.train._run import RunDirectory
 from dnw.view import NothingToShowError, Record, read_snapshots, record, write_page
@@ -23,7 +23,7 @@ _ANY_CLASSES = 10
 """Of a run that says nowhere how many it has; the graphs of most networks are the same for any number."""
 
 
-def view_runs(paths: Sequence[Path], out: Path | None = None, *, reload: int | None = None) -> Path:
+def view_runs(paths: Sequence[str | Path], out: str | Path | None = None, *, reload: int | None = None) -> Path:
     """Writes the page of a run, or of two beside each other.
 
     Of a run of several seeds the first is shown; where it has a baseline and no other run stands beside it, that does.
@@ -37,17 +37,18 @@ def view_runs(paths: Sequence[Path], out: Path | None = None, *, reload: int | N
         ValueError: no run directory, or one without snapshots, with damaged ones, or without a graph.
         OSError: the file cannot be written.
     """
-    if len(paths) == 1:
-        out = out or RunDirectory(paths[0]).page
-        records = _with_baseline(RunDirectory(paths[0]))
+    first, *others = map(RunDirectory, paths)
+    if others:
+        page = first.path / f"view-beside-{others[0].path.resolve().name}.html"
+        records = [_record(*next(iter(run.members()))) for run in (first, *others)]
     else:
-        out = out or paths[0] / f"view-beside-{paths[1].resolve().name}.html"
-        records = [_record(*next(iter(RunDirectory(path).members()))) for path in paths]
-    write_page(records, out, reload=reload)
-    return out
+        page, records = first.page, _with_baseline(first)
+    page = page if out is None else Path(out)
+    write_page(records, page, reload=reload)
+    return page
 
 
-def run_record(path: Path) -> Record:
+def run_record(path: str | Path) -> Record:
     """What a picture shows of a run; of its first seed, without its baseline.
 
     Raises:

@@ -122,16 +122,21 @@ async function start() {
   if (header.reload) setInterval(reload, 1000 * header.reload);
 }
 
+/* What tells a run from the others. */
+function nameApart(run) {
+  const alike = new Set(runs.map(one => one.about)).size < runs.length;
+  return alike ? run.name : run.about;
+}
+
 /* Names of the runs, what tells their curves apart, and how many snapshots are left out. */
 function fillHeadings() {
   $("title").textContent = [...new Set(runs.map(run => run.name))].join(" and ");
   $("about").textContent = runs.map(run => run.about).join("; ");
-  const alike = new Set(runs.map(run => run.about)).size < runs.length;
   if (runs.length > 1) {
     $("legend").append(...runs.map((run, i) => {
       const mark = element("i");
       mark.style.background = "var(--" + TINTS[i % TINTS.length] + ")";
-      return element("span", mark, "curves: " + (alike ? run.name : run.about));
+      return element("span", mark, "curves: " + nameApart(run));
     }));
   }
   const omitted = runs.reduce((sum, run) => sum + run.omitted, 0);
@@ -154,6 +159,7 @@ function listen() {
     else redraw();
   });
   addEventListener("keydown", onKey);
+  listenToHover();
   let resizing = 0;
   addEventListener("resize", () => {
     clearTimeout(resizing);

@@ -1,8 +1,26 @@
 /* What stands beside the graphs: numbers, curves, histograms, the adjacency matrix, one node, and the table. */
 
+/* What is said where a pointer is on a canvas, by the canvas: a function of a place in CSS pixels that gives a text. */
+const told = new WeakMap();
+
+/* Shows the values under the pointer, wherever a canvas has some to tell. */
+function listenToHover() {
+  const tip = $("tip");
+  const aside = document.querySelector("aside");
+  aside.addEventListener("pointermove", event => {
+    const text = told.get(event.target)?.(event.offsetX, event.offsetY) ?? "";
+    tip.hidden = !text;
+    tip.textContent = text;
+    tip.style.left = Math.min(event.clientX + 14, innerWidth - 16 - tip.offsetWidth) + "px";
+    tip.style.top = event.clientY + 14 + "px";
+  });
+  aside.addEventListener("pointerleave", () => tip.hidden = true);
+}
+
 /* A canvas as large as it is shown, empty, to be drawn on in CSS pixels. */
 function cleared(id) {
   const canvas = $(id);
+  told.delete(canvas);
   const { width, height } = canvas.getBoundingClientRect();
   const scale = devicePixelRatio || 1;
   canvas.width = width * scale;
@@ -85,9 +103,22 @@ function chart(id, lines, { zero = false, percent = false, outliers = false } = 
   context.strokeStyle = colour("ink");
   context.globalAlpha = .5;
   stroke(context, [[x, AXES.top], [x, height - AXES.bottom]]);
+  told.set(canvas, at => {
+    const wanted = (at - AXES.left) / (width - AXES.left - AXES.right) * last;
+    const near = line => line.points.reduce((best, one) => Math.abs(one[0] - wanted) < Math.abs(best[0] - wanted) ? one : best);
+    const found = lines.filter(line => line.points.length).map(line => [line, near(line)]);
+    const values = found.map(([line, [, value]]) => (line.name ? line.name + " " : "") + precise(value, percent));
+    return "epoch " + found[0][1][0].toFixed(2) + ": " + values.join(", ");
+  });
   const latest = lines.map(line => line.points.filter(([epoch]) => epoch <= times[state.now] + 1e-9).at(-1));
   const now = latest.filter(Boolean).map(([, value]) => text(value));
   describe(canvas, now.length ? ", now " + now.join(" and ") : "");
+}
+
+/* A number with all its digits that matter. */
+function precise(value, percent) {
+  if (percent) return (100 * value).toFixed(2) + " %";
+  return Number.isInteger(value) ? number(value) : value.toFixed(4);
 }
 
 function stroke(context, path) {
@@ -124,6 +155,11 @@ function bars(id, sets, label) {
   for (let i = 0; i < count; i += Math.ceil(count / 9)) {
     context.fillText(label(i), AXES.left + (i + .42) * each, height - 3);
   }
+  told.set(canvas, at => {
+    const i = Math.floor((at - AXES.left) / each);
+    if (i < 0 || i >= count) return "";
+    return label(i) + ": " + sets.map(set => (set.name ? set.name + " " : "") + number(set.counts[i] ?? 0)).join(", ");
+  });
   const texts = sets.map(set => set.counts.map((value, i) => label(i) + ": " + value).join(", "));
   describe(canvas, ": " + texts.join("; "));
 }
@@ -141,14 +177,16 @@ function bitmap(width, height, pixel) {
   return canvas;
 }
 
-/* The adjacency matrix, of at most 300 cells a side. */
+/* The adjacency matrix, of at most 300 cells a side; where a cell is one entry it is as large as there is room. */
 function adjacency(run, s) {
   const { canvas, context, width, height } = cleared("adjacency");
   const cells = Math.min(run.nodes, 300);
   const cell = n => Math.floor(n * cells / run.nodes);
   const plus = new Float32Array(cells * cells);
   const minus = new Float32Array(cells * cells);
+  const counts = new Uint32Array(cells * cells);
   run.eachEdge(s, (source, target, strength) => {
+    counts[cell(target) * cells + cell(source)]++;
     const layer = strength > 0 ? plus : minus;
     layer[cell(target) * cells + cell(source)] += .3 + .7 * Math.abs(strength) / header.strongest;
   });
@@ -157,7 +195,7 @@ function adjacency(run, s) {
   const picture = bitmap(cells, cells, i => {
     const sum = plus[i] + minus[i];
     if (!sum) return ground;
-    const cover = 1 - Math.exp(-1.2 * sum / typical);
+    const cover = 1 - Math.exp(-(cells < run.nodes ? 1.2 : 3) * sum / typical);
     return ground.map((k, j) => k * (1 - cover) + cover * (plus[i] * warm[j] + minus[i] * cold[j]) / sum);
   });
   const side = Math.min(width, height);
@@ -165,12 +203,51 @@ function adjacency(run, s) {
   context.drawImage(picture, (width - side) / 2, 0, side, side);
   context.strokeStyle = colour("line");
   context.strokeRect((width - side) / 2 + .5, .5, side - 1, side - 1);
+  told.set(canvas, (x, y) => {
+    const [column, row] = [x - (width - side) / 2, y].map(at => Math.floor(at / side * cells));
+    if (Math.min(column, row) < 0 || Math.max(column, row) >= cells) return "";
+    const first = i => run.nodeName(Math.ceil(i * run.nodes / cells));
+    const from = cells < run.nodes ? "from about " : "from ";
+    return from + first(column) + " to " + first(row) + ": " + edgesText(counts[row * cells + column]);
+  });
   describe(canvas, "");
 }
+
+const edgesText = count => count === 1 ? "1 edge" : number(count) + " edges";
 
 /* Numbers with their names. */
 function facts(id, pairs) {
   $(id).replaceChildren(...pairs.map(([name, value]) => element("div", element("b", value), element("span", name))));
+}
+
+/* The same of all runs, a column each, headed by what tells the runs apart. */
+function factsBeside(id, names, columns) {
+  const cells = (kind, texts) => texts.map(text => element(kind, text));
+  const heads = runs.map((run, i) => {
+    const mark = element("i");
+    mark.style.background = "var(--" + TINTS[i % TINTS.length] + ")";
+    return element("th", mark, nameApart(run));
+  });
+  const rows = names.map((name, k) => {
+    const head = element("th", name);
+    head.scope = "row";
+    return element("tr", head, ...cells("td", columns.map(column => column[k] ?? "")));
+  });
+  for (const head of heads) head.scope = "col";
+  $(id).replaceChildren(element("table", element("tr", element("td"), ...heads), ...rows));
+}
+
+/* What is said of a run at its own moment: [name, value] each. */
+function numbersOf(run, epoch) {
+  const s = moment(run);
+  return [
+    ["edges", number(run.active[s])],
+    ["live", run.alive[s] + " of " + run.nodes],
+    ["come", number(run.came[s])],
+    ["gone", number(run.went[s])],
+    ...latest(run, epoch, "accuracy", "top1", value => (100 * value).toFixed(1) + " %"),
+    ...latest(run, epoch, "loss", "train_loss", value => value.toFixed(3)),
+  ];
 }
 
 /* Of the i-th run, beside the graphs. */
@@ -183,25 +260,27 @@ function drawBeside() {
   const epoch = times[state.now];
   $("when").textContent = "epoch " + epoch.toFixed(2) + ", step " + number(run.steps[s]);
   $("when").setAttribute("aria-live", state.playing ? "off" : "polite");
-  facts("now", [
-    ["edges", number(run.active[s])],
-    ["live", run.alive[s] + " of " + run.nodes],
-    ["come", number(run.came[s])],
-    ["gone", number(run.went[s])],
-    ...latest(run, epoch, "accuracy", "top1", value => (100 * value).toFixed(1) + " %"),
-    ...latest(run, epoch, "loss", "train_loss", value => value.toFixed(3)),
-  ]);
-  const measured = (key, dashed) => runs.map((one, i) => (
-    { colour: tint(i), dashed, points: one.metrics.map(m => [m.epoch, m[key]]).filter(([, value]) => value != null) }
-  ));
-  const counted = key => runs.map((one, i) => ({ colour: tint(i), points: one.epochs.map((e, k) => [e, one[key][k]]) }));
+  if (runs.length === 1) {
+    facts("now", numbersOf(run, epoch));
+  } else {
+    const columns = runs.map(one => new Map(numbersOf(one, epoch)));
+    const names = [...new Set(columns.flatMap(column => [...column.keys()]))];
+    factsBeside("now", names, columns.map(column => names.map(name => column.get(name))));
+  }
+  const named = (one, i) => ({ colour: tint(i), name: runs.length > 1 ? nameApart(one) : "" });
+  const measured = (key, dashed, what = "") => runs.map((one, i) => {
+    const line = named(one, i);
+    const points = one.metrics.map(m => [m.epoch, m[key]]).filter(([, value]) => value != null);
+    return { ...line, name: [line.name, what].filter(Boolean).join(" "), dashed, points };
+  });
+  const counted = key => runs.map((one, i) => ({ ...named(one, i), points: one.epochs.map((e, k) => [e, one[key][k]]) }));
   const come = counted("came").map(line => ({ ...line, points: line.points.slice(1) }));
   chart("accuracy", measured("top1"), { percent: true });
-  chart("loss", [...measured("train_loss"), ...measured("test_loss", true)], { outliers: true });
+  chart("loss", [...measured("train_loss", false, "training"), ...measured("test_loss", true, "test")], { outliers: true });
   chart("swaps", come, { zero: true });
   chart("alive", counted("alive"));
-  const byDegree = runs.map((one, i) => ({ colour: tint(i), counts: one.degreeCounts(moment(one)) }));
-  const bySkip = runs.map((one, i) => ({ colour: tint(i), counts: one.skipCounts(moment(one)) }));
+  const byDegree = runs.map((one, i) => ({ ...named(one, i), counts: one.degreeCounts(moment(one)) }));
+  const bySkip = runs.map((one, i) => ({ ...named(one, i), counts: one.skipCounts(moment(one)) }));
   bars("degrees", byDegree, i => i ? String(2 ** (i - 1)) : "0");
   bars("skips", bySkip, String);
   adjacency(run, s);
@@ -231,8 +310,8 @@ function drawNodeCard() {
     ["now", run.isLive(s, node) ? "live" : "dead"],
     ["first live", born < 0 ? "never" : "epoch " + run.epochs[born].toFixed(2)],
   ]);
-  const into = { colour: colour("minus"), points: history.map(one => [one.epoch, one.into]) };
-  const out = { colour: colour("plus"), points: history.map(one => [one.epoch, one.out]) };
+  const into = { name: "in", colour: colour("minus"), points: history.map(one => [one.epoch, one.into]) };
+  const out = { name: "out", colour: colour("plus"), points: history.map(one => [one.epoch, one.out]) };
   chart("nodeDegree", [into, out], { zero: true });
   drawInside(run, node, s);
 }

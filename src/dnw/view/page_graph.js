@@ -78,14 +78,28 @@ class Graph {
     });
   }
 
-  /* Plus and minus zoom, 0 shows the whole. */
+  /* Plus and minus zoom, 0 shows the whole; n and p choose the next live node and the one before. */
   listenToKeys() {
     this.canvas.addEventListener("keydown", event => {
       const factor = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 1e-9 }[event.key];
-      if (!factor || event.ctrlKey || event.metaKey || event.altKey) return;
+      const by = { n: 1, p: -1 }[event.key];
+      if (!(factor || by) || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
-      this.zoomBy(factor, this.width / 2, this.height / 2);
+      if (factor) this.zoomBy(factor, this.width / 2, this.height / 2);
+      else this.choose(by);
     });
+  }
+
+  /* Picks the next live node, or the one before, in the order of levels. */
+  choose(by) {
+    const { run } = this;
+    const s = moment(run);
+    const chosen = state.picked?.run === run ? state.picked.node : by > 0 ? -1 : run.nodes;
+    for (let i = 1; i <= run.nodes; i++) {
+      const n = (chosen + by * i + 2 * run.nodes) % run.nodes;
+      if (n === chosen || !run.isLive(s, n)) continue;
+      return pick(run, n);
+    }
   }
 
   /* Two fingers have moved: what was between them stays between them. */
@@ -141,7 +155,8 @@ class Graph {
     if (n < 0) return "";
     const s = moment(this.run);
     const { into, out } = this.run.degree(s, n);
-    return this.run.nodeName(n) + ": " + into + " in, " + out + " out" + (this.run.isLive(s, n) ? "" : ", dead");
+    const what = this.run.isOutput(n) ? "; a channel for the layers that come after, no class" : "";
+    return this.run.nodeName(n) + ": " + into + " in, " + out + " out" + (this.run.isLive(s, n) ? "" : ", dead") + what;
   }
 
   textOfLevel() {
@@ -339,10 +354,11 @@ class Graph {
     const bands = "a bar is a level, full as far as its nodes are live, their number below; "
       + "a band is as wide as its number of edges; click to zoom in, ";
     const hint = this.isSummed() ? bands : "point at a node, click to keep it, ";
-    $("hint").textContent = hint + "wheel or pinch to zoom, drag to move";
+    $("hint").textContent = hint + "wheel or pinch to zoom, drag to move; keys: n and p choose, + and - zoom";
     const ended = times[state.now] > run.epochs.at(-1) + 1e-9 ? "ended; " : "";
     const shown = this.drawn < run.edges[s] ? number(this.drawn) + " shown of " : "";
-    const weights = run.edges[s] === run.active[s] ? "" : " of " + number(run.active[s]) + " weights";
+    const shared = " by " + number(run.active[s]) + " weights, of which some serve several";
+    const weights = run.edges[s] === run.active[s] ? "" : shared;
     const nodes = number(run.alive[s]) + " of " + number(run.nodes) + " nodes live";
     this.numbers.textContent = ended + shown + number(run.edges[s]) + " edges" + weights + ", " + nodes;
     const when = run.name + ", epoch " + run.epochs[s].toFixed(2);

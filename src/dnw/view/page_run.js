@@ -107,6 +107,11 @@ class Run {
     return this.prefix(g) + kind + " " + (this.index[n] + 1) + where;
   }
 
+  /* Whether a node is among the last of its graph, which other layers read. */
+  isOutput(n) {
+    return this.level[n] === this.graphs[this.graphOf[n]].levels.length - 1;
+  }
+
   levelName(g, level) {
     const last = this.graphs[g].levels.length - 1;
     return this.prefix(g) + (level === 0 ? "inputs" : level === last ? "outputs" : "level " + level);

@@ -53,6 +53,7 @@ EdgesName = Literal["ticket", "random_original", "expander"]
 ModelName = Literal[
     "tiny_digits",
     "tiny_mnist",
+    "lenet_300_100",
     "tiny_cifar10",
     "tiny_cifar10_discrete",
     "tiny_cifar10_continuous",

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dnw._checks import did_you_mean, listing
+from dnw._checks import one_of
+from dnw.recipes._config import changes
 from dnw.recipes._recipes import RECIPES
 from dnw.train import Config, RunDirectory, count_config, override
-from dnw.train._config import changes
 from dnw.train._run import runs_inside
 
 
@@ -128,7 +128,7 @@ def tables(results: Path, names: Sequence[str] = ()) -> Iterator[str]:
     """
     for name in names:
         if name not in TABLES:
-            raise ValueError(f"no table {name!r}{did_you_mean(name, TABLES)}; there are {listing(TABLES)}")
+            raise ValueError(f"no table {name!r}{one_of(name, TABLES)}")
     return _tables(_own_results(results), names or list(TABLES))
 
 

@@ -7,14 +7,14 @@ what was given and what is allowed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from dnw._checks import did_you_mean, listing
-from dnw.train._settings import (
+from dnw.recipes._settings import (
     FIXED_RULES,
     MOST_EPOCHS,
     RULE_SETTINGS,
@@ -84,6 +84,9 @@ class Config(Settings):
     baseline: RuleName | None = Field(default=None, description="a second rule that runs beside, on the same budget")
     optim: OptimConfig = OptimConfig()
     epochs: int = Field(ge=1, le=MOST_EPOCHS)
+    extended_from: tuple[Annotated[int, Field(ge=1, le=MOST_EPOCHS)], ...] = Field(
+        default=(), max_length=100, description="how many epochs the run had before it was extended, each time"
+    )
     batch_size: int = Field(ge=1, le=10**6, description="images per step, over all processes")
     seeds: tuple[Annotated[int, Field(lt=2**63)], ...] = Field(default=(0,), max_length=1000, description="one run each")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -101,6 +104,25 @@ class Config(Settings):
         """Of a single run."""
         (seed,) = self.seeds
         return seed
+
+    @property
+    def first_epochs(self) -> int:
+        """How many epochs the run had at first: schedules of edges are shares of those."""
+        return (*self.extended_from, self.epochs)[0]
+
+    def lr_at(self, epoch: float) -> float:
+        """The learning rate after ``epoch`` (a fraction counts), on the schedule of the length that the run has then."""
+        return self.optim.lr_at(epoch, next(length for length in (*self.extended_from, self.epochs) if epoch < length))
+
+    def extended(self, epochs: int) -> Config:
+        """The same, to be trained on to more epochs after its last.
+
+        Raises:
+            ValueError: not more than it has.
+        """
+        if epochs <= self.epochs:
+            raise ValueError(f"epochs={epochs}: the run has {self.epochs} epochs; give more to extend it")
+        return self.model_copy(update={"epochs": epochs, "extended_from": (*self.extended_from, self.epochs)})
 
     def singles(self) -> dict[str, Config]:
         """The single runs, by their folders within the run's: one per seed, each with its baseline after it."""
@@ -150,6 +172,10 @@ class Config(Settings):
         self._check_budget()
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs}: the run has {self.epochs} epochs; give fewer")
+        if list(self.extended_from) != sorted({e for e in self.extended_from if 0 < e < self.epochs}):
+            raise ValueError(
+                f"extended_from={_text(list(self.extended_from))}: expected increasing numbers below epochs={self.epochs}"
+            )
         if self.batch_size < self.processes:
             raise ValueError(f"batch_size={self.batch_size}: {self.processes} processes need at least one image each per step")
         return self
@@ -237,7 +263,11 @@ def check_unchanged(config: Config, earlier: object, when: str, source: Path) ->
         when: what was done with the earlier one, for messages.
         source: the file that holds one of the two.
     """
-    before, now = (_flat(one.model_dump(mode="json")) for one in (_stored(earlier, f"{source}: the config in it"), config))
+    then = _stored(earlier, f"{source}: the config in it")
+    lengths = (*config.extended_from, config.epochs)
+    if then.epochs < config.epochs and lengths[: len(then.extended_from) + 1] == (*then.extended_from, then.epochs):
+        then = then.model_copy(update={"epochs": config.epochs, "extended_from": config.extended_from})  # of before
+    before, now = (_flat(one.model_dump(mode="json")) for one in (then, config))
     differ = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
     if differ:
         listed = ", ".join(f"{key}={_text(before[key])}, not {_text(now[key])}" for key in differ[:4])
@@ -255,33 +285,57 @@ def _stored(values: Any, source: str) -> Config:
     return validated(Config, values, source)
 
 
-def override(config: Config, overrides: Sequence[str]) -> Config:
-    """A config with some values changed, each given as ``key=value`` such as ``optim.lr=0.05`` or ``seeds=0,1,2``.
+def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Config:
+    """A config with some settings changed.
+
+    Args:
+        config: to change.
+        overrides: as the command takes them, each ``key=value`` such as ``optim.lr=0.05`` or ``seeds=0,1,2``; or values by
+            key, ``{"optim.lr": 0.05}`` or ``{"optim": {"lr": 0.05}}``.
 
     Raises:
         ValueError: no such key, or a value that is not allowed.
     """
     values = config.model_dump(mode="json")
-    named = {key for key, _, text in (item.partition("=") for item in overrides) if text not in _NULL}
-    given = [name for name in BUDGETS if name in named]
+    changes = _flat(dict(overrides)) if isinstance(overrides, Mapping) else _parsed(overrides, values)
+    given = [name for name in BUDGETS if changes.get(name) is not None]
     if len(given) == 1 and (given[0] != "width" or config.model.startswith("mobilenet_v1_graphs")):
         # a budget takes the place of the recipe's; the width of other models is none
         others = BUDGETS if config.model.startswith("mobilenet_v1_graphs") else ("num_edges", "density")
         values |= {name: None for name in others if name not in given}
+    for key, value in changes.items():
+        part, name = _place(values, key)
+        part[name] = value
+    return validated(Config, values, "override")
+
+
+def _parsed(overrides: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Values by key, of texts ``key=value``."""
+    found: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r}: an override is written key=value, such as optim.lr=0.05")
-        *outer, name = key.split(".")
-        part: Any = values
-        for group in outer:
-            part = part.get(group) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or name not in part or isinstance(part[name], dict):
-            inside = [known for known in _flat(values) if known.endswith(f".{key}")]
-            hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(key, _flat(values))
-            raise ValueError(f"{key}: no such setting{hint}")
-        part[name] = _value(text, part[name])
-    return validated(Config, values, "override")
+        part, name = _place(values, key)
+        found[key] = _value(text, part[name])
+    return found
+
+
+def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Where a setting stands among nested ones.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    *outer, name = key.split(".")
+    part: Any = values
+    for group in outer:
+        part = part.get(group) if isinstance(part, dict) else None
+    if not isinstance(part, dict) or name not in part or isinstance(part[name], dict):
+        inside = [known for known in _flat(values) if known.endswith(f".{key}")]
+        hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(key, _flat(values))
+        raise ValueError(f"{key}: no such setting{hint}")
+    return part, name
 
 
 def changes(config: Config, base: Config) -> list[str]:

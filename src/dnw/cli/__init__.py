@@ -1,0 +1,86 @@
+"""The command ``dnw``: parses, resolves, calls the library.
+
+Contract: whatever a user can cause ends in one line on standard error and an exit code that is not 0. Torch is imported
+only where something is trained or tested.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from dnw.cli._arguments import make_parser
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or not hasattr(parsed, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that follow an option: argparse ends a list of arguments at the first option
+        parsed.overrides += rest
+    try:
+        with _ending_like_an_interrupt():
+            parsed.run(parsed)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # of a reader such as head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if parsed.traceback or not _is_users(error):
+            raise
+        if isinstance(error, ChildProcessError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            return 1  # the first process has said what is wrong
+        print(f"dnw: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+@contextmanager
+def _ending_like_an_interrupt() -> Iterator[None]:
+    """Within, SIGTERM is Ctrl-C: a run says how it goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one that a user can cause and mend."""
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return True
+    return type(error).__name__ == "TrainingStoppedError"
+
+
+_EXTRAS = {
+    "matplotlib": "plot",
+    "networkx": "edges",
+    "onnx": "onnx",
+    "scipy": "edges",
+    "tensorboard": "tensorboard",
+    "torchdiffeq": "ode",
+    "torchvision": "vision",
+}
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "train")
+        return f"{error.name} is not installed; install its extra: pip install 'dnw[{extra}]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
