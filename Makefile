@@ -1,14 +1,15 @@
 # make demo: set up and train the digits. make test: set up and run tests, lint and types. make check: the same of the core alone,
 # while one works on it. make sanitize: kernels under sanitizers. make results: tables and curves of the docs from results/.
+# make notebook: the outputs in examples/*.ipynb.
 # make gpu: what a GPU is worth most for, in 25 minutes; again, and it goes on.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip finds builds of torch without CUDA, if not in its usual index: see "Installing" in the README.
 TORCH_INDEX ?=
-PIP_OPTIONS = --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_OPTIONS = --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/
 
-.PHONY: demo test check results gpu lint types unit sanitize format clean
+.PHONY: demo test check results notebook gpu lint types unit sanitize format clean
 
 demo: $(VENV)/.train
 	$(RUN)dnw train digits
@@ -32,6 +33,9 @@ results: $(VENV)/.dev
 	  $(RUN)dnw results $$folder --into docs/results.md --table $$(basename $$folder) || exit 1; \
 	done
 	$(RUN)dnw results results/dormant_chain_20 --plot docs/learning_curves.svg
+
+notebook: $(VENV)/.dev
+	$(RUN)python tests/notebook.py examples/digits.ipynb
 
 gpu: $(VENV)/.dev
 	PYTHON=$(RUN)python bash benchmarks/gpu.sh

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +13,14 @@ import pytest
 
 from dnw import cli
 from dnw.cli import _commands
+from dnw.cli._arguments import make_parser
 from dnw.train import _log
 from dnw.train._log import Log, _clock
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return action.choices
 
 
 def test_sigterm_ends_like_ctrl_c(monkeypatch):
@@ -52,3 +60,28 @@ def test_a_run_alone_needs_neither_fabric_nor_the_compiler_to_begin():
     code = f"{loads}; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_commands_recipes_and_networks(shell, capsys, tmp_path):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("resume", "cifar10_mobilenet_rigl_x225", "digits_static", "tensorboard", "data-dir"):
+        assert word in script
+    if shell == "bash":
+        asked = 'COMP_WORDS=(dnw train cifar10_mobilenet_ri); COMP_CWORD=2; _shtab_dnw; printf "%s\\n" "${COMPREPLY[@]}"'
+        (tmp_path / "dnw.bash").write_text(f"{script}\n{asked}\n")
+        done = subprocess.run(["bash", tmp_path / "dnw.bash"], capture_output=True, text=True)
+        assert done.stdout.split() == ["cifar10_mobilenet_rigl_x225"], done.stderr
+
+
+def test_every_command_shows_examples_that_parse(capsys):
+    for name, command in subcommands().items():
+        examples = [line.partition("  #")[0].strip() for line in command.epilog.splitlines()[1:]]
+        assert examples
+        for example in examples:
+            words = shlex.split(example.partition(" > ")[0].removeprefix('eval "$(').removesuffix(')"'))
+            assert words[:2] == ["dnw", name]
+            parsed, rest = make_parser().parse_known_args(words[1:])
+            assert not any(word.startswith("-") for word in rest), example
+            assert parsed.run

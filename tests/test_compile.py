@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dnw
 from dnw.cli import main
-from dnw.compile import Plan, Program, Runtime, load_program, measured, plan, save_c, save_onnx, save_program
+from dnw.compile import Plan, Program, Runtime, code_size, load_program, measured, plan, save_c, save_onnx, save_program
 from dnw.compile import _native as native
 from dnw.compile._plan import planned
 from dnw.compile._program import Convolution, Restore, tensors
@@ -650,6 +650,26 @@ def test_the_tiny_classifiers_fit_microcontrollers(tmp_path):
         needs = save_c(plan(model, size).apply(model), tmp_path / "net.c")
         assert needs.flash < flash
         assert needs.ram < ram
+
+
+@compiler
+def test_the_size_of_code_is_measured_and_pixels_are_explained(program, tmp_path, monkeypatch):
+    needs = save_c(program, tmp_path / "net.c", mean=(0.5, 0.25, 1), std=(0.5, 2, 0.125))
+    header = (tmp_path / "net.h").read_text()
+    assert "#define NET_MEAN {0.5f, 0.25f, 1.0f}" in header
+    assert "#define NET_STD {0.5f, 2.0f, 0.125f}" in header
+    size = code_size(tmp_path / "net.c")
+    assert 500 < size["-Os"] < size["-O3"] < 100_000
+    for flag, code in size.items():
+        subprocess.run(["cc", "-std=c99", flag, "-c", tmp_path / "net.c", "-o", tmp_path / "net.o"], check=True)
+        text = subprocess.run(["size", tmp_path / "net.o"], check=True, capture_output=True, text=True).stdout.split()[6]
+        assert code <= int(text) - needs.flash < code + 2_000, "numbers and code, and a little for tables that unwind the stack"
+    monkeypatch.setenv("CC", str(tmp_path / "no compiler"))
+    assert code_size(tmp_path / "net.c") == {}
+    with pytest.raises(FileNotFoundError):
+        code_size(tmp_path / "nothing.c")
+    with pytest.raises(ValueError, match=r"give one of each for every channel of the images, 3"):
+        save_c(program, tmp_path / "net.c", mean=(0.5,), std=(0.5,))
 
 
 def test_what_c_refuses(program, tmp_path):

@@ -88,3 +88,23 @@ def test_fsdp2(tmp_path):
     train(2, "b")
     assert train(4, "b", "--resume") == whole
     assert train(5, "b", "--resume", processes=1)[0] == 4 * 9 + 19
+
+
+@needs("nbclient")
+def test_the_notebook(tmp_path):
+    """It runs from top to bottom, and what is stored with it is what it gives now, apart from numbers."""
+    import nbformat
+    from notebook import executed
+
+    stored = nbformat.read(EXAMPLES / "digits.ipynb", as_version=4)
+    now = executed(EXAMPLES / "digits.ipynb", tmp_path)
+    words = lambda text: re.findall(r"[A-Za-z]+", re.sub(r"<svg.*", "", text, flags=re.DOTALL))  # noqa: E731
+    for old, new in zip(stored.cells, now.cells, strict=True):
+        if old.cell_type != "code":
+            continue
+        kinds = [[sorted(output.get("data", {"text": 0})) for output in cell.outputs] for cell in (old, new)]
+        assert kinds[0] == kinds[1], old.source
+        printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in (old, new)]
+        assert words(printed[0]) == words(printed[1]), old.source
+    learned, random = (float(x) for x in re.findall(r"accuracy (\d+\.\d)%, 100 edges", now.cells[-8].outputs[0].text))
+    assert learned > random + 5

@@ -21,11 +21,11 @@ def load(folder: Path, name: str, version: int, functions: Mapping[str, Sequence
 
     Args:
         folder: of the module that calls it.
-        name: how its file begins; Python's tag and ``.so`` follow.
+        name: how its file begins; ``.so`` follows, or of older builds Python's tag before it.
         version: what its ``dnw_version`` is to return.
         functions: names without ``dnw_`` and the types of arguments, of those that return an int32, negative for an error.
     """
-    for path in sorted(folder.glob(f"{name}*.so")):
+    for path in sorted(folder.glob(f"{name}*.so"), key=lambda path: (len(path.name), path.name)):
         try:
             library = ctypes.CDLL(str(path))
             if library.dnw_version() != version:
