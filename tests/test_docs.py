@@ -291,6 +291,19 @@ def test_the_loop_in_plain_pytorch(code, tmp_path):
     names["optimizer"].load_state_dict(saved["optimizer"])
 
 
+@runs("docs/loops.md#following-a-wiring")
+def test_following_a_wiring(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = fresh(named_net())
+    names["wiring"] = dnw.wire(names["model"], names["optimizer"], density=0.1)
+    first, second = code.splitlines()
+    exec(first.replace("every=100", "every=1"), names)
+    step(names, torch.randn(2, 4, 8, 8))
+    exec(second, names)
+    assert "'wiring/fc.weight/entered': " in capsys.readouterr().out
+    assert len((tmp_path / "wiring.jsonl").read_text().splitlines()) == 1
+
+
 @runs("docs/loops.md#lightning")
 def test_lightning(code):
     lightning = pytest.importorskip("lightning")

@@ -64,13 +64,17 @@ class Statistics:
         words = packed(layer.active)
         ever = self._ever.setdefault(layer.name, words.clone())
         counts = tally(words, before.get(layer.name, words), ever)
-        if layer.shard is not None:
-            return counts, {}, words
-        by_target = layer.layout.by_target(layer.active)
-        if by_target.ndim < 2:  # a vector has targets alone
-            return counts, {"dead_targets": by_target.numel() - counts[0], "dead_sources": 0}, words
-        targets, sources = dead(by_target.contiguous(), layer.layout.groups)
-        return counts, {"dead_targets": targets, "dead_sources": sources}, words
+        return counts, {} if layer.shard is not None else dead_nodes(layer, counts[0]), words
+
+
+def dead_nodes(layer: WiredLayer, active: int) -> dict[str, int]:
+    """Rows and columns of a layer without an active edge, of which it has so many in all."""
+    assert layer.active is not None
+    by_target = layer.layout.by_target(layer.active)
+    if by_target.ndim < 2:  # a vector has targets alone
+        return {"dead_targets": by_target.numel() - active, "dead_sources": 0}
+    targets, sources = dead(by_target.contiguous(), layer.layout.groups)
+    return {"dead_targets": targets, "dead_sources": sources}
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def _train_one(
             run.write_metrics(metrics)
             for logger in loggers:
                 logger(run.path, epoch_metrics)
-            network.save(run.last, epoch + 1, step)  # last: it is what a resumed run believes
+            network.save(run.last, epoch + 1, step, pictures.ages())  # last: it is what a resumed run believes
             pictures.refresh(last=epoch + 1 == config.epochs)
         log.epoch(epoch_metrics, config.epochs)
 

@@ -101,6 +101,7 @@ class Network:
         wrapped_model, wrapped_optimizer: the two as they are called in training, which may be wrapped.
         wiring: of the model.
         epoch, step: how far its weights are trained, in epochs and optimizer steps; 0 where the run begins.
+        ages: since when its edges are there (:meth:`dnw.view.Recorder.state_dict`), where the checkpoint says it.
     """
 
     config: Config
@@ -112,6 +113,7 @@ class Network:
     wiring: Wiring
     epoch: int = 0
     step: int = 0
+    ages: Any = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -147,7 +149,7 @@ class Network:
         self.model.train(training)
         return torch.cat(parts) if parts else torch.empty(0, self.num_classes)
 
-    def save(self, file: Path, epoch: int, step: int) -> None:
+    def save(self, file: Path, epoch: int, step: int, ages: Any = None) -> None:
         """Writes a checkpoint of the weights as they are now, after so many epochs and steps."""
         content = {
             "model": self.model.state_dict(),
@@ -157,6 +159,8 @@ class Network:
             "num_classes": self.num_classes,
             "config": self.config.model_dump(mode="json"),
         }
+        if ages is not None:
+            content["ages"] = ages
         write_checkpoint(file, content)
 
     def is_finite(self) -> bool:
@@ -215,7 +219,7 @@ def load_network(
     except Exception as error:  # whatever a file that is none of ours makes PyTorch stumble over
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: does not fit the run's config ({reason})") from None
-    return dataclasses.replace(network, epoch=epoch, step=step)
+    return dataclasses.replace(network, epoch=epoch, step=step, ages=content.get("ages"))
 
 
 def _kept_network(file: Path, config: Config, num_classes: int | None, fabric: Fabric | Alone | None) -> Network:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: snapshots of its wiring, and its page.
+"""What a run leaves to look at: what its wiring did, snapshots of it, and a page.
 
 Contract: training does not depend on it. Where a picture cannot be made, that is said once, and training goes on.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dnw.count import graphs_of
 from dnw.data import Batches
@@ -14,17 +15,17 @@ from dnw.train._log import Log
 from dnw.train._network import Network
 from dnw.train._run import RunDirectory
 from dnw.train._view import Page
-from dnw.view import SnapshotWriter, inside
+from dnw.view import Recorder, SnapshotWriter, inside
 
 _IMAGES_SEEN = 3  # by the nodes
 
 
 class Pictures:
-    """The snapshots and the page of a run while it trains; none where the network has no graphs that they could show.
+    """The records of a run while it trains, and the snapshots and the page where the network has graphs to show.
 
     Args:
         run: where they are written.
-        network: what they show; snapshots of steps after its own are replaced.
+        network: what they show; records and snapshots of steps after its own are replaced.
         log: where it is said that something cannot be made.
     """
 
@@ -33,6 +34,14 @@ class Pictures:
         self._failed: set[str] = set()
         self._writer: SnapshotWriter | None = None
         self._page: Page | None = None
+        self._recorder: Recorder | None = None
+        with self._unless_it_fails("records"):
+            if network.step == 0:
+                run.records.unlink(missing_ok=True)
+            self._recorder = Recorder(network.wiring, run.records)
+        if self._recorder is not None and network.ages is not None:
+            with self._unless_it_fails("ages of edges before now"):
+                self._recorder.load_state_dict(network.ages)
         if graphs_of(network.model):
             with self._unless_it_fails("snapshots"):
                 self._writer = SnapshotWriter(run.snapshots, network.step)
@@ -40,6 +49,9 @@ class Pictures:
 
     def snapshot(self, step: int, epoch: float, batches: Batches | None = None) -> None:
         """Writes the wiring as it is now with the nodes' filters; given batches, what the first test images look like there."""
+        if self._recorder is not None:
+            with self._unless_it_fails("records"):
+                self._recorder.record(epoch=epoch)
         if self._writer is None:
             return
         with self._unless_it_fails("snapshots"), self._network.wiring.settled():
@@ -47,6 +59,10 @@ class Pictures:
             data = self._network.config.data
             beside = inside(self._network.model, images, data.mean, data.std)
             self._writer.write(self._network.wiring, step, epoch, beside)
+
+    def ages(self) -> Any:
+        """Since when edges are there, for the checkpoint that the run goes on from."""
+        return None if self._recorder is None else self._recorder.state_dict()
 
     def refresh(self, *, last: bool) -> None:
         """Writes the page again, where that takes little of the time."""

@@ -42,6 +42,8 @@ FILES = {
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
     "first.pt": "of `rule=complete`: the weights that it begins with, to which a ticket is rewound",
     "ticket.pt": "of `edges=ticket`: the edges and the weights that it begins with",
+    "wiring.jsonl": "what the wiring did: of each layer edges come and gone, their ages and magnitudes; a line at the "
+    "beginning, some within the first epoch, and one after every epoch",
     "snapshots/step-*.npz": "of a network with graphs: its wiring over time",
     "view.html": "of a network with graphs: a page of the snapshots, as `dnw view` writes it",
     "view-beside-*.html": "the same of two runs",
@@ -126,6 +128,10 @@ class RunDirectory:
     @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
+
+    @property
+    def records(self) -> Path:
+        return self.path / "wiring.jsonl"
 
     @property
     def page(self) -> Path:

@@ -3,6 +3,7 @@
 from dnw.view._inside import inside
 from dnw.view._page import write_page
 from dnw.view._record import GraphShape, NothingToShowError, Record, record
+from dnw.view._recorder import Recorder, read_records
 from dnw.view._snapshots import Snapshot, SnapshotWriter, read_snapshots
 from dnw.view._still import write_still
 
@@ -10,9 +11,11 @@ __all__ = [
     "GraphShape",
     "NothingToShowError",
     "Record",
+    "Recorder",
     "Snapshot",
     "SnapshotWriter",
     "inside",
+    "read_records",
     "read_snapshots",
     "record",
     "write_page",
