@@ -4,7 +4,7 @@
 # make gpu: what a GPU is worth most for, in 25 minutes; again, and it goes on.
 PYTHON ?= python3
 VENV ?= .venv
-# Where pip finds builds of torch without CUDA, if not in its usual index: see "Installing" in the README.
+# Where pip finds builds of torch without CUDA, if not in its usual index: see "Install" in the README.
 TORCH_INDEX ?=
 PIP_OPTIONS = --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/

@@ -13,7 +13,7 @@ import pytest
 
 from dnw import cli
 from dnw.cli import _commands
-from dnw.cli._arguments import make_parser
+from dnw.cli._arguments import COMMANDS, make_parser
 from dnw.train import _log
 from dnw.train._log import Log, _clock
 
@@ -26,7 +26,7 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 def test_sigterm_ends_like_ctrl_c(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(_commands, "_say", lambda text: os.kill(os.getpid(), signal.SIGTERM))
-    assert cli.main(["recipes"]) == 130
+    assert cli.main(["recipes"]) == 143
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -85,3 +85,30 @@ def test_every_command_shows_examples_that_parse(capsys):
             parsed, rest = make_parser().parse_known_args(words[1:])
             assert not any(word.startswith("-") for word in rest), example
             assert parsed.run
+
+
+def test_words_that_are_nearly_right(capsys):
+    assert tuple(subcommands()) == COMMANDS
+    for words, message in (
+        (["trian", "digits"], "no command 'trian'; did you mean 'train'? There are 'train', 'resume', 'sweep'"),
+        (
+            ["train", "digits", "--epochs", "2"],
+            "unrecognized arguments: --epochs 2; settings are written key=value, such as epochs=2",
+        ),
+        (["recipes", "--all"], "unrecognized arguments: --all\n"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert message in capsys.readouterr().err
+
+
+def test_a_sweep_without_matplotlib_trains_and_says_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["sweep", "digits", "--over", "num_edges=50,100", "epochs=1", "baseline=null", "--out", str(tmp_path / "sweep")]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "| `digits` `num_edges=50` | dnw |" in printed
+    assert "no plot: matplotlib is not installed; install the plot extra: pip install 'dnw[plot]'" in printed
+    assert cli.main([*words[:3], "num_edgs=50,100"]) == 1
+    assert "num_edgs: no such setting; did you mean 'num_edges'" in capsys.readouterr().err

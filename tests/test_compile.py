@@ -312,7 +312,7 @@ def test_the_plan_says_why_something_is_larger():
     assert re.search(r"bytes: .* \(1\d\d\.\d%\): all numbers in float32", text)
     assert text.count("%): ") == 1
     shared = nn.Sequential(StaticGraph((2, 3), 3, shared_outputs=True))
-    assert "%): a weight that serves several sums counts for each" in str(plan(shared, (2, 6, 6)))
+    assert "%): a weight that serves several sums, an edge each, counts for each" in str(plan(shared, (2, 6, 6)))
 
 
 def test_a_plan_that_was_stored_before_zeros_were_counted():
@@ -664,12 +664,16 @@ def test_the_size_of_code_is_measured_and_pixels_are_explained(program, tmp_path
         subprocess.run(["cc", "-std=c99", flag, "-c", tmp_path / "net.c", "-o", tmp_path / "net.o"], check=True)
         text = subprocess.run(["size", tmp_path / "net.o"], check=True, capture_output=True, text=True).stdout.split()[6]
         assert code <= int(text) - needs.flash < code + 2_000, "numbers and code, and a little for tables that unwind the stack"
-    monkeypatch.setenv("CC", str(tmp_path / "no compiler"))
+    monkeypatch.setenv("CC", "cc -DNOTHING")
+    assert code_size(tmp_path / "net.c") == size
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
     assert code_size(tmp_path / "net.c") == {}
     with pytest.raises(FileNotFoundError):
         code_size(tmp_path / "nothing.c")
-    with pytest.raises(ValueError, match=r"give one of each for every channel of the images, 3"):
-        save_c(program, tmp_path / "net.c", mean=(0.5,), std=(0.5,))
+    good, wrong = (0.5, 0.5, 0.5), ((0.5,), (0.5, 0.5, 0), (0.5, 0.5, float("nan")), None)
+    for std in wrong:
+        with pytest.raises(ValueError, match=r"give both, finite, std above 0, one for each of 3 channels"):
+            save_c(program, tmp_path / "net.c", mean=good, std=std)
 
 
 def test_what_c_refuses(program, tmp_path):
@@ -738,7 +742,9 @@ def test_a_run_is_compiled_with_the_weights_it_is_evaluated_with(rule, tmp_path,
         torch.testing.assert_close(load_program(file)(images), expected[checkpoint], rtol=1e-4, atol=1e-5)
     printed = capsys.readouterr().out
     assert "graph: nodes kept by level" in printed
-    assert "faster" in printed
+    assert "run as a matrix on this machine" in printed
+    assert main(["compile", str(run), "--out", str(tmp_path / "net.onxx")]) == 1
+    assert "allowed is a name that ends with .dnw, .onnx or .c" in capsys.readouterr().err
     assert main(["compile", str(run), "--input", "1x12x12", "--checkpoint", "best"]) == 0
     assert "inputs of 1x12x12" in capsys.readouterr().out
     assert main(["compile", str(run / "best.pt"), "--out", str(tmp_path / "net.onnx")]) == 0

@@ -12,7 +12,21 @@ import torch
 import dnw
 from dnw.cli import main
 from dnw.recipes import config_of, digits
-from dnw.train import CSVLogger, EpochMetrics, Log, RunDirectory, TensorBoardLogger, load_trained, override, resume, train
+from dnw.train import (
+    CSVLogger,
+    EpochMetrics,
+    Log,
+    OptimConfig,
+    RunDirectory,
+    TensorBoardLogger,
+    load_trained,
+    override,
+    results_table,
+    resume,
+    save_results,
+    sweep,
+    train,
+)
 
 QUICK = {"baseline": None, "first_epoch_snapshots": 0}
 
@@ -227,3 +241,93 @@ def test_recipes_are_found_by_words_and_grouped(capsys):
     assert all(f"\n  {name} " in everything for name in dnw.recipes.RECIPES)
     assert main(["recipes", "nonsense"]) == 1
     assert "no recipe with 'nonsense' in its line" in capsys.readouterr().err
+
+
+# --- what a second reading found ---
+
+
+def test_a_part_of_a_run_is_not_extended_by_itself(tmp_path):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=1, seeds=[0, 1], first_epoch_snapshots=0)
+    for part in ("seed-0", "seed-1/baseline"):
+        before = (run / part / "config.json").read_text()
+        with pytest.raises(ValueError, match=r"is a part of the run .*run; dnw resume .*run epochs=2 extends it all"):
+            resume(run / part, epochs=2, log=Log(quiet=True))
+        assert (run / part / "config.json").read_text() == before
+    lone = train("digits", out=run / "lone", log=Log(quiet=True), epochs=1, **QUICK)
+    resume(lone, epochs=2, log=Log(quiet=True))
+    assert len(RunDirectory(lone).metrics()) == 2
+    shorter = RunDirectory(lone).config().model_copy(update={"epochs": 1, "extended_from": ()})
+    with pytest.raises(ValueError, match="the run was stored with epochs=2, not 1, extended_from=1, not "):
+        RunDirectory(lone).extend(shorter)
+    with pytest.raises(ValueError, match=r"lone: has 2 epochs of 1"):
+        RunDirectory(lone).is_finished(shorter)
+
+
+def test_a_result_that_was_kept_is_not_trained_over(tmp_path):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=2, **QUICK)
+    (kept,) = save_results([str(run)], str(tmp_path / "kept"), snapshots=2)
+    before = {file: file.read_bytes() for file in kept.rglob("*") if file.is_file()}
+    for epochs in (None, 4):
+        with pytest.raises(ValueError, match="is a result that was kept, without the checkpoint that training goes on from"):
+            resume(kept, epochs=epochs, data_dir=tmp_path, log=Log(quiet=True))
+    assert {file: file.read_bytes() for file in kept.rglob("*") if file.is_file()} == before
+
+
+def test_a_finished_run_gives_a_new_logger_all_its_epochs(tmp_path, capsys):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=2, **QUICK)
+    assert main(["resume", str(run), "--log", "csv"]) == 0
+    assert f"finished already; dnw resume {run} epochs=4 trains on" in capsys.readouterr().out
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 2
+
+
+@pytest.mark.parametrize("out", ["run", "../run"], ids=["below", "elsewhere"])
+def test_curves_of_all_runs_lie_in_one_folder(out, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (out, tmp_path / f"other-{len(out)}"):
+        train("digits", out=path, log=Log(quiet=True), loggers=[TensorBoardLogger("curves")], epochs=1)
+    assert not list(tmp_path.glob("**/run/events*"))
+    assert len(list((tmp_path / "here" / "curves").rglob("events*"))) == 4
+
+
+def test_what_rank_the_environment_speaks_of_silences_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    train("digits", out=tmp_path / "run", epochs=1, **QUICK)
+    assert "1,257 images for training" in capsys.readouterr().out
+
+
+def test_predicting_leaves_a_model_as_it_was(tmp_path):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=1, **QUICK)
+    network = load_trained(run)
+    modules = list(network.model.modules())
+    network.model.train()
+    modules[-1].eval()
+    modes = [module.training for module in modules]
+    _, test = dnw.data.read_digits()
+    assert torch.equal(network.predict(test.images.numpy()), network.predict(test.images))
+    assert [module.training for module in modules] == modes
+
+
+def test_settings_come_in_whatever_kind_they_are(tmp_path):
+    quiet = Log(quiet=True)
+    first = train("digits", rule="complete", out=tmp_path / "first", log=quiet, epochs=1, **QUICK)
+    optim = OptimConfig(lr=0.05, schedule="cosine")
+    ticket = {"rule": "frozen", "edges": "ticket", "ticket": {"run": first}}
+    second = train("digits", **ticket, optim=optim, out=tmp_path / "second", log=quiet, epochs=1, **QUICK)
+    assert RunDirectory(second).config().optim == optim
+    assert "| `digits`" in results_table([str(second)])
+    group = "optim: is a part of the settings; give what is in it, 'optim.lr'"
+    for wrong, message in (({"optim": None}, group), ({1: 1}, "1: no such setting")):
+        with pytest.raises(ValueError, match=message):
+            override(digits(), wrong)
+    with pytest.raises(TypeError, match="expected a list of texts key=value, or a mapping"):
+        override(digits(), "epochs=5")
+    assert digits().lr_at(60) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_sweep_from_python(tmp_path):
+    paths = sweep("digits", "epochs", [1, 2], out=str(tmp_path / "sweep"), log=Log(quiet=True), loggers=[CSVLogger()])
+    assert list(paths) == ["1", "2"]
+    assert all((path / "metrics.csv").exists() for path in paths.values())

@@ -49,11 +49,11 @@ def did_you_mean(name: str, known: Iterable[str], *, what: str = "") -> str:
     return f"; did you mean {what}{close!r}?" if close else ""
 
 
-def one_of(name: str, known: Iterable[str]) -> str:
+def one_of(name: str, known: Iterable[str], most: int = 8) -> str:
     """Returns '; did you mean ...? There are ...' of known names, or '; there are ...' where none is near."""
     known = list(known)
     hint = did_you_mean(name, known)
-    return f"{hint} There are {listing(known)}" if hint else f"; there are {listing(known)}"
+    return f"{hint} There are {listing(known, most)}" if hint else f"; there are {listing(known, most)}"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -18,6 +18,11 @@ PART = ".part"
 """How the name of a file ends that is being written aside; one that is left over belongs to a process that was killed."""
 
 
+def pretrained_names() -> list[str]:
+    """The trained networks that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/network.pt"))
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a run killed at any moment, finds the old content or the new, never a part.
 

@@ -52,7 +52,8 @@ class WiredParameter:
         """The dense weights that selection ranks. Assign to write; what was written is projected at once.
 
         What is read is a copy. It is an inference tensor, so that writing to it in place, which would change nothing, is an
-        error of PyTorch's: ``clone()`` it, change the clone, and assign that.
+        error of PyTorch's: ``clone()`` it, change the clone, and assign that. Autograd wants a clone as well, where it saves
+        it for a product, say.
 
         Raises:
             ValueError: an assigned tensor has another shape or is not finite.

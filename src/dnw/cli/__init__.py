@@ -7,30 +7,36 @@ only where something is trained or tested.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
-from dnw.cli._arguments import make_parser
-
-_INTERRUPTED = 130
+from dnw._checks import one_of
+from dnw.cli._arguments import COMMANDS, make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     parser = make_parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    if words and re.fullmatch(r"\w+", words[0]) and words[0] not in COMMANDS:
+        parser.error(f"no command {words[0]!r}{one_of(words[0], COMMANDS, most=len(COMMANDS))}")
+    parsed, rest = parser.parse_known_args(words)
     if any(word.startswith("-") or not hasattr(parsed, "overrides") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings are written key=value, such as epochs=2" if hasattr(parsed, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:  # overrides that follow an option: argparse ends a list of arguments at the first option
         parsed.overrides += rest
+    signals = [signal.SIGINT]
     try:
-        with _ending_like_an_interrupt():
+        with _ending_like_an_interrupt(signals):
             parsed.run(parsed)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return 128 + signals[-1]
     except BrokenPipeError:  # of a reader such as head, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -45,12 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _ending_like_an_interrupt() -> Iterator[None]:
-    """Within, SIGTERM is Ctrl-C: a run says how it goes on."""
+def _ending_like_an_interrupt(signals: list[signal.Signals]) -> Iterator[None]:
+    """Within, SIGTERM is Ctrl-C: a run says how it goes on. It is put into the list of signals that came."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signals.append(signal.Signals(number))
+        signal.default_int_handler(number, frame)
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

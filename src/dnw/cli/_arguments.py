@@ -11,6 +11,11 @@ from typing import TypeAlias
 from dnw import __version__
 from dnw.cli import _commands as do
 
+COMMANDS = (
+    *("train", "resume", "sweep", "import", "eval", "view", "compile", "count"),
+    *("recipes", "results", "table", "completion"),
+)
+"""All there are; make_parser says what each takes."""
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 

@@ -8,9 +8,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from dnw._files import PRETRAINED
+from dnw._files import PRETRAINED, pretrained_names
 
 if TYPE_CHECKING:
     from dnw.train import Config, Logger
@@ -21,11 +21,7 @@ RUN = "run directory, or name of a pretrained network"
 def run_named(text: str) -> Path:
     """A run directory by its path, or that of a pretrained network by its name."""
     path = Path(text)
-    return PRETRAINED / text if text in _pretrained() and not path.exists() else path
-
-
-def _pretrained() -> list[str]:
-    return sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
+    return PRETRAINED / text if text in pretrained_names() and not path.exists() else path
 
 
 def _say(text: str) -> None:
@@ -74,9 +70,11 @@ def eval_(parsed: argparse.Namespace) -> None:
     _quiet()
     from dnw.train import evaluate
 
+    inside = parsed.path.is_relative_to(PRETRAINED)
     for score in evaluate(parsed.path, data_dir=parsed.data_dir):
+        whose = parsed.path.name if inside else score.run
         _say(
-            f"{score.run}  {score.rule}  seed {score.seed}  {score.checkpoint} (epoch {score.epoch})  "
+            f"{whose}  {score.rule}  seed {score.seed}  {score.checkpoint} (epoch {score.epoch})  "
             f"top-1 {score.top1:.2%}  top-5 {score.top5:.2%}"
         )
 
@@ -105,13 +103,15 @@ def compile_(parsed: argparse.Namespace) -> None:
     """Print what compiling a trained network does: what has no effect and goes, what stays, and how each layer runs.
 
     Layers that are not very sparse are measured, and run dense where that is faster on this machine. With --out, write the
-    compacted network: as .onnx (needs dnw[onnx]), as .c in plain C99 with a header beside it, or for our own
-    runtime under any other name. What PyTorch would run a part of cannot be written; the error says which part.
+    compacted network: as .dnw for dnw.compile.Runtime, as .onnx (needs dnw[onnx]), or as .c in plain C99 with a header beside
+    it. What PyTorch would run a part of cannot be written; the error says which part.
     """
     from dnw.compile import Plan, code_size, measured, save_c, save_onnx, save_program
     from dnw.compile._measure import summary
     from dnw.train import RunDirectory, compile_run
 
+    if parsed.out is not None and parsed.out.suffix not in (".dnw", ".onnx", ".c"):
+        raise ValueError(f"--out {parsed.out}: allowed is a name that ends with .dnw, .onnx or .c, which says what is written")
     if parsed.path.suffix == ".pt2":
         raise ValueError(
             f"{parsed.path}: such a file may hold code that PyTorch runs when it loads it, so the command does not; in Python, "
@@ -125,8 +125,8 @@ def compile_(parsed: argparse.Namespace) -> None:
         program, timings = measured(program)
         _say(summary(timings))
     if parsed.out is None:
-        return
-    if parsed.out.suffix == ".onnx":
+        _say("nothing is written: --out NAME.dnw, NAME.onnx or NAME.c does that")
+    elif parsed.out.suffix == ".onnx":
         _say(f"{parsed.out}: {save_onnx(program, parsed.out):,} bytes")
     elif parsed.out.suffix == ".c":
         data = RunDirectory(parsed.path if parsed.path.is_dir() else parsed.path.parent).config().data
@@ -216,14 +216,16 @@ def sweep(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--over {parsed.over}: expected a setting and its values, such as density=0.1,0.2,0.3")
     _quiet()
     from dnw.train import plot_sweep, results_table, sweep
-    from dnw.train._sweep import check_plot
 
-    check_plot()
     out = parsed.out or Path("runs") / f"sweep-{config.recipe}"
     paths = sweep(config, key, [v for v in values.split(",") if v], data_dir=parsed.data_dir, out=out)
     _say(results_table(list(paths.values())))
-    plot_sweep(paths, key, out / "accuracy.svg")
-    _say(f"plot: {out / 'accuracy.svg'}")
+    try:
+        plot_sweep(paths, key, out / "accuracy.svg")
+    except ImportError as error:
+        _say(f"no plot: {error}; the same command then draws it")
+    else:
+        _say(f"plot: {out / 'accuracy.svg'}")
 
 
 def results(parsed: argparse.Namespace) -> None:
@@ -293,21 +295,27 @@ def completion(parsed: argparse.Namespace) -> None:
 
     from dnw.cli._arguments import make_parser
     from dnw.recipes import RECIPES
+    from dnw.recipes._settings import ModelName
 
     parser = make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     known = {
         "recipe": [*RECIPES],
         "names": ["tiny", "wirings", "imagenet", "resnet50"],
-        "target": [*RECIPES, *_pretrained()],
+        "target": [*RECIPES, *get_args(ModelName), *pretrained_names()],
     }
+    runs = {"bash": "_dnw_runs", "zsh": "_files", "tcsh": "f"}
+    words = " ".join(pretrained_names())
+    preamble: Any = {"bash": f'_dnw_runs() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}'}
     for command in commands.choices.values():
         for action in command._actions:
             if action.dest in known:
                 action.choices = known[action.dest]
-            elif action.type in (Path, run_named):
+            elif action.type is run_named:
+                action.complete = runs
+            elif action.type is Path:
                 action.complete = shtab.FILE
-    _say(shtab.complete(parser, parsed.shell))
+    _say(shtab.complete(parser, parsed.shell, preamble=preamble))
 
 
 def _resolve(name: str | None, overrides: Sequence[str]) -> Config:

@@ -111,5 +111,5 @@ def summary(timings: Iterable[Timing]) -> str:
     dense = [timing for timing in timings if timing.faster_dense]
     if not timings:
         return "all sums are sparse enough to be faster edge by edge"
-    head = f"{len(dense)} of {len(timings)} measured sums are faster as a matrix with zeros on this machine"
+    head = f"of {len(timings)} sums timed edge by edge and as a matrix with zeros, {len(dense)} run as a matrix on this machine"
     return "\n".join([head, *(f"  {timing}" for timing in dense)])

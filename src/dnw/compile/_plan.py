@@ -118,7 +118,7 @@ class Plan:
                 f"{row.name or 'graph'}: nodes kept by level {levels} (outputs last); {row.constants:,} constants folded"
             )
             lines.append(f"{'':>{len(row.name or 'graph')}}  edges {row.edges:,} -> {row.kept_edges:,}")
-        twice = "a weight that serves several sums counts for each"
+        twice = "a weight that serves several sums, an edge each, counts for each"
         for what, before, after, why_more in (
             ("parameters", self.parameters, self.kept_parameters, f"{twice}, and constants and norms are numbers of their own"),
             ("multiply-adds", self.multiply_adds, self.kept_multiply_adds, twice),

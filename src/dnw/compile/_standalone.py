@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -78,8 +79,12 @@ def save_c(
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise ValueError(f"{path.name}: its stem becomes the prefix of names in C; take letters, digits and _, such as net.c")
     channels = program.input_sizes[0][0]
-    if mean is not None and std is not None and (len(mean) != channels or len(std) != channels):
-        raise ValueError(f"mean={mean}, std={std}: give one of each for every channel of the images, {channels}")
+    given = [values for values in (mean, std) if values is not None]
+    fits = len(given) != 1 and all(len(values) == channels and all(map(math.isfinite, values)) for values in given)
+    if not fits or (std is not None and min(std) <= 0):
+        raise ValueError(
+            f"mean={mean}, std={std}: give both, finite, std above 0, one for every channel of the images, {channels}"
+        )
     writer = _Writer(program, name)
     source, header = writer.source(), writer.header(*(() if mean is None or std is None else (mean, std)))
     write_whole(path.with_suffix(".h"), header.encode())
@@ -94,21 +99,22 @@ def code_size(path: str | Path) -> dict[str, int]:
         path: what :func:`save_c` has written.
 
     Returns:
-        Bytes by flag, ``{"-Os": ..., "-O3": ...}``; empty where there is no C compiler, or no ``size`` beside it.
+        Bytes by flag, ``{"-Os": ..., "-O3": ...}``; empty where there is no C compiler or no ``size``
+        beside it, or they fail.
 
     Raises:
         OSError: there is no such file.
     """
     path, found = Path(path), dict[str, int]()
     path.read_bytes()
-    compiler, measure = shutil.which(os.environ.get("CC", "cc")), shutil.which("size")
-    if compiler is None or measure is None:
+    compiler, measure = shlex.split(os.environ.get("CC", "cc")), shutil.which("size")
+    if not compiler or shutil.which(compiler[0]) is None or measure is None:
         return found
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "net.o"
         for flag in ("-Os", "-O3"):
             try:
-                subprocess.run([compiler, "-std=c99", flag, "-c", path, "-o", compiled], check=True, capture_output=True)
+                subprocess.run([*compiler, "-std=c99", flag, "-c", path, "-o", compiled], check=True, capture_output=True)
                 sections = subprocess.run([measure, "-A", compiled], check=True, capture_output=True, text=True).stdout
             except (OSError, subprocess.CalledProcessError):
                 return {}

@@ -1,5 +1,6 @@
 """Networks made of neural graphs, and the loader for the original's weights."""
 
+from dnw._files import pretrained_names
 from dnw.models._classifier import (
     GraphClassifier,
     Window,
@@ -19,7 +20,7 @@ from dnw.models._original import (
     read_original,
 )
 from dnw.models._peers import densenet_small, expander_edges, mnasnet_small, mobilenet_v2, shufflenet_v2
-from dnw.models._pretrained import Pretrained, pretrained, pretrained_names
+from dnw.models._pretrained import Pretrained, pretrained
 from dnw.models._resnet import resnet18_cifar, resnet50
 from dnw.models._shufflenet import shufflenet_v1
 

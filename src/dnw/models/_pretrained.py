@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dnw._checks import one_of
-from dnw._files import PRETRAINED, read_tensors, read_text, write_whole
+from dnw._files import PRETRAINED, pretrained_names, read_tensors, read_text, write_whole
 from dnw._rules.fixed import Frozen
 from dnw._wiring.wire import wire
 from dnw._wiring.wiring import Wiring
@@ -54,11 +54,6 @@ class Pretrained:
         edges = sum(int(parameter.active.count_nonzero()) for parameter in self.wiring.values())
         data, epochs = self.config["data"]["name"], self.config["epochs"]
         return f"Pretrained({self.name!r}: {edges:,} edges, {self.top1:.2%} on {data} after {epochs} epochs)"
-
-
-def pretrained_names() -> list[str]:
-    """The networks that there are."""
-    return sorted(path.parent.name for path in PRETRAINED.glob("*/network.pt"))
 
 
 def pretrained_folder(name: str) -> Path:

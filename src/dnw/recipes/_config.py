@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from dnw._checks import did_you_mean, listing
 from dnw.recipes._settings import (
@@ -112,7 +112,10 @@ class Config(Settings):
 
     def lr_at(self, epoch: float) -> float:
         """The learning rate after ``epoch`` (a fraction counts), on the schedule of the length that the run has then."""
-        return self.optim.lr_at(epoch, next(length for length in (*self.extended_from, self.epochs) if epoch < length))
+        return self.optim.lr_at(epoch, self._length_at(epoch))
+
+    def _length_at(self, epoch: float) -> int:
+        return next((length for length in self.extended_from if epoch < length), self.epochs)
 
     def extended(self, epochs: int) -> Config:
         """The same, to be trained on to more epochs after its last.
@@ -297,7 +300,9 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
         ValueError: no such key, or a value that is not allowed.
     """
     values = config.model_dump(mode="json")
-    changes = _flat(dict(overrides)) if isinstance(overrides, Mapping) else _parsed(overrides, values)
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides={overrides!r}: expected a list of texts key=value, or a mapping")
+    changes = _flat(_plain(overrides)) if isinstance(overrides, Mapping) else _parsed(overrides, values)
     given = [name for name in BUDGETS if changes.get(name) is not None]
     if len(given) == 1 and (given[0] != "width" or config.model.startswith("mobilenet_v1_graphs")):
         # a budget takes the place of the recipe's; the width of other models is none
@@ -306,7 +311,17 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
     for key, value in changes.items():
         part, name = _place(values, key)
         part[name] = value
-    return validated(Config, values, "override")
+    return validated(Config, values, "")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON has them: paths as texts, parts of the settings as dictionaries."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json")
+        plain[str(key)] = _plain(value) if isinstance(value, Mapping) else str(value) if isinstance(value, Path) else value
+    return plain
 
 
 def _parsed(overrides: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
@@ -332,6 +347,8 @@ def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     for group in outer:
         part = part.get(group) if isinstance(part, dict) else None
     if not isinstance(part, dict) or name not in part or isinstance(part[name], dict):
+        if isinstance(part, dict) and isinstance(inner := part.get(name), dict):
+            raise ValueError(f"{key}: is a part of the settings; give what is in it, {listing(f'{key}.{x}' for x in inner)}")
         inside = [known for known in _flat(values) if known.endswith(f".{key}")]
         hint = f"; did you mean {inside[0]!r}?" if inside else did_you_mean(key, _flat(values))
         raise ValueError(f"{key}: no such setting{hint}")

@@ -101,7 +101,7 @@ def validated(kind: type[_Valid], values: Any, source: str) -> _Valid:
     Args:
         kind: what they must be.
         values: by name.
-        source: where they came from, for messages.
+        source: where they came from, for messages; empty where who gave them knows.
 
     Raises:
         ValueError: not valid; every problem is named.
@@ -116,7 +116,7 @@ def validated(kind: type[_Valid], values: Any, source: str) -> _Valid:
             unknown = problem["type"] == "extra_forbidden"
             hint = did_you_mean(key.rsplit(".", 1)[-1], _names(kind)) if unknown else ""
             problems.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{given}{hint}")
-        raise ValueError(f"{source}: " + "; ".join(problems)) from None
+        raise ValueError((f"{source}: " if source else "") + "; ".join(problems)) from None
 
 
 def _names(kind: type[BaseModel]) -> Iterator[str]:

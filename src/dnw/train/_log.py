@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ class Log:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.enabled = not quiet and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+        self.enabled = not quiet
         self._console = Console(highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
@@ -77,7 +76,7 @@ class Log:
         if page.exists():
             self.line(f"  look at it:  {page}   (dnw view {run} --open)")
         self.line(f"  test it:     dnw eval {run}")
-        self.line(f"  compile it:  dnw compile {run}")
+        self.line(f"  compile it:  dnw compile {run} --out net.dnw")
 
     @contextmanager
     def progress(self, batches: int, epoch: int, epochs: int) -> Iterator[Callable[[], None]]:

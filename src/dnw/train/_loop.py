@@ -78,10 +78,11 @@ def train(
         TrainingStoppedError: the loss is not finite; the last good checkpoint is kept.
         ChildProcessError: a process that trains or decodes along with this one has died; the run can be resumed.
     """
-    config, data_dir, log = override(config_of(recipe), settings), Path(data_dir), log or Log()
+    config, data_dir, log, loggers = override(config_of(recipe), settings), Path(data_dir), log or Log(), list(loggers)
     check_launcher(config)
     data = load_data(config, data_dir)
-    log.data(config, data)
+    if config.processes == 1:
+        log.data(config, data)
     check_fit(config, data)
     check_tickets(config, num_classes_of(data))
     fabric = launch(config, config.processes)
@@ -116,27 +117,50 @@ def resume(
             it is extended to fewer epochs than it has, or before it is finished.
         TrainingStoppedError, ChildProcessError: as for :func:`train`.
     """
-    run, log = RunDirectory(path), log or Log()
+    run, log, loggers = RunDirectory(path), log or Log(), list(loggers)
     config = run.config()
-    if epochs not in (None, config.epochs):
+    _check_resumable(run)
+    if epochs is not None and epochs != config.epochs:
         config = config.extended(epochs)
-        _check_finished(run)
+        _check_extensible(run, epochs)
     check_launcher(config)
     data_dir = run.data_dir() if data_dir is None else Path(data_dir)
     data = load_data(config, data_dir)
-    log.data(config, data)
+    if config.processes == 1:
+        log.data(config, data)
     check_fit(config, data)
     fabric = launch(config, config.processes)
+    if fabric.is_global_zero and all(member.is_finished(single) for member, single in run.members(config)):
+        log.line(f"finished already; dnw resume {run.path} epochs={2 * config.epochs} trains on")
     with threads_of(run, log if fabric.is_global_zero else None):
         _train_members(run, config, data, data_dir, fabric, log, loggers)
     part(fabric, run.path)
 
 
-def _check_finished(run: RunDirectory) -> None:
+def _check_resumable(run: RunDirectory) -> None:
+    """Raises ``ValueError`` where only the results of a run are there."""
+    for member, _ in run.members():
+        if (
+            member.metrics()
+            and not member.last.exists()
+            and (member.network.exists() or (member.path / "counts.json").exists())
+        ):
+            raise ValueError(f"{member.path}: is a result that was kept, without the checkpoint that training goes on from")
+
+
+def _check_extensible(run: RunDirectory, epochs: int) -> None:
+    """Raises ``ValueError`` where a run cannot be extended."""
+    if (whole := run.whole()) is not None:
+        raise ValueError(
+            f"{run.path}: is a part of the run {whole.path}; dnw resume {whole.path} epochs={epochs} extends it all"
+        )
     for member, config in run.members():
-        if len(member.metrics()) < config.epochs:
-            done = f"is at epoch {len(member.metrics())} of {config.epochs}"
-            raise ValueError(f"{member.path}: {done}, and only a finished run is extended; dnw resume {run.path} finishes it")
+        if not member.is_finished(config):
+            done = len(member.metrics())
+            if not done and member.last.exists():
+                raise ValueError(f"{member.path}: was imported, without what training goes on from")
+            why = f"is at epoch {done} of {config.epochs}, and only a finished run is extended"
+            raise ValueError(f"{member.path}: {why}; dnw resume {run.path} finishes it")
 
 
 def _train_members(
@@ -150,6 +174,8 @@ def _train_members(
 ) -> None:
     """Trains the single runs of a run, one after the other."""
     log.enabled &= fabric.is_global_zero
+    if fabric.world_size > 1:
+        log.data(config, data)
     members = list(run.members(config))
     try:
         with ExitStack() as stack:
@@ -207,6 +233,9 @@ def _train_one(
     if network.epoch == config.epochs:
         if pictures:
             pictures.refresh(last=True)
+            for logger in loggers:  # which may be new to this run
+                for epoch_metrics in metrics:
+                    logger(run.path, epoch_metrics)
         return
     log.start(config, run.path, wiring.summary(), network.epoch)
     if pictures and step == 0:

@@ -122,7 +122,7 @@ class Network:
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """The probability of each class.
+        """The probability of each class, in single precision.
 
         Args:
             images: ``[batch, channels, height, width]``, uint8, or floating-point from 0 to 1; normalised here.
@@ -133,20 +133,24 @@ class Network:
         Raises:
             ValueError: images of another kind or size.
         """
+        images = torch.as_tensor(images)
         size, data = self.input_size, self.config.data
         whole = images.dtype == torch.uint8
         if images.ndim != 4 or tuple(images.shape[1:]) != size or not (whole or images.is_floating_point()):
             wanted = "x".join(map(str, size))
             given = f"{images.dtype} of shape {tuple(images.shape)}"
             raise ValueError(f"images are {given}; expected [batch, {wanted}], uint8, or floating-point from 0 to 1")
-        device, training = next(self.model.parameters()).device, self.model.training
+        device, modes = next(self.model.parameters()).device, {module: module.training for module in self.model.modules()}
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (data.mean, data.std))
-        with self.wiring.settled():
-            parts = [
-                self.model.eval()((part.to(device).float() / (255 if whole else 1) - mean) / std).softmax(1).cpu()
-                for part in images.split(256)
-            ]
-        self.model.train(training)
+        try:
+            with self.wiring.settled():
+                parts = [
+                    self.model.eval()((part.to(device).float() / (255 if whole else 1) - mean) / std).softmax(1).cpu()
+                    for part in images.split(256)
+                ]
+        finally:
+            for module, training in modes.items():
+                module.training = training
         return torch.cat(parts) if parts else torch.empty(0, self.num_classes)
 
     def save(self, file: Path, epoch: int, step: int, ages: Any = None) -> None:

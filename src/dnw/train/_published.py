@@ -175,7 +175,7 @@ def _own_results(folder: Path) -> dict[tuple[str, tuple[str, ...]], str]:
     for path in sorted({*runs_inside(folder), *(run for inner in folder.glob("*/") for run in runs_inside(inner))}):
         for member, config in RunDirectory(path).members():
             metrics = member.metrics()
-            if config.recipe not in RECIPES or len(metrics) < config.epochs:
+            if config.recipe not in RECIPES or not member.is_finished(config):
                 continue
             found = [c for c in changes(config, RECIPES[config.recipe]()) if c.partition("=")[0] not in _BESIDE]
             found = [c for c in found if c != "dormant.gradient=exact"]  # which is the default

@@ -19,7 +19,7 @@ _SHOWN = ("recipe", "rule", "edges", "baseline", "epochs", "seeds", "first_epoch
 """Settings that stand in columns of their own, or do not matter."""
 
 
-def results_table(paths: Sequence[Path]) -> str:
+def results_table(paths: Sequence[str | Path]) -> str:
     """A Markdown table with one row per recipe, rule and settings over the seeds of all given runs, and what is behind it.
 
     Runs that stopped early are left out and named. What was changed of a recipe is given in its row, or below the table if
@@ -38,7 +38,7 @@ def results_table(paths: Sequence[Path]) -> str:
     for run in (run for path in paths for run in _runs(path)):
         for member, config in RunDirectory(run).members():
             metrics = member.metrics()
-            if len(metrics) < config.epochs:
+            if not member.is_finished(config):
                 unfinished.append(f"{member.path} ({len(metrics)} of {config.epochs} epochs)")
             else:
                 same = config.to_json()
@@ -69,7 +69,7 @@ def results_table(paths: Sequence[Path]) -> str:
             _accuracy([max(m.top1 for m in metrics if m.active == metrics[-1].active) for _, _, metrics in runs]),
             f"{ends[0].active:,}",
             *([live] if with_graphs else []),
-            f"{statistics.median(m.seconds for _, _, metrics in runs for m in metrics):.0f}",
+            _seconds(statistics.median(m.seconds for _, _, metrics in runs for m in metrics)),
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
@@ -89,7 +89,7 @@ def results_table(paths: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def plot_results(paths: Sequence[Path], file: Path) -> None:
+def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
     """Plots test accuracy over the epochs, a curve for each row of the table with the range over its seeds, as SVG, PDF or PNG.
 
     Args:
@@ -109,7 +109,7 @@ def plot_results(paths: Sequence[Path], file: Path) -> None:
     for run in (run for path in paths for run in _runs(path)):
         for member, config in RunDirectory(run).members():
             metrics = member.metrics()
-            if len(metrics) == config.epochs:
+            if member.is_finished(config):
                 name = " ".join((config.recipe, *_changed(config)))
                 name = name if config.method in name else f"{name} ({config.method})"
                 curves.setdefault(f"{name}, {config.epochs} epochs", []).append([100 * m.top1 for m in metrics])
@@ -128,15 +128,16 @@ def plot_results(paths: Sequence[Path], file: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    save_figure(figure, file)
+    save_figure(figure, Path(file))
 
 
-def _runs(path: Path) -> list[Path]:
+def _runs(path: str | Path) -> list[Path]:
     """The run, or those of a sweep."""
+    path = Path(path)
     return [path] if RunDirectory(path).exists else runs_inside(path) or [path]
 
 
-def save_results(paths: Sequence[Path], folder: Path, *, snapshots: int | None = None) -> list[Path]:
+def save_results(paths: Sequence[str | Path], folder: str | Path, *, snapshots: int | None = None) -> list[Path]:
     """Keeps of finished runs what results are made of, some ten kilobytes each: settings, environment, metrics, final counts.
 
     What is kept is a run directory without weights; tables are made of it as of any other. It is called after the recipe, what
@@ -163,9 +164,9 @@ def save_results(paths: Sequence[Path], folder: Path, *, snapshots: int | None =
     for run in (run for path in paths for run in _runs(path)):
         for member, config in RunDirectory(run).members():
             metrics = member.metrics()
-            if len(metrics) < config.epochs:
+            if not member.is_finished(config):
                 continue
-            target = RunDirectory(folder / _name(config))
+            target = RunDirectory(Path(folder) / _name(config))
             if target.metrics() not in ([], metrics):
                 raise ValueError(
                     f"{target.path} holds another run of the same settings; take it away first, or keep both apart"
@@ -238,9 +239,14 @@ def _source(member: RunDirectory, config: Config) -> str:
     if not environment:
         raise ValueError(f"{member.path}: environment.json is missing")
     machine = environment.get("accelerator") or environment.get("machine")
-    threads = "" if environment.get("accelerator") or not environment.get("threads") else f"{environment['threads']} threads, "
+    number = None if environment.get("accelerator") else environment.get("threads")
+    threads = f"{number} thread{'s' * (number != 1)}, " if number else ""
     commit = environment.get("commit") or "unknown"
     return f"data {config.data.name}, {machine}, torch {environment.get('torch')}, {threads}commit `{commit}`"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _accuracy(values: Sequence[float]) -> str:

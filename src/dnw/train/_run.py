@@ -22,7 +22,7 @@ import torch
 
 from dnw import __version__
 from dnw._checks import did_you_mean
-from dnw._files import PART, PRETRAINED, read_text, write_whole
+from dnw._files import PART, pretrained_names, read_text, write_whole
 from dnw.graphs._way import graph_kernels
 from dnw.recipes._config import MOST_BYTES, Config, check_unchanged, config_from_json
 from dnw.recipes._settings import short
@@ -180,9 +180,10 @@ class RunDirectory:
         if not self.exists:
             inside = runs_inside(self.path)
             hint = f"; {inside[0]} is one" if inside else ""
-            if not self.path.exists():
-                known = [folder.name for folder in PRETRAINED.iterdir()]
-                hint = did_you_mean(self.path.name, known, what="the pretrained network ")
+            if str(self.path) in pretrained_names():
+                hint = "; it is the name of a pretrained network, which is evaluated, viewed, counted and compiled"
+            elif not self.path.exists():
+                hint = did_you_mean(self.path.name, pretrained_names(), what="the pretrained network ")
             raise ValueError(f"{self.path}: not a run directory (it has no config.json){hint}")
         config = config_from_json(read_text(path, MOST_BYTES), str(path))
         started = self.environment().get("config")
@@ -233,9 +234,35 @@ class RunDirectory:
                     part.unlink(missing_ok=True)
 
     def extend(self, config: Config) -> None:
-        """Stores the config of a run that goes on to more epochs than it had."""
-        if self.config() != config:
+        """Stores the config of a run that goes on to more epochs than it had.
+
+        Raises:
+            ValueError: of a run that this one is not the beginning of.
+        """
+        present = self.config()
+        if present != config:
+            check_unchanged(config, present.model_dump(mode="json"), "the run was stored", self.path / "config.json")
             write_whole(self.path / "config.json", config.to_json().encode())
+
+    def whole(self) -> RunDirectory | None:
+        """The run that this one is a part of, as one of its seeds or its baseline; None where it stands alone."""
+        path = self.path.absolute()
+        for above in (path.parent, path.parent.parent):
+            found = RunDirectory(above)
+            if found.exists and str(path.relative_to(above)) in found.config().singles():
+                return found
+        return None
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether a single run has all epochs of its config.
+
+        Raises:
+            ValueError: it has more.
+        """
+        done = len(self.metrics())
+        if done > config.epochs:
+            raise ValueError(f"{self.path}: has {done} epochs of {config.epochs}; put its files back from a copy")
+        return done == config.epochs
 
     def members(self, config: Config | None = None) -> Iterator[tuple[RunDirectory, Config]]:
         """The single runs: one per seed, each with its baseline after it; of the stored config, or of another."""

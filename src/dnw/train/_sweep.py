@@ -15,26 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from dnw._files import write_whole
+from dnw.recipes import config_of
 from dnw.recipes._config import Config, override
 from dnw.train._log import Log
+from dnw.train._loggers import Logger
 from dnw.train._loop import resume, train
 from dnw.train._run import RunDirectory, TrainingStoppedError
 
 
 def sweep(
-    config: Config, key: str, values: Sequence[str], *, data_dir: Path, out: Path, log: Log | None = None
+    recipe: str | Path | Config,
+    key: str,
+    values: Sequence[Any],
+    *,
+    data_dir: str | Path = "data",
+    out: str | Path,
+    log: Log | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Path]:
     """Trains a config at every value of one setting; runs that are there already are continued.
 
     A run whose loss is not finite any more is left as it is, and the others are trained.
 
     Args:
-        config: what to run.
+        recipe: its name, a config, or the path of a stored ``config.json``.
         key: the setting, such as ``density`` or ``rule``.
-        values: as they are written on the command line.
+        values: as they are written on the command line, or numbers.
         data_dir: where the data lies.
         out: directory of the runs, ``<key>-<value>`` each.
-        log: where progress is shown.
+        log, loggers: as for :func:`train`.
 
     Returns:
         The run directories of all values that have been trained there, now or before, by value.
@@ -42,6 +51,7 @@ def sweep(
     Raises:
         ValueError: a value that is not allowed (nothing has been trained then), or a run that is there with other settings.
     """
+    config, out, values = config_of(recipe), Path(out), [str(value) for value in values]
     if len(set(values)) != len(values) or not values:
         raise ValueError(f"--over {key}={','.join(values)}: give one or more different values")
     for value in values:
@@ -58,9 +68,9 @@ def sweep(
     for value, run in runs.items():
         try:
             if run.exists:
-                resume(run.path, data_dir=data_dir, log=log)
+                resume(run.path, data_dir=data_dir, log=log, loggers=loggers)
             else:
-                train(configs[value], data_dir=data_dir, out=run.path, log=log)
+                train(configs[value], data_dir=data_dir, out=run.path, log=log, loggers=loggers)
         except TrainingStoppedError as error:
             log.line(f"{key}={value}: {error}")
     there = {path.name.removeprefix(f"{key}-"): path for path in sorted(out.glob(f"{key}-*")) if _is_finished(path)}
@@ -69,7 +79,7 @@ def sweep(
 
 def _is_finished(path: Path) -> bool:
     run = RunDirectory(path)
-    return run.exists and all(len(member.metrics()) == config.epochs for member, config in run.members())
+    return run.exists and all(member.is_finished(config) for member, config in run.members())
 
 
 def check_plot() -> None:
@@ -78,7 +88,7 @@ def check_plot() -> None:
         raise ImportError("matplotlib is not installed; install the plot extra: pip install 'dnw[plot]'")
 
 
-def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
+def plot_sweep(paths: Mapping[str, Path], key: str, file: str | Path) -> None:
     """Plots test accuracy after the last epoch against the setting, with the range over seeds, as SVG, PDF or PNG.
 
     Values that are numbers lie on a logarithmic axis; others stand side by side.
@@ -90,6 +100,7 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: Path) -> None:
     check_plot()
     from matplotlib.figure import Figure
 
+    file = Path(file)
     if not paths:
         raise ValueError("there is no finished run to plot")
     accuracies = accuracies_of(paths, key)

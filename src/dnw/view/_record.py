@@ -113,6 +113,8 @@ def record(
     """
     graphs = graphs_of(model)
     every = list(snapshots)
+    if not graphs:
+        raise NothingToShowError("its network has no graphs, and pages show graphs; wiring.jsonl says what its wiring did")
     if not every:
         raise NothingToShowError("there are no snapshots to show; a run writes them while it trains")
     parameters = {n: parameter_of(n, graph) for n, graph in graphs.items()}

@@ -281,8 +281,9 @@ function drawBeside() {
   chart("alive", counted("alive"));
   const byDegree = runs.map((one, i) => ({ ...named(one, i), counts: one.degreeCounts(moment(one)) }));
   const bySkip = runs.map((one, i) => ({ ...named(one, i), counts: one.skipCounts(moment(one)) }));
-  bars("degrees", byDegree, i => i ? String(2 ** (i - 1)) : "0");
+  bars("degrees", byDegree, i => i > 1 ? 2 ** (i - 1) + "-" + (2 ** i - 1) : String(i));
   bars("skips", bySkip, String);
+  $("whose").textContent = runs.length > 1 ? " (" + nameApart(run) + ")" : "";
   adjacency(run, s);
   drawNodeCard();
 }
