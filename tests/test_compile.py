@@ -672,7 +672,7 @@ def test_the_size_of_code_is_measured_and_pixels_are_explained(program, tmp_path
         code_size(tmp_path / "nothing.c")
     good, wrong = (0.5, 0.5, 0.5), ((0.5,), (0.5, 0.5, 0), (0.5, 0.5, float("nan")), None)
     for std in wrong:
-        with pytest.raises(ValueError, match=r"give both, finite, std above 0, one for each of 3 channels"):
+        with pytest.raises(ValueError, match=r"give both, finite, std above 0, one for every channel of the images, 3"):
             save_c(program, tmp_path / "net.c", mean=good, std=std)
 
 
