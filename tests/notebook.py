@@ -12,7 +12,9 @@ from nbclient import NotebookClient
 def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     """A notebook as it is after its cells have run in a folder; whatever one of them raises is raised."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=280, record_timing=False, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=280, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}}
+    )
     client.execute()
     notebook.metadata = nbformat.from_dict({name: notebook.metadata[name] for name in ("kernelspec",)})
     return notebook

@@ -149,7 +149,7 @@ def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path
         weight = ended["graph.weight"].abs()
         candidates = dnw.models.tiny_digits().graph.edge_candidates()["weight"]
         assert weight[mask].min() >= weight[candidates & ~mask].max()
-    table = results_table([run.path], {"digits": digits})
+    table = results_table([run.path])
     assert "ticket.run=complete" in table
     assert str(tmp_path) not in table
     shutil.rmtree(stage_one.path)  # the second stage does not need the first any more

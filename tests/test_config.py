@@ -48,7 +48,7 @@ def test_overrides():
     [
         ("optim.lrr=1", r"optim.lrr: no such setting; did you mean 'optim.lr'\?"),
         ("optimm.lr=1", r"optimm.lr: no such setting; did you mean 'optim.lr'\?"),
-        ("optim=1", "optim: no such setting"),
+        ("optim=1", "optim: is a part of the settings; give what is in it, 'optim.lr'"),
         ("epochs", "'epochs': an override is written key=value"),
         ("epochs=0", r"epochs: .*greater than or equal to 1 \(given: 0\)"),
         ("epochs=many", r"epochs: .*valid integer.*\(given: 'many'\)"),

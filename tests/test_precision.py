@@ -168,7 +168,7 @@ def test_float32_latents_take_over_writes():
     base = OPTIMIZERS["momentum"](model.parameters())
     wiring = dnw.wire(model, base, density=0.2, latent_dtype=torch.float32)
     steps(model, base, range(2))
-    before, active = wiring["5.weight"].latent, wiring["5.weight"].active
+    before, active = wiring["5.weight"].latent.clone(), wiring["5.weight"].active
     place = tuple(active.nonzero()[0].tolist())
     with torch.no_grad():
         model[5].weight[place] = 3.0

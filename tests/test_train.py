@@ -23,7 +23,9 @@ from dnw.cli import main
 from dnw.data import Streaming, list_folder
 from dnw.recipes import RECIPES, digits
 from dnw.train import (
+    CSVLogger,
     RunDirectory,
+    TensorBoardLogger,
     TrainingStoppedError,
     compile_run,
     count_config,
@@ -98,7 +100,7 @@ def unbroken(tmp_path_factory) -> Path:
 
 def test_what_a_run_leaves_behind(unbroken):
     assert {p.name for p in unbroken.iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "last.pt", "best.pt", "snapshots", "baseline", "view.html",
+        "config.json", "environment.json", "metrics.jsonl", "last.pt", "best.pt", "wiring.jsonl", "snapshots", "baseline", "view.html",
     }  # fmt: skip
     config = RunDirectory(unbroken).config()
     assert config == short("epochs=4")
@@ -121,7 +123,8 @@ def test_the_files_of_a_run_are_those_of_the_list_and_of_the_docs(unbroken, tmp_
         short("epochs=1", "rule=complete", "num_edges=null", "baseline=null"), data_dir=Path("data"), out=tmp_path / "complete"
     )
     ticket = ["rule=frozen", "edges=ticket", f"ticket.run={complete}", "baseline=null"]
-    begun = train(short("epochs=1", *ticket), data_dir=Path("data"), out=tmp_path / "ticket")
+    loggers = [CSVLogger(), TensorBoardLogger()]
+    begun = train(short("epochs=1", *ticket), data_dir=Path("data"), out=tmp_path / "ticket", loggers=loggers)
     view_runs([complete, begun])
     (kept,) = save_results([complete], tmp_path / "kept")
     found = {str(p.relative_to(run)) for run in (whole, complete, begun, kept) for p in run.rglob("*") if p.is_file()}
@@ -469,7 +472,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
 
 def test_recipes_and_config_on_the_command_line(capsys):
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert {"digits", "cifar10_continuous_random", "imagenet_dnw_small_x225"} <= set(RECIPES)
     assert all(len(line.split()) > 5 for line in lines)

@@ -303,7 +303,7 @@ def _train_one(
         if pictures:
             pictures.snapshot(step, epoch + 1.0, batches if epoch + 1 in (1, config.epochs) else None)
             if is_best:
-                network.save(run.best, epoch + 1, step)
+                network.save(run.best, epoch + 1, step, pictures.ages())
             run.write_metrics(metrics)
             for logger in loggers:
                 logger(run.path, epoch_metrics)

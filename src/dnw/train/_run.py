@@ -36,7 +36,7 @@ FILES = {
     "how many classes it has, and the config once more",
     "metrics.jsonl": "a line per epoch: losses, accuracies, edges, seconds",
     "metrics.csv": "with `--log csv`: the same as a table",
-    "tensorboard/*": "with `--log tensorboard`: the same for TensorBoard",
+    "tensorboard/events.*": "with `--log tensorboard`: the same for TensorBoard",
     "counts.json": "of a result that `dnw results` keeps: parameters and multiply-adds at the end",
     "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
