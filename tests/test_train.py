@@ -100,7 +100,8 @@ def unbroken(tmp_path_factory) -> Path:
 
 def test_what_a_run_leaves_behind(unbroken):
     assert {p.name for p in unbroken.iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "last.pt", "best.pt", "wiring.jsonl", "snapshots", "baseline", "view.html",
+        "config.json", "environment.json", "metrics.jsonl", "wiring.jsonl",
+        "last.pt", "best.pt", "snapshots", "baseline", "view.html",
     }  # fmt: skip
     config = RunDirectory(unbroken).config()
     assert config == short("epochs=4")
