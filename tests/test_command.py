@@ -13,9 +13,10 @@ import pytest
 
 from dnw import cli
 from dnw.cli import _commands
-from dnw.cli._arguments import COMMANDS, make_parser
-from dnw.train import _log
+from dnw.cli._arguments import COMMANDS, LOGS, TABLES, make_parser
+from dnw.train import _log, _published
 from dnw.train._log import Log, _clock
+from dnw.train._loggers import LOGGERS
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
@@ -89,6 +90,8 @@ def test_every_command_shows_examples_that_parse(capsys):
 
 def test_words_that_are_nearly_right(capsys):
     assert tuple(subcommands()) == COMMANDS
+    assert tuple(_published.TABLES) == TABLES
+    assert tuple(LOGGERS) == LOGS
     for words, message in (
         (["trian", "digits"], "no command 'trian'; did you mean 'train'? There are 'train', 'resume', 'sweep'"),
         (

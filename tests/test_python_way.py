@@ -263,6 +263,13 @@ def test_a_part_of_a_run_is_not_extended_by_itself(tmp_path):
         RunDirectory(lone).is_finished(shorter)
 
 
+def test_a_checkpoint_without_metrics_is_not_extended(tmp_path):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=1, **QUICK)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="has a checkpoint and no metrics, as what was imported, so it is not extended"):
+        resume(run, epochs=2, log=Log(quiet=True))
+
+
 def test_a_result_that_was_kept_is_not_trained_over(tmp_path):
     run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=2, **QUICK)
     (kept,) = save_results([str(run)], str(tmp_path / "kept"), snapshots=2)

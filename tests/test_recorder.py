@@ -131,7 +131,7 @@ def test_what_it_refuses(tmp_path):
     recorder.record()
     state = recorder.state_dict()
     state["since"]["5.weight"] = state["since"]["5.weight"][:3]
-    with pytest.raises(ValueError, match=r"the state knows '5.weight' with shape \(3, 32\), which is not wired like that here"):
+    with pytest.raises(ValueError, match=r"the state knows '5.weight' as \(3, 32\), which is not wired like that here"):
         Recorder(wiring).load_state_dict(state)
     assert Recorder(wiring).scalars() == {}
 

@@ -56,7 +56,7 @@ class Statistics:
         self._before.move_to_end(step)
         while len(self._before) > _KEPT:
             self._before.popitem(last=False)
-        return {"step": step, "layers": rows, "total": _totals(list(rows.values()))}
+        return {"step": step, "layers": rows, "total": totals(list(rows.values()))}
 
     def _of_layer(self, layer: WiredLayer, before: dict[str, Tensor]) -> tuple[list[int], dict[str, int], Tensor]:
         """What the part of a layer here counts, what of its targets and sources, and its edges."""
@@ -77,7 +77,8 @@ def dead_nodes(layer: WiredLayer, active: int) -> dict[str, int]:
     return {"dead_targets": targets, "dead_sources": sources}
 
 
-def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of all layers together, of those that have a sum."""
     sums = ("candidates", "active", "entered", "left", "dead_targets", "dead_sources")
     total = {key: sum(row.get(key, 0) for row in rows) for key in sums}
     number = max(1, total["candidates"])

@@ -16,6 +16,10 @@ COMMANDS = (
     *("recipes", "results", "table", "completion"),
 )
 """All there are; make_parser says what each takes."""
+TABLES = ("tiny", "wirings", "imagenet", "resnet50")
+"""That ``dnw table`` prints."""
+LOGS = ("csv", "tensorboard")
+"""Loggers by name."""
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -68,7 +72,7 @@ def _with_log(command: argparse.ArgumentParser) -> None:
         "--log",
         action="append",
         default=[],
-        choices=("csv", "tensorboard"),
+        choices=LOGS,
         help="write each epoch's numbers there as well: metrics.csv, or tensorboard/ (extra tensorboard), in the run directory",
     )
 
@@ -200,7 +204,7 @@ def _tables(commands: Commands) -> None:
     )
 
     table = _command(commands, do.table, "the paper's tables beside our counts and results", "dnw table tiny", "dnw table")
-    table.add_argument("names", nargs="*", metavar="NAME", help="tiny, wirings, imagenet, resnet50 (default: all)")
+    table.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TABLES)} (default: all)")
     table.add_argument(
         "--results", type=Path, default=Path("results"), metavar="FOLDER", help="where results are kept (default: results)"
     )

@@ -293,7 +293,7 @@ def completion(parsed: argparse.Namespace) -> None:
     """Print what makes a shell complete commands, options, recipes and names of networks. Needs shtab, of the extra train."""
     import shtab
 
-    from dnw.cli._arguments import make_parser
+    from dnw.cli._arguments import TABLES, make_parser
     from dnw.recipes import RECIPES
     from dnw.recipes._settings import ModelName
 
@@ -301,7 +301,7 @@ def completion(parsed: argparse.Namespace) -> None:
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     known = {
         "recipe": [*RECIPES],
-        "names": ["tiny", "wirings", "imagenet", "resnet50"],
+        "names": list(TABLES),
         "target": [*RECIPES, *get_args(ModelName), *pretrained_names()],
     }
     runs = {"bash": "_dnw_runs", "zsh": "_files", "tcsh": "f"}

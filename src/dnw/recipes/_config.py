@@ -112,10 +112,8 @@ class Config(Settings):
 
     def lr_at(self, epoch: float) -> float:
         """The learning rate after ``epoch`` (a fraction counts), on the schedule of the length that the run has then."""
-        return self.optim.lr_at(epoch, self._length_at(epoch))
-
-    def _length_at(self, epoch: float) -> int:
-        return next((length for length in self.extended_from if epoch < length), self.epochs)
+        length = next((length for length in self.extended_from if epoch < length), self.epochs)
+        return self.optim.lr_at(epoch, length)
 
     def extended(self, epochs: int) -> Config:
         """The same, to be trained on to more epochs after its last.

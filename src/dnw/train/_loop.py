@@ -140,11 +140,8 @@ def resume(
 def _check_resumable(run: RunDirectory) -> None:
     """Raises ``ValueError`` where only the results of a run are there."""
     for member, _ in run.members():
-        if (
-            member.metrics()
-            and not member.last.exists()
-            and (member.network.exists() or (member.path / "counts.json").exists())
-        ):
+        kept = member.network.exists() or (member.path / "counts.json").exists()
+        if kept and not member.last.exists():
             raise ValueError(f"{member.path}: is a result that was kept, without the checkpoint that training goes on from")
 
 
@@ -158,7 +155,7 @@ def _check_extensible(run: RunDirectory, epochs: int) -> None:
         if not member.is_finished(config):
             done = len(member.metrics())
             if not done and member.last.exists():
-                raise ValueError(f"{member.path}: was imported, without what training goes on from")
+                raise ValueError(f"{member.path}: has a checkpoint and no metrics, as what was imported, so it is not extended")
             why = f"is at epoch {done} of {config.epochs}, and only a finished run is extended"
             raise ValueError(f"{member.path}: {why}; dnw resume {run.path} finishes it")
 

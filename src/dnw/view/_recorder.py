@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dnw._files import read_text, write_whole
 from dnw._wiring.hooks import uncompiled
-from dnw._wiring.stats import dead_nodes
+from dnw._wiring.stats import dead_nodes, totals
 from dnw._wiring.wired_layer import WiredLayer
 from dnw._wiring.wiring import Wiring
 
@@ -104,7 +104,7 @@ class Recorder:
         weights = {name: parameter.weight for name, parameter in self._wiring.items()}
         with self._wiring._exchange.question():
             layers = {layer.name: self._layer(layer, weights[layer.name], step) for layer in self._wiring._weights.layers}
-        self._latest = {"step": step, "values": values, "layers": layers, "total": _total(list(layers.values()))}
+        self._latest = {"step": step, "values": values, "layers": layers, "total": totals(list(layers.values()))}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
@@ -139,11 +139,15 @@ class Recorder:
         Raises:
             ValueError: of another wiring.
         """
-        for name, since in state["since"].items():
-            if name not in self._wiring or since.shape != _local(self._wiring[name].active).shape:
-                raise ValueError(f"the state knows {name!r} with shape {tuple(since.shape)}, which is not wired like that here")
-        self._since = {name: tensor.clone() for name, tensor in state["since"].items()}
-        self._ever = {name: tensor.clone() for name, tensor in state["ever"].items()}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for part, kind in (("since", torch.int32), ("ever", torch.bool)):
+            parts[part] = {}
+            for name, tensor in state[part].items():
+                active = _local(self._wiring[name].active) if name in self._wiring else None
+                if active is None or tensor.shape != active.shape or tensor.dtype != kind:
+                    raise ValueError(f"the state knows {name!r} as {tuple(tensor.shape)}, which is not wired like that here")
+                parts[part][name] = tensor.to(active.device, copy=True)
+        self._since, self._ever = parts["since"], parts["ever"]
 
     def _layer(self, layer: WiredLayer, weight: Tensor, step: int) -> dict[str, Any]:
         name, active = layer.name, layer.active
@@ -203,13 +207,3 @@ def _quantiles(values: Tensor) -> list[float]:
         return [0.0] * len(_QUANTILES)
     values = values[:: -(-values.numel() // _SAMPLE)]
     return values.quantile(torch.tensor(_QUANTILES, device=values.device)).tolist()
-
-
-def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {
-        key: sum(row.get(key, 0) for row in rows)
-        for key in ("candidates", "active", "entered", "left", "dead_targets", "dead_sources")
-    }
-    number = max(1, total["candidates"])
-    ever = sum(row["ever_active"] * row["candidates"] for row in rows)
-    return {**total, "density": total["active"] / number, "ever_active": ever / number}
