@@ -1,5 +1,4 @@
-"""One thread per process, so that those that run side by side do not fight over the cores; one seed for each test;
-torchvision, if at hand."""
+"""One thread per process, so that those that run side by side do not fight over the cores; one seed; torchvision, if at hand."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from dnw.data import (
     InMemory,
     Streaming,
     crop_and_flip,
+    hold_out,
     list_folder,
     load,
     read_cifar10,
@@ -305,6 +306,23 @@ def test_folder_in_memory(tmp_path, test):
     assert train.classes == ("cat", "dog")
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert train.images[4, :, 2, 3].tolist() == [100, 10, 7]
+
+
+def test_images_are_held_out_once_for_all(tmp_path):
+    train, _ = read_digits()
+    rest, held = hold_out(train, 200)
+    assert (len(rest), len(held)) == (1057, 200)
+    both = torch.cat([rest.images, held.images]).flatten(1)
+    assert torch.equal(both.sort(0).values, train.images.flatten(1).sort(0).values)
+    assert torch.equal(hold_out(train, 200)[1].images, held.images)
+    write_tree(tmp_path)
+    files, _ = list_folder(tmp_path)
+    rest, held = hold_out(files, 2)
+    assert {*rest.paths, *held.paths} == set(files.paths)
+    assert [path.parent.name == "dog" for path in held.paths] == [label == 1 for label in held.labels]
+    for number in (0, 6):
+        with pytest.raises(ValueError, match=f"data.validation={number}: allowed is a number below .* training images, 6"):
+            hold_out(files, number)
 
 
 def test_cifar_as_a_tree(tmp_path):

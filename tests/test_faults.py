@@ -582,5 +582,5 @@ def test_a_training_process_that_dies_is_one_line_and_the_run_goes_on(tmp_path):
 
 
 def test_the_log_shows_nothing_of_a_run_without_metrics(capsys):
-    Log().results([("dnw", 0, [])])
+    Log().results([(digits(), [])])
     assert capsys.readouterr().out == ""

@@ -276,6 +276,17 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(unbroken, tmp_path):
     assert_same_runs(unbroken, tmp_path / "run")
 
 
+def test_a_run_is_measured_on_images_that_it_holds_out_and_evaluated_on_the_test_images(tmp_path, capsys):
+    run = train(short("epochs=1", "baseline=null", "data.validation=57"), data_dir=tmp_path, out=tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "1,200 images for training and 57 held out of them" in printed
+    assert "validation accuracy" in printed
+    held, tested = metrics(run)[-1]["top1"], evaluate(run)[-1].top1
+    assert held * 57 == pytest.approx(round(held * 57), abs=1e-4)
+    assert tested * 540 == pytest.approx(round(tested * 540), abs=1e-4)
+    assert tested != held
+
+
 def test_eval_repeats_the_metrics(unbroken):
     scores = evaluate(unbroken)
     assert [(s.rule, s.checkpoint) for s in scores] == [

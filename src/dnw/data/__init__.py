@@ -18,6 +18,7 @@ _PUBLIC = {
     "InMemory": "_batches",
     "Streaming": "_batches",
     "crop_and_flip": "_augment",
+    "hold_out": "_load",
     "list_folder": "_folder",
     "load": "_load",
     "read_cifar10": "_readers",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dnw.data._folder import list_folder as list_folder
     from dnw.data._images import Images as Images
     from dnw.data._load import DATASETS as DATASETS
+    from dnw.data._load import hold_out as hold_out
     from dnw.data._load import load as load
     from dnw.data._readers import read_cifar10 as read_cifar10
     from dnw.data._readers import read_digits as read_digits

@@ -29,6 +29,11 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def at(self, indices: torch.Tensor) -> FolderImages:
+        """Those at some indices, in that order."""
+        chosen = indices.tolist()
+        return FolderImages(tuple(self.paths[i] for i in chosen), tuple(self.labels[i] for i in chosen), self.classes)
+
 
 def list_folder(root: Path) -> tuple[FolderImages, FolderImages]:
     """The training and test images of a tree.

@@ -25,6 +25,10 @@ class Images:
     def __len__(self) -> int:
         return self.labels.numel()
 
+    def at(self, indices: Tensor) -> Images:
+        """Those at some indices, in that order."""
+        return Images(self.images[indices], self.labels[indices], self.classes)
+
 
 def sizes_text(sizes: Sequence[int]) -> str:
     """Sizes as an error names them, such as ``28x28``."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from dnw.data._folder import FolderImages, decode, fits_in_memory, list_folder
 from dnw.data._images import Images, sizes_text
 from dnw.data._places import check_folder, find_cifar10
@@ -34,6 +36,9 @@ def _folder(folder: Path, size: int) -> Pair:
     return train, test
 
 
+_SPLIT_SEED = 0
+"""Of the images that are held out: the same ones whatever the seed of a run."""
+
 DATASETS: dict[str, Callable[[Path, int], Pair]] = {
     "digits": _digits,
     "mnist": _mnist,
@@ -59,3 +64,18 @@ def load(name: str, folder: Path, size: int) -> Pair:
             found = sizes_text(part.images.shape[2:])
             raise ValueError(f"data.image_size={size}: the images of data.name={name} are {found} pixels and are not resized")
     return pair
+
+
+def hold_out(train: Images | FolderImages, number: int) -> Pair:
+    """Training images in two parts: what is left to train with, and a number of them, drawn once for all, to measure on.
+
+    Settings are tuned on the second part, so that the test images are left for the end.
+
+    Raises:
+        ValueError: not fewer than there are.
+    """
+    if not 0 < number < len(train):
+        raise ValueError(f"data.validation={number:,}: allowed is a number below that of the training images, {len(train):,}")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    held, rest = (part.sort().values for part in (order[:number], order[number:]))
+    return train.at(rest), train.at(held)  # type: ignore[return-value]

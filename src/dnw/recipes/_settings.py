@@ -142,6 +142,12 @@ class DataConfig(Settings):
     std: tuple[Annotated[float, Field(ge=1e-3, le=10)], ...] = Field(description="per channel, in units of the full range")
     crop_padding: int = Field(default=0, ge=0, le=4096, description="pixels of padding for random crops; 0 for none")
     flip: bool = Field(default=False, description="mirror half of the training images")
+    validation: int = Field(
+        default=0,
+        ge=0,
+        le=10**9,
+        description="training images held out, to measure on in place of the test images",
+    )
     workers: int = Field(default=2, ge=0, le=256, description="processes that decode, for data that does not fit in memory")
 
     @property

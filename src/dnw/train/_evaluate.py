@@ -34,7 +34,7 @@ class Scores:
 
 
 def evaluate(path: str | Path, *, data_dir: str | Path | None = None) -> list[Scores]:
-    """Tests the best and the last checkpoint of every single run in a run directory.
+    """Tests the best and the last checkpoint of every single run in a run directory, on the test images whatever it held out.
 
     Raises:
         ValueError: this is no run directory, or it has no checkpoint yet.
@@ -43,7 +43,7 @@ def evaluate(path: str | Path, *, data_dir: str | Path | None = None) -> list[Sc
     config = run.config()
     if data_dir is None:
         data_dir = Path() if config.data.name == "digits" else run.data_dir()  # the digits are in the package
-    data = load_data(config, Path(data_dir))
+    data = load_data(config, Path(data_dir), testing=True)
     fabric = launch(config, processes=1)
     scores = []
     with threads_of(run), lost_processes_named(run.path):

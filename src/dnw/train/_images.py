@@ -6,16 +6,23 @@ from pathlib import Path
 
 import torch
 
-from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, load
+from dnw.data import Augment, Batches, FolderImages, InMemory, Streaming, hold_out, load
 from dnw.recipes._config import Config
 
 ImageData = tuple
 """Training and test images as :func:`dnw.data.load` returns them."""
 
 
-def load_data(config: Config, folder: Path) -> ImageData:
-    """The images of a config's data set; read once for all seeds."""
-    return load(config.data.name, folder, config.data.image_size)
+def load_data(config: Config, folder: Path, *, testing: bool = False) -> ImageData:
+    """The images of a config's data set, to train with and to measure on; read once for all seeds.
+
+    Args:
+        config: whose images.
+        folder: where the data lies.
+        testing: the test images, also where the config measures on training images that it holds out.
+    """
+    train, test = load(config.data.name, folder, config.data.image_size)
+    return hold_out(train, config.data.validation) if config.data.validation and not testing else (train, test)
 
 
 def num_classes_of(data: ImageData) -> int:

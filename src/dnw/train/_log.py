@@ -39,7 +39,8 @@ class Log:
         """The first line, before anything takes long."""
         train, test = map(len, data)
         classes = len(data[0].classes)
-        self.line(f"{config.recipe}: {train:,} images for training and {test:,} for testing, of {classes} classes")
+        what = "held out of them" if config.data.validation else "for testing"
+        self.line(f"{config.recipe}: {train:,} images for training and {test:,} {what}, of {classes} classes")
 
     def start(self, config: Config, path: Path, summary: Summary, done: int) -> None:
         density = summary.active / summary.candidates
@@ -59,16 +60,17 @@ class Log:
             + f"{m.seconds:.1f} s"
         )
 
-    def results(self, runs: Sequence[tuple[str, int, list[EpochMetrics]]]) -> None:
+    def results(self, runs: Sequence[tuple[Config, list[EpochMetrics]]]) -> None:
         """A line per rule: accuracy at the best and at the last epoch, over seeds."""
-        for rule in dict.fromkeys(rule for rule, _, _ in runs):
-            metrics = [m for r, _, m in runs if r == rule and m]  # a run that was imported finished has none
+        for rule in dict.fromkeys(config.method for config, _ in runs):
+            metrics = [m for config, m in runs if config.method == rule and m]  # a run that was imported finished has none
             if not metrics:
                 continue
             best = [max(x.top1 for x in m if x.active == m[-1].active) for m in metrics]
             last = [m[-1].top1 for m in metrics]
             seeds = f"  ({len(metrics)} seeds)" if len(metrics) > 1 else ""
-            self.line(f"{rule:>10}: test accuracy {_mean(last)} at the last epoch, {_mean(best)} at the best{seeds}")
+            what = "validation" if runs[0][0].data.validation else "test"
+            self.line(f"{rule:>10}: {what} accuracy {_mean(last)} at the last epoch, {_mean(best)} at the best{seeds}")
 
     def end(self, run: Path, page: Path) -> None:
         """Where a run lies, and what can be done with it."""

@@ -186,7 +186,7 @@ def _train_members(
         log.line(f"stopped; continue with: dnw resume {run.path}")
         raise
     if fabric.is_global_zero:
-        log.results([(single.method, single.seed, member.metrics()) for member, single in members])
+        log.results([(single, member.metrics()) for member, single in members])
         log.end(run.path, members[0][0].page)
 
 
