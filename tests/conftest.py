@@ -1,4 +1,4 @@
-"""One thread per process, so that those that run side by side do not fight over the cores; one seed; torchvision, if at hand."""
+"""One thread per process, so that those that run side by side do not fight over the cores; one seed; torchvision, if there."""
 
 from __future__ import annotations
 
