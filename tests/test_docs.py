@@ -113,18 +113,33 @@ def test_the_mapping_by_name(code, capsys):
 
 # --- docs/graphs.md: one program from top to bottom ---
 
-GRAPHS = ["static", "discrete-time", "continuous-time", "over-a-sequence", "chains", "reading-a-graph", "a-graph-of-your-own"]
+GRAPHS = [
+    "static",
+    "edges-that-a-generator-draws",
+    "discrete-time",
+    "continuous-time",
+    "over-a-sequence",
+    "chains",
+    "reading-a-graph",
+    "a-graph-of-your-own",
+]
 
 
 @runs(*(f"docs/graphs.md#{name}" for name in GRAPHS), by="page")
 def test_the_page_on_graphs(code, capsys):
     pytest.importorskip("networkx")
-    static, discrete, continuous, sequence, chains, reading, own = code
+    static, drawn, discrete, continuous, sequence, chains, reading, own = code
     names: dict[str, Any] = {}
     exec(static, names)
     assert names["model"](torch.zeros(1, 3, 6, 6)).shape == (1, 100, 4, 4)
     assert list(names["wiring"]) == ["1.weight"]
     assert (names["wiring"].num_candidates, names["wiring"].num_active) == (90_752, 8_000)
+    exec(drawn, names)
+    names["wiring"].remove()
+    for mask in ("small_world", "hubs"):
+        frozen = dnw.wire(names["model"], names["optimizer"], rule=dnw.Frozen({"1.weight": names[mask]}))
+        assert frozen.num_active == 8_000
+        frozen.remove()
     exec(discrete, names)
     assert names["graph"](torch.zeros(1, 16, 4, 4)).shape == (1, 16, 4, 4)
     exec(continuous, names)

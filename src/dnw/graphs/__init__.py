@@ -4,6 +4,7 @@ from dnw.graphs._dynamic import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTime
 from dnw.graphs._levels import Levels
 from dnw.graphs._node import Node
 from dnw.graphs._protocol import Graph
+from dnw.graphs._randwire import barabasi_albert, watts_strogatz
 from dnw.graphs._sequence import SequenceGraph
 from dnw.graphs._static import StaticGraph
 from dnw.graphs._way import set_graph_kernels
@@ -18,5 +19,7 @@ __all__ = [
     "Node",
     "SequenceGraph",
     "StaticGraph",
+    "barabasi_albert",
     "set_graph_kernels",
+    "watts_strogatz",
 ]

@@ -17,7 +17,9 @@ from dnw._checks import did_you_mean, listing
 from dnw.recipes._settings import (
     FIXED_RULES,
     MOST_EPOCHS,
+    RANDWIRE,
     RULE_SETTINGS,
+    STATIC_GRAPHS,
     WITH_WIDTH,
     WITHOUT_DORMANT_GRADIENT,
     DataConfig,
@@ -68,7 +70,7 @@ class Config(Settings):
     rule_settings: RuleConfig = RuleConfig()
     dormant: DormantConfig = DormantConfig()
     edges: EdgesName | None = Field(
-        default=None, description="of rule frozen: those of a ticket, random ones as the authors draw them, or of an expander"
+        default=None, description="of rule frozen: those of a ticket, or drawn at random in one way or another"
     )
     ticket: TicketConfig = TicketConfig()
     density_schedule: DensityConfig = DensityConfig()
@@ -203,6 +205,10 @@ class Config(Settings):
             raise ValueError("edges=random_original is for model=tiny_cifar10 with rank_all_entries=true and num_edges")
         if self.edges == "expander" and self.density is None:
             raise ValueError("edges=expander: give density, the fraction of its sources that a target reads")
+        if self.edges in RANDWIRE and self.model not in STATIC_GRAPHS:
+            raise ValueError(f"edges={self.edges}: drawn over the levels of static graphs: model={listing(STATIC_GRAPHS)}")
+        if self.edges in RANDWIRE and self.rank_all_entries:
+            raise ValueError(f"edges={self.edges}: drawn among the candidates; leave rank_all_entries out")
         if self.density_schedule.end is not None and self.rule in FIXED_RULES:
             raise ValueError(f"density_schedule: rule={self.rule} never changes its edges, so it has no schedule")
         if "l1_anneal" in (self.rule, self.baseline) and self.density_schedule.end is None:
@@ -216,7 +222,7 @@ class Config(Settings):
         is_chain = self.model.startswith("mobilenet_v1_graphs")
         names = ("width", "num_edges", "density") if is_chain else ("num_edges", "density")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        if self.pattern is not None and (self.rule == "complete" or self.edges in ("random_original", "expander")):
+        if self.pattern is not None and (self.rule == "complete" or self.edges in ("random_original", "expander", *RANDWIRE)):
             raise ValueError(f"pattern={self.pattern}: rule={self.rule} chooses no edges; leave the pattern out")
         if self.pattern is not None and ":" in self.pattern:
             if self.num_edges is not None or self.density is not None:

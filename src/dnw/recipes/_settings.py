@@ -49,7 +49,9 @@ FIXED_RULES = ("random", "complete", "frozen")
 """Rules that never change their edges."""
 WITHOUT_DORMANT_GRADIENT = (*FIXED_RULES, "no_update", "magnitude_pruning", "l1_anneal", "set")
 """Rules that never need the gradient of dormant edges."""
-EdgesName = Literal["ticket", "random_original", "expander"]
+EdgesName = Literal["ticket", "random_original", "expander", "watts_strogatz", "barabasi_albert"]
+RANDWIRE = ("watts_strogatz", "barabasi_albert")
+"""Edges that the generators of randomly wired networks draw."""
 ModelName = Literal[
     "tiny_digits",
     "tiny_mnist",
@@ -69,6 +71,8 @@ ModelName = Literal[
     "resnet18_cifar",
     "resnet50",
 ]
+STATIC_GRAPHS = ("tiny_digits", "tiny_mnist", "tiny_cifar10", "mobilenet_v1_graphs")
+"""Models all of whose edges are those of static graphs."""
 WITH_WIDTH = ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "xception_small", "densenet_small")
 """Models of which a width multiplies the channels."""
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from dnw._rules import RULES
 from dnw._rules.fixed import Frozen
 from dnw._rules.rule import Rule
-from dnw._selection.budgets import Global
+from dnw._selection.budgets import Global, num_edges
 from dnw._selection.patterns import Blocks, Channels, NOfM, Pattern
 from dnw._selection.schedules import DensitySchedule
 from dnw._wiring.state import STATE_KEYS
 from dnw._wiring.wire import wire
 from dnw._wiring.wiring import Wiring
+from dnw.graphs import StaticGraph, barabasi_albert, watts_strogatz
 from dnw.models import (
     GraphChain,
     densenet_small,
@@ -47,7 +48,7 @@ from dnw.models import (
 )
 from dnw.models._pretrained import read_network
 from dnw.recipes._config import Config
-from dnw.recipes._settings import SHARES_OF_THE_RUN, OptimConfig
+from dnw.recipes._settings import RANDWIRE, SHARES_OF_THE_RUN, OptimConfig
 from dnw.train._checkpoint import Start, read_checkpoint, read_ticket, write_checkpoint
 from dnw.train._run import RunDirectory
 
@@ -280,6 +281,8 @@ def make_network(
     elif config.edges == "expander":
         assert config.density is not None
         edges = expander_edges(model, config.density, config.seed)
+    elif config.edges in RANDWIRE:
+        edges = _randwire(config, model)
     optim = config.optim
     fused = True if fabric is None or fabric.device.type == "cpu" else None  # few passes over memory
     optimizer = torch.optim.SGD(_parameter_groups(model, optim), lr=optim.lr, momentum=optim.momentum, fused=fused)
@@ -295,6 +298,20 @@ def make_model(config: Config, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # that of the CPU alone, where models are made
         return MODELS[config.model](config, num_classes)
+
+
+def _randwire(config: Config, model: nn.Module) -> dict[str, Tensor]:
+    """The edges of each static graph, as many as its budget, drawn with the run's seed."""
+    draw = watts_strogatz if config.edges == "watts_strogatz" else barabasi_albert
+    budgets = model.num_edges(config.width) if isinstance(model, GraphChain) and config.width is not None else {}
+    edges: dict[str, Tensor] = {}
+    for name, graph in model.named_modules():
+        if isinstance(graph, StaticGraph):
+            candidates = int(graph.edge_candidates()["weight"].sum())
+            of_all = config.num_edges or num_edges(config.density or 1.0, candidates)
+            budget = budgets.get(f"{name}.weight", of_all)
+            edges[f"{name}.weight"] = draw(graph, budget, seed=config.seed)
+    return edges
 
 
 def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
