@@ -185,6 +185,11 @@ def test_the_table_of_results(tmp_path, capsys):
     assert [row.split(" | ")[:4] for row in rows] == [["| `digits`", rule, "2", "0, 1"] for rule in ("dnw", "random")]
     lasts = [RunDirectory(run / f"seed-{s}").metrics()[-1].top1 for s in (0, 1)]
     assert f"{sum(lasts) / 2:.2%} +- " in rows[0]
+    others = [RunDirectory(run / f"seed-{s}" / "baseline").metrics()[-1].top1 for s in (0, 1)]
+    differences = [100 * (b - a) for a, b in zip(lasts, others, strict=True)]
+    error = abs(differences[0] - differences[1]) / 2  # the standard error of a mean of two
+    assert f"| {sum(differences) / 2:+.2f} +- {error:.2f} |" in rows[1]
+    assert "|  |" in rows[0]
     environment = json.loads((run / "seed-0" / "environment.json").read_text())
     assert f"- data digits, {environment['machine']}, torch {torch.__version__}" in table
     assert f"commit `{environment['commit']}`" in table
@@ -192,6 +197,7 @@ def test_the_table_of_results(tmp_path, capsys):
     (run / "seed-1" / "metrics.jsonl").write_text(lines[0] + "\n")
     table = results_table([run])
     assert "| `digits` | dnw | 2 | 0 |" in table
+    assert "against dnw" not in table  # one pair says nothing of its uncertainty
     assert f"- not finished, left out: {run / 'seed-1'} (1 of 2 epochs)" in table
     with pytest.raises(ValueError, match="not a run directory"):
         results_table([tmp_path / "nothing"])

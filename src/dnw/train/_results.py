@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dnw._checks import listing
@@ -23,7 +24,9 @@ def results_table(paths: Sequence[str | Path]) -> str:
     """A Markdown table with one row per recipe, rule and settings over the seeds of all given runs, and what is behind it.
 
     Runs that stopped early are left out and named. What was changed of a recipe is given in its row, or below the table if
-    it was changed alike in all rows; so are data, machine and commit.
+    it was changed alike in all rows; so are data, machine and commit. Where a network was trained with DNW too, with the
+    same epochs and at least two seeds in common, the last accuracies are compared seed by seed: the mean difference, in points,
+    and its standard error.
 
     Args:
         paths: run directories, or directories of sweeps; their seeds and baselines count as runs of their own. A seed that
@@ -32,7 +35,7 @@ def results_table(paths: Sequence[str | Path]) -> str:
     Raises:
         ValueError: no run directory, a damaged one, or none that is finished.
     """
-    rows: dict[tuple[str, int], list[tuple[RunDirectory, Config, list[EpochMetrics]]]] = {}
+    rows: _Rows = {}
     unfinished = []
     seen: Counter[str] = Counter()
     for run in (run for path in paths for run in _runs(path)):
@@ -50,9 +53,12 @@ def results_table(paths: Sequence[str | Path]) -> str:
     changed = {row: _changed(runs[0][1]) for row, runs in rows.items()}
     in_all = [change for change in next(iter(changed.values())) if all(change in found for found in changed.values())]
     with_graphs = any(metrics[-1].nodes for runs in rows.values() for _, _, metrics in runs)
-    titles = ["recipe", "rule", "epochs", "seeds", "last", "best", "edges", "live nodes", "s per epoch"]
+    against = _differences(rows, changed)
+    titles = ["recipe", "rule", "epochs", "seeds", "last", "best", "against dnw", "edges", "live nodes", "s per epoch"]
     if not with_graphs:
         titles.remove("live nodes")
+    if not against:
+        titles.remove("against dnw")
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row, runs in rows.items():
         config = runs[0][1]
@@ -67,6 +73,7 @@ def results_table(paths: Sequence[str | Path]) -> str:
             ", ".join(map(str, sorted(one.seed for _, one, _ in runs))),
             _accuracy([end.top1 for end in ends]),
             _accuracy([max(m.top1 for m in metrics if m.active == metrics[-1].active) for _, _, metrics in runs]),
+            *([against.get(row, "")] if against else []),
             f"{ends[0].active:,}",
             *([live] if with_graphs else []),
             _seconds(statistics.median(m.seconds for _, _, metrics in runs for m in metrics)),
@@ -87,6 +94,29 @@ def results_table(paths: Sequence[str | Path]) -> str:
     if unfinished:
         lines.append(f"- not finished, left out: {', '.join(unfinished)}")
     return "\n".join(lines)
+
+
+_Rows = dict[tuple[str, int], list[tuple[RunDirectory, Config, list[EpochMetrics]]]]
+
+
+def _differences(rows: _Rows, changed: Mapping[tuple[str, int], Sequence[str]]) -> dict[tuple[str, int], str]:
+    """How far each row is above the plain DNW of its network, by pairs of runs with the same seed, where there are some."""
+
+    def network(config: Config) -> tuple[object, ...]:
+        return config.model, config.data, config.epochs
+
+    found = {}
+    last = {row: {config.seed: 100 * metrics[-1].top1 for _, config, metrics in runs} for row, runs in rows.items()}
+    for row, runs in rows.items():
+        alike = [
+            r for r, others in rows.items() if network(others[0][1]) == network(runs[0][1]) and others[0][1].method == "dnw"
+        ]
+        plainest = [r for r in alike if len(changed[r]) == min(len(changed[other]) for other in alike)]
+        if len(plainest) == 1 and plainest != [row]:
+            pairs = [last[row][seed] - last[plainest[0]][seed] for seed in last[row].keys() & last[plainest[0]].keys()]
+            if len(pairs) > 1:
+                found[row] = f"{statistics.mean(pairs):+.2f} +- {statistics.stdev(pairs) / math.sqrt(len(pairs)):.2f}"
+    return found
 
 
 def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
