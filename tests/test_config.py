@@ -18,7 +18,7 @@ from dnw.recipes import _settings as settings
 from dnw.recipes._config import changes
 from dnw.train import Config, DataConfig, OptimConfig, config_from_json, override
 from dnw.train._counts import config_of_model
-from dnw.train._network import MODELS, make_model
+from dnw.train._network import MODELS, make_model, make_network
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -61,6 +61,7 @@ def test_overrides():
         ("lr=0.1", r"lr: no such setting; did you mean 'optim.lr'\?"),
         ("baseline=dnw", "baseline=dnw: is the rule of the run itself"),
         ("width=0.5", "width=0.5: model=tiny_digits has no width"),
+        ("floor.per_target=-1", "floor.per_target: .*greater than or equal to 0"),
         ("rule=random_original", "rule: random_original is no rule, .* write rule=frozen edges=random_original"),
         ("rule=ticket", "rule: ticket is no rule, .* write rule=frozen edges=ticket"),
         ("baseline=ticket", "baseline: ticket is no rule"),
@@ -76,6 +77,15 @@ def test_overrides():
 def test_bad_overrides(item, message):
     with pytest.raises(ValueError, match=message):
         override(digits(), [item])
+
+
+def test_floors():
+    graph = make_network(override(digits(), ["floor.per_target=1", "num_edges=200"]), 10).wiring["graph.weight"]
+    assert int(graph.active.any(1).sum()) == int(graph.candidates.any(1).sum())
+    with pytest.raises(ValueError, match="floor: the edges of rule=complete are given, so it has no floor"):
+        override(digits(), ["floor.per_target=1", "rule=complete", "baseline=null"])
+    with pytest.raises(ValueError, match="floor.per_target=1: pattern=channels has groups of its own"):
+        override(digits(), ["floor.per_target=1", "pattern=channels"])
 
 
 def numeric_settings(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -26,6 +26,7 @@ from dnw.recipes._settings import (
     DensityConfig,
     DormantConfig,
     EdgesName,
+    FloorConfig,
     ModelName,
     OptimConfig,
     RuleConfig,
@@ -74,6 +75,7 @@ class Config(Settings):
     )
     ticket: TicketConfig = TicketConfig()
     density_schedule: DensityConfig = DensityConfig()
+    floor: FloorConfig = FloorConfig()
     pattern: str | None = Field(
         default=None,
         pattern=r"^([1-9]\d{0,5}[:x][1-9]\d{0,5}|channels)$",
@@ -144,7 +146,7 @@ class Config(Settings):
         if rule in FIXED_RULES:
             changes["density_schedule"] = DensityConfig()
         if rule == "complete":
-            changes["pattern"] = None
+            changes |= {"pattern": None, "floor": FloorConfig()}
         return self.model_copy(update=changes)
 
     def to_json(self) -> str:
@@ -211,6 +213,10 @@ class Config(Settings):
             raise ValueError(f"edges={self.edges}: drawn among the candidates; leave rank_all_entries out")
         if self.density_schedule.end is not None and self.rule in FIXED_RULES:
             raise ValueError(f"density_schedule: rule={self.rule} never changes its edges, so it has no schedule")
+        if self.floor != FloorConfig() and self.rule in ("complete", "frozen"):
+            raise ValueError(f"floor: the edges of rule={self.rule} are given, so it has no floor")
+        if self.floor.per_target and self.pattern is not None:
+            raise ValueError(f"floor.per_target={self.floor.per_target}: pattern={self.pattern} has groups of its own")
         if "l1_anneal" in (self.rule, self.baseline) and self.density_schedule.end is None:
             raise ValueError("rule=l1_anneal prunes on a schedule: give density_schedule.end, a share of the run")
         if self.baseline == "frozen":

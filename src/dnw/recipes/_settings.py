@@ -240,6 +240,14 @@ class DormantConfig(Choices):
     weight_decay: bool | None = Field(default=None, description="weight decay on dormant edges, too")
 
 
+class FloorConfig(Settings):
+    """What every layer, or every target of a layer, keeps at least (:class:`dnw.Floor`)."""
+
+    edges: int = Field(default=1, ge=0, le=10**12, description="active edges of a layer that shares a budget with others")
+    density: float = Field(default=0.0, ge=0, le=1, description="share of such a layer's candidates; the larger of both counts")
+    per_target: int = Field(default=0, ge=0, le=10**9, description="active edges of each target")
+
+
 class DensityConfig(Settings):
     """How the number of active edges falls to the budget over the run; it is constant where ``end`` is null."""
 

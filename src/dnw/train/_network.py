@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dnw._rules import RULES
 from dnw._rules.fixed import Frozen
 from dnw._rules.rule import Rule
-from dnw._selection.budgets import Global, num_edges
+from dnw._selection.budgets import Floor, Global, num_edges
 from dnw._selection.patterns import Blocks, Channels, NOfM, Pattern
 from dnw._selection.schedules import DensitySchedule
 from dnw._wiring.state import STATE_KEYS
@@ -335,6 +335,7 @@ def _told(config: Config, model: nn.Module, steps: int | None, edges: Mapping[st
     if config.rule == "complete":
         return told
     told |= {"pattern": _pattern(config.pattern), "schedule": _schedule(config, steps)}
+    told["floor"] = Floor(**config.floor.model_dump())
     if isinstance(model, GraphChain) and config.width is not None:
         budget = model.num_edges(config.width)
         density: dict[str, float] = {"classifier.weight": config.width} if model.classifier.bias is None else {}

@@ -1,0 +1,72 @@
+"""Rules against each other at equal edges: python benchmarks/arena.py [tiny | chain] [screen | final] --data-dir DATA
+
+Every contender trains the same network with as many edges, epochs and images, from the same weights for a seed. The screen is
+short and measured on training images that are held out, so settings may be tuned on it; the finals are measured on the test
+images. Runs lie in runs/arena; called again it goes on where it stopped, and it ends with the table of what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dnw.recipes import RECIPES
+from dnw.train import Config, RunDirectory, override, results_table, resume, train
+
+NETWORKS = {
+    "tiny": ("cifar10", ["batch_size=128", "optim.schedule=cosine"]),
+    "chain": ("cifar10_mobilenet_dnw_x225", []),
+}
+STAGES = {"screen": ["epochs=5", "data.validation=5000"], "final": ["epochs=20"]}
+FALLING = ["density_schedule.end=0.5", "density_schedule.every=10"]
+EXCHANGES = ["rule_settings.every=50", "rule_settings.until=0.75"]
+CONTENDERS = {
+    "dnw": [],
+    "dnw-falling": FALLING,
+    "random": ["rule=random"],
+    "watts-strogatz": ["rule=frozen", "edges=watts_strogatz"],
+    "barabasi-albert": ["rule=frozen", "edges=barabasi_albert"],
+    "no-update": ["rule=no_update"],
+    "targeted-dropout": ["rule=targeted_dropout"],
+    "magnitude-pruning": ["rule=magnitude_pruning", *FALLING],
+    "l1-anneal": ["rule=l1_anneal", "rule_settings.penalty=1e-4", *FALLING],
+    "set": ["rule=set", *EXCHANGES],
+    "rigl": ["rule=rigl", *EXCHANGES],
+    "sparse-momentum": ["rule=sparse_momentum", *EXCHANGES],
+    "sr-ste": ["rule=sr_ste"],
+    "st3": ["rule=st3", *FALLING],
+    "feather": ["rule=feather", *FALLING],
+    "top-kast": ["rule=top_kast", "rule_settings.backward=3.0"],
+}
+
+
+def contest(network: str, stage: str, contender: str, seed: int) -> Config:
+    """The config of one run."""
+    recipe, changes = NETWORKS[network]
+    return override(RECIPES[recipe](), [*changes, *STAGES[stage], f"seeds={seed}", *CONTENDERS[contender]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--rules", default=",".join(CONTENDERS), help="contenders, separated by commas (default: all)")
+    parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/arena"))
+    given = parser.parse_args()
+    runs = []
+    for seed in map(int, given.seeds.split(",")):
+        for contender in given.rules.split(","):
+            run = given.out / f"{given.network}-{given.stage}-{contender}-{seed}"
+            config = contest(given.network, given.stage, contender, seed)
+            if not RunDirectory(run).exists:
+                train(config, data_dir=given.data_dir, out=run)
+            elif not RunDirectory(run).is_finished(config):
+                resume(run, data_dir=given.data_dir)
+            runs.append(run)
+    print(results_table(runs))
+
+
+if __name__ == "__main__":
+    main()
