@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -109,8 +109,22 @@ def top_k_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
     Where a ranking says what each layer or target has at least, those have their largest entries first, and the largest of
     all others fill the budget.
     """
+    rankings = [_of_targets_first(ranking) for ranking in rankings]
     masks = _largest_each(rankings)
-    return [ranking.spread_out(_with_floors(ranking, chosen)) for ranking, chosen in zip(rankings, masks, strict=True)]
+    return [ranking.spread_out(_of_layers_first(ranking, chosen)) for ranking, chosen in zip(rankings, masks, strict=True)]
+
+
+def _of_targets_first(ranking: Ranking) -> Ranking:
+    """The same with infinite scores where an entry is among those that its target keeps."""
+    if not any(ranking.least_per_target):
+        return ranking
+    layouts = ranking.layouts or [TARGETS_FIRST] * len(ranking.scores)
+    parts = zip(ranking.scores, ranking.candidates, ranking.least_per_target, layouts, strict=True)
+    scores = [
+        score.masked_fill(_largest_of_targets(score, among, least, layout), math.inf) if least else score
+        for score, among, least, layout in parts
+    ]
+    return replace(ranking, scores=scores)
 
 
 def _largest_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
@@ -132,76 +146,41 @@ def _largest_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
     return results
 
 
-def _with_floors(ranking: Ranking, chosen: list[Tensor]) -> list[Tensor]:
-    """The k largest, unless a layer or a target has too few among them: then its largest come first."""
-    if not any(ranking.least) and not any(ranking.least_per_target):
+def _of_layers_first(ranking: Ranking, chosen: list[Tensor]) -> list[Tensor]:
+    """What was chosen, unless a layer has too few of it: then the largest of each layer come first."""
+    if not any(ranking.least) or all(n >= least for n, least in zip(ranking.totals(chosen), ranking.least, strict=True)):
         return chosen
-    if not _is_short(ranking, chosen):
-        return chosen
-    per_target = ranking.least_per_target or [0] * len(chosen)
-    layouts = ranking.layouts or [TARGETS_FIRST] * len(chosen)
-    first = [
-        _largest_of_targets(score, among, least, layout) if least else torch.zeros_like(mask)
-        for score, among, least, layout, mask in zip(
-            ranking.scores, ranking.candidates, per_target, layouts, chosen, strict=True
-        )
-    ]
+    floors = [(i, least) for i, least in enumerate(ranking.least) if least]
     shards = ranking.shards or [None] * len(chosen)
-    missing = [least - have for least, have in zip(ranking.least or [0] * len(chosen), ranking.totals(first), strict=True)]
-    short = [i for i, number in enumerate(missing) if number > 0]
     of_layer = [
-        Ranking([ranking.scores[i]], missing[i], [_but(ranking.candidates[i], first[i])], [shards[i]] if ranking.shards else ())
-        for i in short
+        Ranking([ranking.scores[i]], least, [ranking.candidates[i]], [shards[i]] if ranking.shards else ())
+        for i, least in floors
     ]
-    for i, (mask,) in zip(short, _largest_each(of_layer), strict=True):
-        first[i] = first[i] | mask
-    left = ranking.k - sum(ranking.totals(first))
-    if not left:
-        return first
-    among = [_but(candidates, mask) for candidates, mask in zip(ranking.candidates, first, strict=True)]
-    (rest,) = _largest_each([Ranking(ranking.scores, left, among, ranking.shards)])
-    return [a | b for a, b in zip(first, rest, strict=True)]
+    scores = list(ranking.scores)
+    for (i, _), (mask,) in zip(floors, _largest_each(of_layer), strict=True):
+        scores[i] = scores[i].masked_fill(mask, math.inf)
+    return _largest_each([replace(ranking, scores=scores)])[0]
 
 
-def _is_short(ranking: Ranking, chosen: Sequence[Tensor]) -> bool:
-    """Whether a layer or a target has fewer entries than it keeps; the same on all processes."""
-    if any(have < least for have, least in zip(ranking.totals(chosen), ranking.least, strict=False)):
-        return True
-    layouts = ranking.layouts or [TARGETS_FIRST] * len(chosen)
-    short = [
-        (_per_target(mask, layout) < _at_most(least, mask, among, layout)).any()
-        for mask, among, least, layout in zip(chosen, ranking.candidates, ranking.least_per_target, layouts, strict=False)
-        if least
-    ]
-    if not short:
-        return False
-    found = torch.stack(short).count_nonzero()
-    return bool(found if ranking.shard is None else ranking.shard.sum(found))
-
-
-def _per_target(mask: Tensor, layout: Layout) -> Tensor:
-    """How many entries of each target are true."""
-    return layout.by_target(mask).flatten(1).sum(1)
-
-
-def _at_most(least: int, mask: Tensor, among: Tensor | None, layout: Layout) -> Tensor | int:
-    """How many entries each target keeps: no more than it may have."""
-    whole = torch.ones_like(mask) if among is None else among
-    return _per_target(whole, layout).clamp(max=least)
+_PASSES = 8
+"""Largest entries of a target that are found by a pass over them each; more are found by sorting."""
 
 
 def _largest_of_targets(score: Tensor, among: Tensor | None, least: int, layout: Layout) -> Tensor:
     """A mask of the largest entries of each target, the lowest indices first among equals."""
     bits = magnitude_bits(score.detach())
-    bits = layout.by_target(bits if among is None else bits.masked_fill(~among, -1))
+    bits = layout.by_target(bits if among is None else bits.masked_fill_(~among, -1))
     rows = bits.flatten(1)
-    first = rows.sort(dim=1, descending=True, stable=True).indices[:, :least]
-    mask = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, first, True) & (rows >= 0)
+    mask = torch.zeros_like(rows, dtype=torch.bool)
+    if least <= _PASSES:
+        for _ in range(min(least, rows.shape[1])):
+            values, first = rows.max(dim=1, keepdim=True)
+            mask.scatter_(1, first, mask.gather(1, first) | (values >= 0))
+            rows = rows.scatter(1, first, -1)
+    else:
+        mask.scatter_(1, rows.sort(dim=1, descending=True, stable=True).indices[:, :least], True)
+        mask &= rows >= 0
     return layout.from_targets(mask.view(bits.shape))
-
-
-def _but(candidates: Tensor | None, mask: Tensor) -> Tensor:
-    return ~mask if candidates is None else candidates & ~mask
 
 
 def magnitude_bits(values: Tensor) -> Tensor:
