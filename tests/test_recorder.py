@@ -12,8 +12,10 @@ from helpers import batch, small_net
 from torch import nn
 
 import dnw
+from dnw.cli import main
+from dnw.graphs import StaticGraph
 from dnw.train import Log, RunDirectory, resume, train
-from dnw.view import Recorder, read_records
+from dnw.view import Recorder, read_records, write_history
 
 
 def wired(seed: int = 0, **options: object) -> tuple[nn.Module, torch.optim.Optimizer, dnw.Wiring]:
@@ -168,3 +170,38 @@ def test_ages_that_do_not_fit_are_said_once_and_training_goes_on(tmp_path, capsy
     assert "no ages of edges before now of this run, training goes on: the state knows" in capsys.readouterr().out
     assert len(RunDirectory(run).metrics()) == 2
     json.loads(RunDirectory(run).records.read_text().splitlines()[-1])
+
+
+def test_nodes_that_can_have_no_edge_are_not_dead():
+    graph = StaticGraph([4, 4, 4], 3, shared_outputs=True)  # the rows of its inputs are never read
+    wiring = dnw.wire(graph, torch.optim.SGD(graph.parameters(), lr=0.1), rule=dnw.Complete())
+    found = Recorder(wiring).record()["total"]
+    assert (found["dead_targets"], found["dead_sources"]) == (0, 0)
+    assert wiring.stats()["total"]["dead_targets"] == 0
+
+
+def test_curves_of_records(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    net, optimizer, wiring = wired()
+    recorder = Recorder(wiring, tmp_path / "wiring.jsonl", every=2)
+    recorder.record()
+    with pytest.raises(ValueError, match="wiring.jsonl: 1 records; curves need two or more"):
+        write_history({"a": tmp_path / "wiring.jsonl"}, tmp_path / "curves.svg")
+    steps(net, optimizer, range(6))
+    size = write_history({"ours & <theirs>": tmp_path / "wiring.jsonl"}, tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert len(drawn.encode()) == size
+    assert "ours &amp; &lt;theirs&gt;" in drawn
+    assert all(title in drawn for title in ("candidates ever active, share", "targets and sources without an edge"))
+    with pytest.raises(ValueError, match="pictures are written as"):
+        write_history({"a": tmp_path / "wiring.jsonl"}, tmp_path / "curves.xyz")
+    run = train("digits", epochs=1, out=tmp_path / "run", log=Log(quiet=True))
+    assert main(["view", str(run), "--history", str(tmp_path / "run.svg")]) == 0
+    drawn = (tmp_path / "run.svg").read_text()
+    assert str(run) in drawn
+    assert str(run / "baseline") in drawn
+    assert main(["view", str(run), "--history", str(tmp_path / "run.svg"), "--open"]) == 1
+    (run / "wiring.jsonl").unlink()
+    (run / "baseline" / "wiring.jsonl").unlink()
+    assert main(["view", str(run), "--history", str(tmp_path / "run.svg")]) == 1
+    assert "has no wiring.jsonl; a run writes it while it trains" in capsys.readouterr().err

@@ -68,13 +68,16 @@ class Statistics:
 
 
 def dead_nodes(layer: WiredLayer, active: int) -> dict[str, int]:
-    """Rows and columns of a layer without an active edge, of which it has so many in all."""
+    """Rows and columns of a layer that have candidates and no active edge; it has so many active edges in all."""
     assert layer.active is not None
     by_target = layer.layout.by_target(layer.active)
     if by_target.ndim < 2:  # a vector has targets alone
-        return {"dead_targets": by_target.numel() - active, "dead_sources": 0}
-    targets, sources = dead(by_target.contiguous(), layer.layout.groups)
-    return {"dead_targets": targets, "dead_sources": sources}
+        return {"dead_targets": layer.num_candidates - active, "dead_sources": 0}
+    found = dead(by_target.contiguous(), layer.layout.groups)
+    never = (0, 0)
+    if layer.candidates is not None:
+        never = dead(layer.layout.by_target(layer.candidates).contiguous(), layer.layout.groups)
+    return {"dead_targets": found[0] - never[0], "dead_sources": found[1] - never[1]}
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Wiring(Mapping[str, WiredParameter]):
             ``step``; ``layers``, by name; ``total``. Each holds ``candidates``, ``active``, ``density``; ``entered`` and
             ``left``, 0 the first time; ``ever_active``, the share of candidates that has been active since the first time;
             and, of parameters that are not sharded, ``dead_targets`` and ``dead_sources``: rows and columns of the weight
-            without an active edge.
+            that have candidates and no active edge.
 
         Raises:
             ValueError: nobody has asked at that step.

@@ -134,6 +134,7 @@ def _looking(commands: Commands) -> None:
         "dnw view runs/digits-1 --open",
         "dnw view runs/digits-1 runs/digits-2",
         "dnw view mnist_static --svg wiring.svg --snapshot 0",
+        "dnw view runs/digits-1 runs/digits-2 --history churn.svg",
     )
     viewing.add_argument(
         "paths", type=do.run_named, metavar="RUN|NAME", nargs="+", help=f"{do.RUN}; two are put beside each other"
@@ -142,6 +143,9 @@ def _looking(commands: Commands) -> None:
     for kind in ("svg", "png"):
         viewing.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write one snapshot as {kind.upper()} instead")
     viewing.add_argument("--snapshot", type=int, metavar="N", help="which one, from 0 on (default: the last)")
+    viewing.add_argument(
+        "--history", type=Path, metavar="FILE", help="write curves of what the wirings did while they trained (SVG, PDF, PNG)"
+    )
     viewing.add_argument("--open", action="store_true", help="open it in a browser")
 
     compiling = _command(

@@ -153,8 +153,11 @@ def _say_seed(path: Path) -> None:
 def view(parsed: argparse.Namespace) -> None:
     """Write one HTML file that shows a run's graph over time, and print its path. It needs no network.
 
-    With --svg or --png: a still picture of one snapshot, and no page.
+    With --svg or --png: a still picture of one snapshot, and no page. With --history: curves of what the wirings of runs did.
     """
+    if parsed.history:
+        _history(parsed)
+        return
     if len(parsed.paths) > 2:
         raise ValueError(f"{len(parsed.paths)} runs: one is shown, or two beside each other")
     from dnw.train import run_record, view_runs
@@ -186,6 +189,21 @@ def view(parsed: argparse.Namespace) -> None:
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())
+
+
+def _history(parsed: argparse.Namespace) -> None:
+    from dnw.train import RunDirectory
+    from dnw.view import write_history
+
+    if parsed.svg or parsed.png or parsed.out or parsed.open or parsed.snapshot is not None:
+        raise ValueError("--history draws curves of whole runs: leave out --svg, --png, --snapshot, --out and --open")
+    files: dict[str, Path] = {}
+    for path in parsed.paths:
+        members = [member for member, _ in RunDirectory(path).members()]
+        files |= {str(member.path): member.records for member in members if member.records.exists()}
+    if not files:
+        raise ValueError(f"{parsed.paths[0]}: has no wiring.jsonl; a run writes it while it trains")
+    _say(f"{parsed.history}: {write_history(files, parsed.history):,} bytes")
 
 
 def _input_size(text: str) -> tuple[int, int, int]:

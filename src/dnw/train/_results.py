@@ -130,7 +130,8 @@ def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
         ImportError: matplotlib is not installed (extra ``plot``).
         ValueError: no run directory, a damaged one, or none that is finished.
     """
-    from dnw.train._sweep import check_plot, save_figure
+    from dnw.train._sweep import check_plot
+    from dnw.view._figure import save_figure
 
     check_plot()
     from matplotlib.figure import Figure

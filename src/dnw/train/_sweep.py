@@ -7,20 +7,19 @@ added later.
 from __future__ import annotations
 
 import importlib.util
-import io
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dnw._files import write_whole
 from dnw.recipes import config_of
 from dnw.recipes._config import Config, override
 from dnw.train._log import Log
 from dnw.train._loggers import Logger
 from dnw.train._loop import resume, train
 from dnw.train._run import RunDirectory, TrainingStoppedError
+from dnw.view._figure import save_figure
 
 
 def sweep(
@@ -126,17 +125,6 @@ def plot_sweep(paths: Mapping[str, Path], key: str, file: str | Path) -> None:
     if len(accuracies) > 1:
         axes.legend()
     save_figure(figure, file)
-
-
-def save_figure(figure: Any, file: Path) -> None:
-    """Writes a figure of matplotlib; the same figure gives the same file."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    kind = file.suffix.removeprefix(".") or "svg"
-    with matplotlib.rc_context({"svg.hashsalt": "dnw", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    write_whole(file, buffer.getvalue())
 
 
 def accuracies_of(paths: Mapping[str, Path], key: str) -> dict[str, dict[str, list[float]]]:

@@ -1,5 +1,6 @@
 """Snapshots of a wiring over time, and pictures of them."""
 
+from dnw.view._history import write_history
 from dnw.view._inside import inside
 from dnw.view._page import write_page
 from dnw.view._record import GraphShape, NothingToShowError, Record, record
@@ -18,6 +19,7 @@ __all__ = [
     "read_records",
     "read_snapshots",
     "record",
+    "write_history",
     "write_page",
     "write_still",
 ]

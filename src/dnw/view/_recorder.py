@@ -41,7 +41,8 @@ class Recorder:
     - ``candidates``, ``active``, ``density``;
     - ``entered``, ``left``: edges, against the record before; 0 at the first one;
     - ``ever_active``: share of the candidates that were active at some record;
-    - ``dead_targets``, ``dead_sources``: rows and columns of the weight (channels, units, nodes) without an active edge;
+    - ``dead_targets``, ``dead_sources``: rows and columns of the weight (channels, units, nodes) that have candidates and no
+      active edge;
     - ``age``: quantiles 0, 1/4, 1/2, 3/4 and 1, in optimizer steps, of how long the active edges have been there, counted from
       the first record at which each was;
     - ``magnitude``: the same quantiles of the magnitudes of their weights.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dnw._files import write_whole
+from dnw.view._figure import save_figure
 from dnw.view._layout import BEND, RADII, Layout, layout_of
 from dnw.view._record import LEVELS_OF_STRENGTH, Record
 
@@ -41,26 +40,17 @@ def write_still(one: Record, path: Path, snapshot: int = -1) -> int:
     if not -count <= snapshot < count:
         raise ValueError(f"snapshot {snapshot}: the run has {count}, from 0 to {count - 1}")
     try:
-        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("still pictures need matplotlib: pip install dnw[plot]", name=error.name) from None
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in kinds:
-        raise ValueError(f"{path}: pictures are written as {', '.join(sorted(kinds))}")
     layout = layout_of(one.graphs)
     figure = Figure(figsize=(max(5.0, 1.3 * layout.columns), 5.0), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw(one, layout, snapshot % count, axes)
     axes.set_axis_off()
-    content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dnw"}):  # the same picture, the same file
-        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    write_whole(path, content.getvalue())
-    return len(content.getvalue())
+    return save_figure(figure, path)
 
 
 def _draw(one: Record, layout: Layout, snapshot: int, axes: Any) -> None:
