@@ -29,8 +29,8 @@ def main() -> None:
     given = parser.parse_args()
     config = override(config_of(given.recipe), given.settings)
     data = load_data(config, given.data_dir)
-    batches = make_batches(config, data, torch.device("cpu"))
-    network = make_network(config, num_classes_of(data), steps=config.epochs * len(data[0]) // config.batch_size)
+    batches, per_epoch = make_batches(config, data, torch.device("cpu")), len(data[0]) // config.batch_size
+    network = make_network(config, num_classes_of(data), steps=config.epochs * per_epoch)
     parameters = dict(network.model.named_parameters())
     first = {name: wired.active.clone() for name, wired in network.wiring.items()}
     print(
@@ -38,6 +38,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for step, (images, labels) in enumerate(batches.train(1)):
+        for group in network.optimizer.param_groups:
+            group["lr"] = config.lr_at(step / per_epoch)
         network.optimizer.zero_grad()
         loss = F.cross_entropy(network.model(images), labels)
         loss.backward()
