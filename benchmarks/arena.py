@@ -22,6 +22,8 @@ FALLING = ["density_schedule.end=0.5", "density_schedule.every=10"]
 EXCHANGES = ["rule_settings.every=50", "rule_settings.until=0.75"]
 CONTENDERS = {
     "dnw": [],
+    "norm-ste": ["rule=norm_ste", "floor.per_target=1"],
+    "dnw-floor": ["floor.per_target=1"],
     "dnw-falling": FALLING,
     "random": ["rule=random"],
     "watts-strogatz": ["rule=frozen", "edges=watts_strogatz"],

@@ -191,6 +191,29 @@ def test_sr_ste_refines_dormant_edges():
     close(wiring["weight"].latent, [2, -3, 1 - 0.5 - 0.1])
 
 
+def test_norm_ste_hears_every_target_by_the_same_measure():
+    layer = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[4.0, 0.5, 0.0], [2.0, 0.25, 0.0], [0.1, 0.0, 0.0]]))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    wiring = dnw.wire(layer, optimizer, num_edges=2, rule=dnw.NormSTE(rate=0.3))
+    layer.weight.grad = torch.full((3, 3), 0.1)
+    optimizer.step()  # norms 4, 2 and none; their mean is 3
+    dormant = [0.3 * 0.1, 0.3 * 0.1 * 2 / 3, 0.0]
+    rows = [[4.0 - 0.1, 0.5 - dormant[0], -dormant[0]], [2.0 - 0.1, 0.25 - dormant[1], -dormant[1]], [0.1, 0.0, 0.0]]
+    torch.testing.assert_close(wiring["weight"].latent, torch.tensor(rows))
+
+
+def test_norm_ste_of_a_layer_of_zeros():
+    layer = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    wiring = dnw.wire(layer, optimizer, num_edges=1, rule=dnw.NormSTE())
+    layer.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(wiring["weight"].latent, torch.tensor([[-1.0, 0.0], [0.0, 0.0]]))
+
+
 def test_st3_shrinks_by_the_threshold_and_scales_up():
     layer, optimizer, wiring = edges([3, -2, 1], dnw.ST3(rescale=False))
     close(layer.weight, [2, -1, 0])

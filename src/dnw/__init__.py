@@ -19,7 +19,7 @@ _FILES = {
     "_rules.layer": ("Layer",),
     "_rules.pool": ("Pool",),
     "_rules.dormant": ("Dormant",),
-    "_rules.estimators": ("DNW", "NoUpdate", "TargetedDropout", "SRSTE", "TopKAST"),
+    "_rules.estimators": ("DNW", "NoUpdate", "TargetedDropout", "SRSTE", "NormSTE", "TopKAST"),
     "_rules.thresholds": ("ST3", "Feather"),
     "_rules.pruning": ("MagnitudePruning", "L1Anneal"),
     "_rules.prune_and_grow": ("PruneAndGrow",),
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dnw._rules.dormant import Dormant as Dormant
     from dnw._rules.estimators import DNW as DNW
     from dnw._rules.estimators import SRSTE as SRSTE
+    from dnw._rules.estimators import NormSTE as NormSTE
     from dnw._rules.estimators import NoUpdate as NoUpdate
     from dnw._rules.estimators import TargetedDropout as TargetedDropout
     from dnw._rules.estimators import TopKAST as TopKAST

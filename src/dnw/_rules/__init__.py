@@ -6,7 +6,7 @@ tests run on every rule of that list.
 
 from __future__ import annotations
 
-from dnw._rules.estimators import DNW, SRSTE, NoUpdate, TargetedDropout, TopKAST
+from dnw._rules.estimators import DNW, SRSTE, NormSTE, NoUpdate, TargetedDropout, TopKAST
 from dnw._rules.fixed import Complete, Frozen, RandomGraph
 from dnw._rules.growing import SET, RigL, SparseMomentum
 from dnw._rules.prune_and_grow import PruneAndGrow
@@ -27,6 +27,7 @@ RULES: dict[str, type[Rule]] = {
     "rigl": RigL,
     "sparse_momentum": SparseMomentum,
     "sr_ste": SRSTE,
+    "norm_ste": NormSTE,
     "st3": ST3,
     "feather": Feather,
     "top_kast": TopKAST,

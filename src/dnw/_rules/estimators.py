@@ -94,6 +94,36 @@ class SRSTE(Rule):
 
 
 @dataclass(frozen=True)
+class NormSTE(Rule):
+    """Norm-scaled straight-through estimator: DNW whose dormant edges learn slowly, and by the same measure at every target.
+
+    Where what reaches a target is normalised, its weights may be scaled at will, and their gradient is in inverse proportion to
+    their norm. So the dormant edges of targets with small weights grow fastest, whatever they would be good for, and without
+    bound where a target's last edge goes (docs/findings.md). Here the gradient of a dormant edge is multiplied by
+    ``rate * min(1, n / m)``, where n is the norm of its target's active weights and m the mean of such norms over the layer.
+    At a target without active edges there is none; ``floor=dnw.Floor(per_target=1)`` keeps one to each.
+
+    Args:
+        rate: at which dormant edges learn, as a fraction of the active ones' rate; the smaller, the longer a gradient has to
+            point the same way until an edge comes in.
+    """
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_settings(self, rate=(0.0, 1.0))
+
+    def gradient(self, layer: Layer) -> Tensor | None:
+        assert layer.grad is not None
+        assert layer.active is not None
+        norms = layer.sum_by_target(only(layer.active, layer.latent).square()).sqrt()
+        sums = torch.stack([norms.sum(), norms.count_nonzero()])
+        total, targets = sums if layer.shard is None else layer.shard.sum(sums)
+        factor = self.rate * (norms * targets / total.clamp_min(1e-30)).clamp(max=1)
+        return layer.grad * torch.where(layer.active, 1.0, factor)
+
+
+@dataclass(frozen=True)
 class TopKAST(Rule):
     """Top-k always sparse training: only the k largest edges are used forward, and only some more get a gradient.
 

@@ -189,6 +189,16 @@ def cifar10_mobilenet_sr_ste_x225() -> Config:
     return _chain("sr_ste")
 
 
+def cifar10_best() -> Config:
+    """The tiny CIFAR-10 classifier by this library's own rule (NormSTE), an edge to each target kept."""
+    return _variant(cifar10(), "cifar10_best", rule="norm_ste", floor={"per_target": 1})
+
+
+def cifar10_mobilenet_best_x225() -> Config:
+    """The chain by this library's own rule (NormSTE), an edge to each target kept."""
+    return _variant(_chain("norm_ste"), "cifar10_mobilenet_best_x225", floor={"per_target": 1})
+
+
 def cifar10_mobilenet_st3_x225() -> Config:
     """The chain by ST-3, with its cubic schedule over the first half."""
     return _chain("st3", density_schedule={"end": 0.5})
@@ -399,6 +409,7 @@ GROUPS: dict[str, tuple[Callable[[], Config], ...]] = {
     "tiny classifiers on CIFAR-10 (table 1)": (
         *(cifar10, cifar10_random, cifar10_random_original),
         *(cifar10_discrete, cifar10_discrete_random, cifar10_continuous, cifar10_continuous_random),
+        cifar10_best,
     ),
     "ways of finding a wiring: MobileNetV1 as graphs on CIFAR-10 (table 2, and what came later)": (
         *(cifar10_mobilenet_dnw_x225, cifar10_mobilenet_random_x225, cifar10_mobilenet_x25),
@@ -406,7 +417,7 @@ GROUPS: dict[str, tuple[Callable[[], Config], ...]] = {
         *(cifar10_mobilenet_complete, cifar10_mobilenet_lottery_x225, cifar10_mobilenet_fine_tune_x225),
         *(cifar10_mobilenet_magnitude_pruning_x225, cifar10_mobilenet_set_x225, cifar10_mobilenet_rigl_x225),
         *(cifar10_mobilenet_sparse_momentum_x225, cifar10_mobilenet_sr_ste_x225, cifar10_mobilenet_st3_x225),
-        *(cifar10_mobilenet_feather_x225, cifar10_mobilenet_top_kast_x225),
+        *(cifar10_mobilenet_feather_x225, cifar10_mobilenet_top_kast_x225, cifar10_mobilenet_best_x225),
     ),
     "sparse ResNets": (
         *(cifar10_resnet18, cifar10_resnet18_dnw),

@@ -27,6 +27,7 @@ RuleName = Literal[
     "rigl",
     "sparse_momentum",
     "sr_ste",
+    "norm_ste",
     "st3",
     "feather",
     "top_kast",
@@ -38,6 +39,7 @@ RULE_SETTINGS: dict[str, tuple[str, ...]] = {
     "rigl": ("every", "fraction", "until"),
     "sparse_momentum": ("every", "fraction", "until"),
     "sr_ste": ("decay",),
+    "norm_ste": ("rate",),
     "st3": ("rescale",),
     "feather": ("power", "dormant_gradient"),
     "top_kast": ("backward", "penalty"),
@@ -218,7 +220,9 @@ class RuleConfig(Choices):
     every: int | None = Field(default=None, ge=1, le=_MOST_STEPS, description="steps between two exchanges of edges")
     fraction: float | None = Field(default=None, ge=0, le=1, description="of the edges, what is exchanged")
     until: float | None = Field(default=None, gt=0, le=1, description="share of the run after which none are exchanged")
-    rate: float | None = Field(default=None, ge=0, le=1, description="with which dormant edges are dropped")
+    rate: float | None = Field(
+        default=None, ge=0, le=1, description="with which dormant edges are dropped, or at which they learn"
+    )
     by_sign: bool | None = Field(default=None, description="prune positive and negative edges apart")
     penalty: float | None = Field(default=None, ge=0, le=1000, description="factor of the penalty on weights")
     decay: float | None = Field(default=None, ge=0, le=100, description="of dormant edges, beside weight decay")
