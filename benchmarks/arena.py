@@ -17,7 +17,10 @@ NETWORKS = {
     "tiny": ("cifar10", ["batch_size=128", "optim.schedule=cosine"]),
     "chain": ("cifar10_mobilenet_dnw_x225", []),
 }
-STAGES = {"screen": ["epochs=5", "data.validation=5000"], "final": ["epochs=20"]}
+STAGES = {
+    "screen": {"tiny": ["epochs=5", "data.validation=5000"], "chain": ["epochs=5", "data.validation=30000"]},
+    "final": {"tiny": ["epochs=20"], "chain": ["epochs=20"]},
+}
 FALLING = ["density_schedule.end=0.5", "density_schedule.every=10"]
 EXCHANGES = ["rule_settings.every=50", "rule_settings.until=0.75"]
 CONTENDERS = {
@@ -45,7 +48,7 @@ CONTENDERS = {
 def contest(network: str, stage: str, contender: str, seed: int) -> Config:
     """The config of one run."""
     recipe, changes = NETWORKS[network]
-    return override(RECIPES[recipe](), [*changes, *STAGES[stage], f"seeds={seed}", *CONTENDERS[contender]])
+    return override(RECIPES[recipe](), [*changes, *STAGES[stage][network], f"seeds={seed}", *CONTENDERS[contender]])
 
 
 def main() -> None:

@@ -258,6 +258,14 @@ def test_mnist_in_c(code, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"mnist.c", "mnist.h"}
 
 
+@runs("docs/findings.md#a-rule-that-hears-every-target-alike")
+def test_the_rule_of_our_own(code):
+    names = fresh(nn.Linear(20, 10))
+    exec(code, names)
+    step(names, torch.randn(4, 20))
+    assert names["wiring"]["weight"].active.any(1).all()
+
+
 @runs("docs/extending.md#a-rule-in-twenty-lines")
 def test_the_rule_in_twenty_lines(code):
     layer = nn.Linear(20, 10)
