@@ -82,6 +82,7 @@ OF_EVERY_KIND = {
     "rigl_falling": (dnw.RigL(every=5), {"density": dnw.Global(0.3), "schedule": FALLING}),
     "sparse_momentum": (dnw.SparseMomentum(every=5), {"density": 0.3}),
     "sr_ste": (dnw.SRSTE(), {"density": 0.3}),
+    "norm_ste": (dnw.NormSTE(), {"density": 0.3, "floor": dnw.Floor(per_target=1)}),
     "st3": (dnw.ST3(), {"density": dnw.Global(0.3), "schedule": FALLING}),
     "feather": (dnw.Feather(power=2), {"density": 0.3}),  # its square roots are exact wherever an entry lies in memory
     "top_kast": (dnw.TopKAST(), {"density": 0.3}),

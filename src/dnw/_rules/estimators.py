@@ -116,11 +116,11 @@ class NormSTE(Rule):
     def gradient(self, layer: Layer) -> Tensor | None:
         assert layer.grad is not None
         assert layer.active is not None
-        norms = layer.sum_by_target(only(layer.active, layer.latent).square()).sqrt()
+        norms = layer.sum_by_target(only(layer.active, layer.latent).square()).sqrt().double()  # the same mean, however sharded
         sums = torch.stack([norms.sum(), norms.count_nonzero()])
         total, targets = sums if layer.shard is None else layer.shard.sum(sums)
-        factor = self.rate * (norms * targets / total.clamp_min(1e-30)).clamp(max=1)
-        return layer.grad * torch.where(layer.active, 1.0, factor)
+        factor = self.rate * (norms * targets / total.clamp_min(1e-30)).clamp(max=1).to(layer.grad.dtype)
+        return torch.where(layer.active, layer.grad, factor * layer.grad)
 
 
 @dataclass(frozen=True)
