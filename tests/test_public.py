@@ -17,6 +17,7 @@ KNOWN = {
     "DormantConfig": "a part of dnw.train.Config, set by overrides",
     "RuleConfig": "a part of dnw.train.Config, set by overrides",
     "DensityConfig": "a part of dnw.train.Config, set by overrides",
+    "FloorConfig": "a part of dnw.train.Config, set by overrides",
     "TicketConfig": "a part of dnw.train.Config, set by overrides",
 }
 """Classes that public signatures mention although they are not public, and why that is so."""
