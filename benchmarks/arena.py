@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/arena"))
     given = parser.parse_args()
+    if unknown := set(given.rules.split(",")) - CONTENDERS.keys():
+        parser.error(f"--rules: no {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
     runs = []
     for seed in map(int, given.seeds.split(",")):
         for contender in given.rules.split(","):

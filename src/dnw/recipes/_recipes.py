@@ -189,11 +189,6 @@ def cifar10_mobilenet_sr_ste_x225() -> Config:
     return _chain("sr_ste")
 
 
-def cifar10_best() -> Config:
-    """The tiny CIFAR-10 classifier by this library's own rule (NormSTE), an edge to each target kept."""
-    return _variant(cifar10(), "cifar10_best", rule="norm_ste", floor={"per_target": 1})
-
-
 def cifar10_mobilenet_best_x225() -> Config:
     """The chain by this library's own rule (NormSTE), an edge to each target kept."""
     return _variant(_chain("norm_ste"), "cifar10_mobilenet_best_x225", floor={"per_target": 1})
@@ -409,7 +404,6 @@ GROUPS: dict[str, tuple[Callable[[], Config], ...]] = {
     "tiny classifiers on CIFAR-10 (table 1)": (
         *(cifar10, cifar10_random, cifar10_random_original),
         *(cifar10_discrete, cifar10_discrete_random, cifar10_continuous, cifar10_continuous_random),
-        cifar10_best,
     ),
     "ways of finding a wiring: MobileNetV1 as graphs on CIFAR-10 (table 2, and what came later)": (
         *(cifar10_mobilenet_dnw_x225, cifar10_mobilenet_random_x225, cifar10_mobilenet_x25),

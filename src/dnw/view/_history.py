@@ -16,8 +16,9 @@ def write_history(files: Mapping[str, str | Path], path: str | Path) -> int:
     """Draws the records of one or several wirings; returns the number of bytes.
 
     Four pictures over the steps of training, a colour each run: edges that came in, per step and active edge, between two
-    records; the median age of active edges, as a share of the training so far, with the quarter on either side of it; the
-    share of candidates that were ever active; targets and sources without an active edge (rows and columns of the weights).
+    records; the median age of active edges, as a share of the training so far, with the quarter on either side of it (of
+    several layers, the mean of their quartiles); the share of candidates that were ever active; targets and sources without an
+    active edge (rows and columns of the weights).
 
     Args:
         files: of a :class:`Recorder` (``wiring.jsonl`` of a run), by the names that stand in the legend.
@@ -70,6 +71,6 @@ def write_history(files: Mapping[str, str | Path], path: str | Path) -> int:
 
 
 def _age(record: Mapping[str, Any], quartile: int) -> float:
-    """A quartile of the ages of all active edges, weighed by layer."""
+    """A quartile of the ages of active edges, the mean over layers by their number of edges."""
     layers = [layer for layer in record["layers"].values() if layer["active"]]
     return float(np.average([x["age"][quartile] for x in layers], weights=[x["active"] for x in layers]))
