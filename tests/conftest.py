@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ OPERATORS = (
 )
 FROM_LIBRARIES = ("mobilenet_v2", "shufflenet_v2", "mnasnet", "densenet")
 """What is in the names of networks and recipes that come from torchvision or timm."""
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 _kept: list[torch.library.Library] = []
 
 
@@ -61,3 +64,16 @@ def libraries(request: pytest.FixtureRequest) -> Callable[[str], None]:
                 pytest.skip("timm is not installed (extra vision)")
 
     return wanted
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A browser to open pages in; the test is skipped where there is none."""
+    sync = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium (set CHROMIUM to its path)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()

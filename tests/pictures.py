@@ -49,3 +49,20 @@ def unpacked(page: Path) -> tuple[dict[str, object], bytes]:
     assert header
     assert data
     return json.loads(header[1]), gzip.decompress(base64.b64decode(data[1]))
+
+
+def opened(browser, path: Path, **settings: object):
+    """A page without errors, drawn."""
+    page = browser.new_page(**settings)
+    page.problems = []
+    page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith("file:") else page.problems.append(r.url))
+    page.goto(path.resolve().as_uri())
+    page.evaluate("ready")
+    page.wait_for_function("state.milliseconds > 0")
+    return page
+
+
+def settle(page) -> None:
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")

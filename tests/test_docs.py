@@ -327,6 +327,15 @@ def test_following_a_wiring(code, tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "wiring.jsonl").read_text().splitlines()) == 1
 
 
+@runs("docs/view.md#seeing-a-wiring-change")
+def test_a_page_of_layers(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = fresh(named_net()) | {"Path": Path, "epoch": 0.5, "batch": torch.randn(2, 4, 8, 8), "step": 3}
+    names["wiring"] = dnw.wire(names["model"], names["optimizer"], density=0.1)
+    exec(code, names)
+    assert '"fc.weight"' in (tmp_path / "view.html").read_text()
+
+
 @runs("docs/loops.md#lightning")
 def test_lightning(code):
     lightning = pytest.importorskip("lightning")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import sys
 import tomllib
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import edges_of, short_run, snapshots_of
+from pictures import edges_of, opened, settle, short_run, snapshots_of
 
 import dnw
 from dnw.models import tiny_cifar10
@@ -25,8 +23,9 @@ from dnw.view._layout import layout_of
 from dnw.view._page import _SCRIPTS, _file
 from dnw.view._still import MINUS, PLUS
 
-FOLDER = Path(dnw.__file__).parent / "view"
-PARTS = ("page.html", "page.css", *_SCRIPTS)
+FOLDER = Path(dnw.__file__).parent / "view" / "page"
+SCRIPTS = _SCRIPTS["graphs"]
+PARTS = {"page.html", "page.css", *(f"{kind}/main.html" for kind in _SCRIPTS), *chain.from_iterable(_SCRIPTS.values())}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_a_page_is_one_file_with_its_style_and_scripts_in_it(tmp_path):
     write_page([drawn(*GRAPHS["both"])], tmp_path / "page.html")
     (style, (_, header), (_, data), (_, script)) = elements(tmp_path / "page.html")
     assert style == ("style", "\n" + _file("page.css"))
-    assert script == '\n"use strict";\n' + "\n".join(map(_file, _SCRIPTS))
+    assert script == '\n"use strict";\n' + "\n".join(map(_file, SCRIPTS))
     assert header[0] == "{"
     assert re.fullmatch("[A-Za-z0-9+/=]+", data)
     text = (tmp_path / "page.html").read_text()
@@ -67,10 +66,11 @@ def test_a_page_is_one_file_with_its_style_and_scripts_in_it(tmp_path):
 
 
 def test_the_parts_of_a_page_are_readable_and_installed():
-    assert sorted(re.findall("@[A-Z]+@", _file("page.html"))) == ["@DATA@", "@HEADER@", "@SCRIPT@", "@STYLE@", "@TITLE@"]
-    assert {path.name for path in FOLDER.iterdir() if path.suffix in (".html", ".css", ".js")} == set(PARTS)
+    marks = ["@DATA@", "@HEADER@", "@MAIN@", "@SCRIPT@", "@STYLE@", "@TITLE@"]
+    assert sorted(re.findall("@[A-Z]+@", _file("page.html"))) == marks
+    assert {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.*")} == PARTS
     settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert {f"view/{name}" for name in PARTS} <= set(settings["tool"]["setuptools"]["package-data"]["dnw"])
+    assert {"view/page/*", "view/page/*/*"} <= set(settings["tool"]["setuptools"]["package-data"]["dnw"])
     for name in PARTS:
         for i, line in enumerate(_file(name).splitlines(), 1):
             assert len(line) <= 128, f"{name}, line {i}"
@@ -83,7 +83,7 @@ HOSTILE = "</script><script>throw 1</script></SCRIPT ><!--<script></style>"
 @pytest.fixture
 def hostile_page(tmp_path, monkeypatch) -> Path:
     """A page whose own style and script contain what would end them."""
-    added = {"page.css": f"/* {HOSTILE} */\n", "page_run.js": f'const hostile = "{HOSTILE}"; // {HOSTILE}\n'}
+    added = {"page.css": f"/* {HOSTILE} */\n", "graphs/run.js": f'const hostile = "{HOSTILE}"; // {HOSTILE}\n'}
     monkeypatch.setattr("dnw.view._page._file", lambda name: _file(name) + added.get(name, ""))
     write_page([drawn(*GRAPHS["levels"])], tmp_path / "page.html")
     return tmp_path / "page.html"
@@ -253,37 +253,6 @@ def test_all_eyes_tell_the_four_kinds_of_edges_apart(scheme, eyes):
 
 
 # --- in a browser ---
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture
-def browser():
-    sync = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium (set CHROMIUM to its path)")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
-
-
-def opened(browser, path: Path, **settings: object):
-    """A page without errors, drawn."""
-    page = browser.new_page(**settings)
-    page.problems = []
-    page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("request", lambda r: None if r.url.startswith("file:") else page.problems.append(r.url))
-    page.goto(path.resolve().as_uri())
-    page.evaluate("ready")
-    page.wait_for_function("state.milliseconds > 0")
-    return page
-
-
-def settle(page) -> None:
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 @pytest.mark.parametrize("graphs", GRAPHS.values(), ids=GRAPHS)

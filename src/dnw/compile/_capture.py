@@ -50,7 +50,7 @@ def captured(model: nn.Module, example: tuple[Tensor, ...]) -> Capture:
     two = tuple(x.to(kind) if x.is_floating_point() else x for x in two)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     two = tuple(x.to(device) for x in two)
-    with evaluating(model), gathering(model), _silence():
+    with evaluating(model), gathering(model), silence():
         try:
             return Capture(_exported(_Held(model), two))
         except OverImages as error:
@@ -130,7 +130,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """What torch.export says on the way is of no use to who compiles: it either works, or its reason is in the error."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]

@@ -18,10 +18,14 @@ from dnw.train._view import Page
 from dnw.view import Recorder, SnapshotWriter, inside
 
 _IMAGES_SEEN = 3  # by the nodes
+_OF_LAYERS = 15
+"""Snapshots after the first epoch of a network without graphs, about: those of millions of edges take time and room."""
+_MOST_EDGES = 20_000_000
+"""Of a network without graphs that has snapshots."""
 
 
 class Pictures:
-    """The records of a run while it trains, and the snapshots and the page where the network has graphs to show.
+    """The records, the snapshots and the page of a run while it trains.
 
     Args:
         run: where they are written.
@@ -42,7 +46,8 @@ class Pictures:
         if self._recorder is not None and network.ages is not None:
             with self._unless_it_fails("ages of edges before now"):
                 self._recorder.load_state_dict(network.ages)
-        if graphs_of(network.model):
+        self._has_graphs = bool(graphs_of(network.model))
+        if self._has_graphs or network.wiring.num_active <= _MOST_EDGES:
             with self._unless_it_fails("snapshots"):
                 self._writer = SnapshotWriter(run.snapshots, network.step)
             self._page = Page(run, network.config, network.model)
@@ -52,13 +57,17 @@ class Pictures:
         if self._recorder is not None:
             with self._unless_it_fails("records"):
                 self._recorder.record(epoch=epoch)
-        if self._writer is None:
+        if self._writer is None or not self._is_due(epoch):
             return
         with self._unless_it_fails("snapshots"), self._network.wiring.settled():
             images = None if batches is None else next(iter(batches.test()))[0][:_IMAGES_SEEN]
             data = self._network.config.data
             beside = inside(self._network.model, images, data.mean, data.std)
             self._writer.write(self._network.wiring, step, epoch, beside)
+
+    def _is_due(self, epoch: float) -> bool:
+        epochs = self._network.config.epochs
+        return self._has_graphs or epoch <= 1 or epoch == epochs or epoch % -(-epochs // _OF_LAYERS) == 0
 
     def ages(self) -> Any:
         """Since when edges are there, for the checkpoint that the run goes on from."""

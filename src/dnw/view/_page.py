@@ -1,8 +1,8 @@
-"""One self-contained HTML file in which a wiring changes as its network trains.
+"""One self-contained HTML file in which a wiring changes as its network trains: nodes of graphs, or layers of any network.
 
-Contract: the file loads nothing, runs no text that comes from a run, and is written whole: page.html with its style
-(page.css) and its scripts in it. Numbers travel as one block: snapshots as differences to the one before, compressed, in
-base64.
+Contract: the file loads nothing, runs no text that comes from a run, and is written whole: page/page.html with its style
+(page.css), what it shows (main.html) and its scripts in it. Numbers travel as one block: snapshots as differences to the one
+before, compressed, in base64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -20,24 +20,38 @@ from pathlib import Path
 import numpy as np
 
 from dnw._files import write_whole
+from dnw.view._layers import Grid, LayerRecord, LayersRecord
 from dnw.view._layout import BEND, layout_of
 from dnw.view._record import LEVELS_OF_STRENGTH, Record
 
-_SCRIPTS = ("page_run.js", "page_light.js", "page_graph.js", "page_levels.js", "page_beside.js", "page.js")
-"""What a page runs, as one script; the last starts it."""
+_SHARED = ("data.js", "bands.js", "pane.js", "charts.js")
+_OWN = {
+    "graphs": ("run.js", "light.js", "graph.js", "levels.js", "beside.js"),
+    "layers": ("run.js", "map.js", "matrix.js", "beside.js"),
+}
+_SCRIPTS = {kind: (*_SHARED, *(f"{kind}/{name}" for name in names), "page.js") for kind, names in _OWN.items()}
+"""What a page of either kind runs, as one script; the last starts it."""
+
+Records = Sequence[Record] | Sequence[LayersRecord]
 
 
-def write_page(records: Sequence[Record], path: Path, *, reload: int | None = None) -> int:
+def write_page(records: Records, path: str | Path, *, reload: int | None = None) -> int:
     """Writes the page of one run, or of several beside each other; returns the number of bytes.
 
     Args:
-        records: of the runs; the first is shown, others can be put beside it.
+        records: of the runs; the first is shown, others can be put beside it. Either all are of graphs, by
+            :func:`dnw.view.record`, or all of layers, by :func:`dnw.view.record_layers`.
         path: of the HTML file.
         reload: after how many seconds the browser reads it again, while a run still trains; by default never.
 
     Raises:
+        ValueError: no records, or some of graphs and some of layers.
         OSError: it cannot be written.
     """
+    kinds = {"layers" if isinstance(one, LayersRecord) else "graphs" for one in records}
+    if len(kinds) != 1:
+        raise ValueError(f"records of {' and '.join(sorted(kinds)) or 'nothing'}: one page shows graphs, or layers")
+    (kind,) = kinds
     block = bytearray()
     header = {
         "runs": [_described(one, block) for one in records],
@@ -48,17 +62,18 @@ def write_page(records: Sequence[Record], path: Path, *, reload: int | None = No
     parts = {
         "@TITLE@": html.escape(" and ".join(dict.fromkeys(one.name for one in records))),
         "@STYLE@": _inlined("page.css"),
+        "@MAIN@": _file(f"{kind}/main.html"),
         "@HEADER@": json.dumps(header, allow_nan=False).replace("<", "\\u003c"),
         "@DATA@": base64.b64encode(gzip.compress(bytes(block), 6, mtime=0)).decode(),
-        "@SCRIPT@": _inlined(*_SCRIPTS),
+        "@SCRIPT@": _inlined(*_SCRIPTS[kind]),
     }
     content = re.sub("|".join(parts), lambda mark: parts[mark[0]], _file("page.html")).encode(errors="replace")
-    write_whole(path, content)
+    write_whole(Path(path), content)
     return len(content)
 
 
 def _file(name: str) -> str:
-    return resources.files("dnw.view").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("dnw.view").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _inlined(*names: str) -> str:
@@ -70,7 +85,7 @@ def _inlined(*names: str) -> str:
     return re.sub(r"<(?=/script|/style|!--)", r"<\\", "\n".join(map(_file, names)), flags=re.IGNORECASE)
 
 
-def _described(one: Record, block: bytearray) -> dict[str, object]:
+def _described(one: Record | LayersRecord, block: bytearray) -> dict[str, object]:
     """What the page is told of a run; its arrays go into the block."""
 
     def array(values: np.ndarray) -> dict[str, object]:
@@ -79,18 +94,22 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
         block.extend(np.ascontiguousarray(values).tobytes())
         return found
 
+    own = _of_layers(one, array) if isinstance(one, LayersRecord) else _of_graphs(one, array)
+    metrics = [{k: _number(v) for k, v in m.items()} for m in one.metrics if _number(m.get("epoch")) is not None]
+    times = {"steps": one.steps, "epochs": one.epochs, "omitted": one.omitted}
+    return {"name": one.name, "about": one.about, **times, "metrics": metrics, **own}
+
+
+_Array = Callable[[np.ndarray], dict[str, object]]
+
+
+def _of_graphs(one: Record, array: _Array) -> dict[str, object]:
     layout = layout_of(one.graphs)
     return {
-        "name": one.name,
-        "about": one.about,
         "graphs": [{**asdict(graph), "middle": middle} for graph, middle in zip(one.graphs, layout.middles, strict=True)],
-        "steps": one.steps,
-        "epochs": one.epochs,
-        "omitted": one.omitted,
         "active": one.active,
         "came": one.came,
         "went": one.went,
-        "metrics": [{k: _number(v) for k, v in m.items()} for m in one.metrics if _number(m.get("epoch")) is not None],
         "x": array(layout.x),
         "y": array(layout.y),
         "sources": array(one.sources),
@@ -103,6 +122,25 @@ def _described(one: Record, block: bytearray) -> dict[str, object]:
             {"snapshot": i, "graphs": [{"shape": values.shape, **array(values)} for values in graphs]}
             for i, graphs in one.maps.items()
         ],
+    }
+
+
+def _of_layers(one: LayersRecord, array: _Array) -> dict[str, object]:
+    return {"blocks": [asdict(block) for block in one.blocks], "layers": [_of_layer(layer, array) for layer in one.layers]}
+
+
+def _of_layer(layer: LayerRecord, array: _Array) -> dict[str, object]:
+    def grid(of: Grid, values: np.ndarray) -> dict[str, object]:
+        return {"side": of.side, "shape": of.shape, "values": array(values)}
+
+    plain = ("name", "targets", "sources", "kernel", "num_groups", "candidates", "active", "came", "went", "positive")
+    weights = [{"snapshot": i, "largest": layer.largest[i], **grid(layer.weight_grid, w)} for i, w in layer.weights.items()]
+    return {
+        **{name: getattr(layer, name) for name in plain},
+        "into": array(np.diff(layer.into, axis=0, prepend=np.int32(0))),
+        "out": array(np.diff(layer.out, axis=0, prepend=np.int32(0))),
+        "shares": grid(layer.share_grid, _differences(layer.shares)),
+        "weights": weights,
     }
 
 

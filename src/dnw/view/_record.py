@@ -114,7 +114,7 @@ def record(
     graphs = graphs_of(model)
     every = list(snapshots)
     if not graphs:
-        raise NothingToShowError("its network has no graphs, and pages show graphs; wiring.jsonl says what its wiring did")
+        raise NothingToShowError("its network has no graphs whose nodes could be drawn; a page shows its layers")
     if not every:
         raise NothingToShowError("there are no snapshots to show; a run writes them while it trains")
     parameters = {n: parameter_of(n, graph) for n, graph in graphs.items()}
@@ -125,7 +125,7 @@ def record(
     if not chosen:
         raise NothingToShowError(f"every snapshot has more than {_EDGES:,} edges, too many to show")
     ever = {n: _ever_active(chosen, parameter) for n, parameter in wired.items()}
-    chosen = _thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
+    chosen = thinned(chosen, max(2, most // max(1, sum(map(len, ever.values())))))
     for one in chosen:
         _check_beside(one, {n: graphs[n].num_nodes for n in wired})
     magnitudes = [np.abs(s.weights[parameter].astype(np.float32)) for s in chosen for parameter in wired.values()]
@@ -219,7 +219,7 @@ def _ever_active(snapshots: Sequence[Snapshot], parameter: str) -> np.ndarray:
     return np.unique(np.concatenate([s.edges[parameter] for s in snapshots]))
 
 
-def _thinned(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
+def thinned(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
     """At most so many: the first and the last, and others evenly between, those of the first epoch last to go."""
     if len(snapshots) <= most:
         return snapshots

@@ -114,8 +114,8 @@ class SnapshotWriter:
         arrays |= {f"{_BESIDE}{name}": array for name, array in beside.items()}
         for name, now in edges.items():
             earlier = before.get(name, _NO_EDGES)
-            arrays[f"{name}/came"] = np.setdiff1d(now, earlier, assume_unique=True).astype(np.uint32)
-            arrays[f"{name}/went"] = np.setdiff1d(earlier, now, assume_unique=True).astype(np.uint32)
+            arrays[f"{name}/came"] = now[~_among(now, earlier)].astype(np.uint32)
+            arrays[f"{name}/went"] = earlier[~_among(earlier, now)].astype(np.uint32)
             arrays[f"{name}/weight"] = weights[name]
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
@@ -220,9 +220,19 @@ def _changed(name: str, before: np.ndarray, came: np.ndarray, went: np.ndarray) 
     if not len(came) and not len(went):
         return before
     came, went = came.astype(np.int64), went.astype(np.int64)
-    if np.isin(came, before).any() or not np.isin(went, before).all():
+    if _among(came, before).any() or not _among(went, before).all():
         raise ValueError(f"of {name!r} edges come that are there or go that are not; an earlier snapshot is missing or another")
-    return np.union1d(np.setdiff1d(before, went, assume_unique=True), came)
+    stayed = before[~_among(before, went)]
+    return np.insert(stayed, np.searchsorted(stayed, came), came)
+
+
+def _among(these: np.ndarray, those: np.ndarray) -> np.ndarray:
+    """Which of some sorted numbers are among others, which are sorted, too."""
+    if not len(those):
+        return np.zeros(len(these), bool)
+    places = np.minimum(np.searchsorted(those, these), len(those) - 1)
+    found: np.ndarray = those[places] == these
+    return found
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

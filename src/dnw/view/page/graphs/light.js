@@ -1,8 +1,5 @@
 /* Edges are drawn as light: each adds some along its line, and where thousands meet, the picture stays readable. */
 
-/* The kinds of light, each a layer: of positive and negative edges, of such as have just come and just gone. */
-const KINDS = ["plus", "minus", "came", "went"];
-const [PLUS, MINUS, CAME, WENT] = KINDS.keys();
 const LOOP = 6; /* the radius of an edge from a node to itself, in CSS pixels */
 
 /* Light on a raster of so many pixels, of which there are so many, the scale, in a CSS pixel; lines are given in CSS pixels. */

@@ -19,14 +19,14 @@ function element(kind, ...content) {
 
 /* --- what is shown --- */
 
-/* What one looks at: the moment, as an index of times, and nodes, each { run, node } or null. */
-const state = { now: 0, picked: null, hovered: null, playing: 0, milliseconds: 0 };
+/* What one looks at: the moment, as an index of times; nodes, each { run, node } or null; in a page of layers one, by name. */
+const state = { now: 0, picked: null, hovered: null, layer: null, playing: 0, milliseconds: 0 };
 const header = JSON.parse($("header").textContent);
-const SWITCHES = ["changes", "strong", "sum"];
+const switches = [...document.querySelectorAll(".switches input")];
 const TINTS = ["ink", "second"]; /* of the curves of the first run, the second, and so on in turn */
 let runs = [];
 let times = []; /* epochs at which some run has a snapshot */
-let graphs = [];
+let graphs = []; /* the panes that move with the time */
 
 /* The snapshot of a run that is shown. */
 const moment = run => runs.length === 1 ? state.now : run.at(times[state.now]);
@@ -110,11 +110,9 @@ async function start() {
   }
   const all = new Set(runs.flatMap(run => run.epochs));
   times = runs.length === 1 ? runs[0].epochs : [...all].sort((a, b) => a - b);
-  graphs = runs.slice(0, 2).map(run => new Graph(run));
+  graphs = panes();
   fillHeadings();
   $("time").max = times.length - 1;
-  $("sum").checked = runs.some(run => Math.max(...run.edges) > 60000);
-  $("sumLabel").hidden = !runs.some(run => run.graphs.every(graph => graph.static));
   listen();
   fillTable();
   show(times.length - 1);
@@ -151,11 +149,11 @@ function listen() {
     show(+$("time").value);
   });
   $("play").addEventListener("click", () => play(!state.playing));
-  for (const id of SWITCHES) $(id).addEventListener("change", redraw);
+  for (const one of switches) one.addEventListener("change", redraw);
   $("whole").addEventListener("click", () => {
     for (const graph of graphs) graph.reset();
     graphs[0].canvas.focus({ preventScroll: true });
-    if ($("sum").checked) pick(runs[0], -1);
+    if ($("sum")?.checked) pick(runs[0], -1);
     else redraw();
   });
   addEventListener("keydown", onKey);
@@ -200,8 +198,9 @@ function remember() {
   const kept = {
     epoch: state.now === times.length - 1 ? null : times[state.now],
     picked: picked && { run: runs.indexOf(picked.run), node: picked.node },
+    layer: state.layer,
     views: graphs.map(graph => [graph.zoom, graph.left, graph.top]),
-    switches: SWITCHES.map(id => $(id).checked),
+    switches: switches.map(one => one.checked),
     open: document.querySelector("details").open,
     scroll: scrollY,
     focus: document.activeElement.id,
@@ -221,7 +220,8 @@ function recall() {
   graphs.forEach((graph, i) => {
     if (kept.views[i]) [graph.zoom, graph.left, graph.top] = kept.views[i];
   });
-  SWITCHES.forEach((id, i) => $(id).checked = kept.switches[i]);
+  switches.forEach((one, i) => one.checked = kept.switches[i]);
+  state.layer = kept.layer;
   if (kept.picked && runs[kept.picked.run]) state.picked = { run: runs[kept.picked.run], node: kept.picked.node };
   document.querySelector("details").open = kept.open;
   if (kept.epoch != null) show(Math.max(0, times.findLastIndex(epoch => epoch <= kept.epoch + 1e-9)));

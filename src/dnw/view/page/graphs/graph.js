@@ -3,91 +3,44 @@
 /* Around the picture, in CSS pixels; above it titles, where there are several graphs. */
 const MARGIN = { side: 26, above: 34, titled: 50, below: 14 };
 
-class Graph {
+/* What is beside each other: the first run, and where there is one, another. */
+function panes() {
+  $("sum").checked = runs.some(run => Math.max(...run.edges) > 60000);
+  $("sumLabel").hidden = !runs.some(run => run.graphs.every(graph => graph.static));
+  return runs.slice(0, 2).map(run => new Graph(run));
+}
+
+class Graph extends Pane {
   constructor(run) {
-    this.run = run;
-    this.zoom = 1;
-    this.left = 0;
-    this.top = 0;
-    this.canvas = element("canvas");
-    this.canvas.className = "graph";
-    this.canvas.setAttribute("role", "img");
-    this.canvas.tabIndex = 0;
-    this.context = this.canvas.getContext("2d");
-    this.numbers = element("span");
+    super(run, "graph");
     const about = run.about ? " (" + run.about + ")" : "";
-    const name = element("span", runs.length > 1 ? run.name + about : "");
-    $("graphs").append(element("figure", this.canvas, element("figcaption", name, this.numbers)));
-    this.listenToPointers();
-    this.listenToKeys();
+    $("graphs").append(this.figure(runs.length > 1 ? run.name + about : ""));
   }
 
   /* --- what one does --- */
 
-  /* A wheel or two fingers zoom, a pointer moves or points, and where it did not move it picks a node. */
-  listenToPointers() {
-    const { canvas } = this;
-    const pointers = new Map(); /* where those that are down were last */
-    let moved = 0;
-    const positionOf = event => {
-      const box = canvas.getBoundingClientRect();
-      return [event.clientX - box.left, event.clientY - box.top];
-    };
-    canvas.addEventListener("wheel", event => {
-      if (this.zoom === 1 && event.deltaY > 0) return; /* there is nothing to zoom out of: the page scrolls */
-      event.preventDefault();
-      this.zoomBy(Math.exp(-event.deltaY * .0015), ...positionOf(event));
-    }, { passive: false });
-    canvas.addEventListener("pointerdown", event => {
-      pointers.set(event.pointerId, positionOf(event));
-      moved = 0;
-      canvas.setPointerCapture(event.pointerId);
-    });
-    canvas.addEventListener("pointermove", event => {
-      const [x, y] = positionOf(event);
-      const from = pointers.get(event.pointerId);
-      if (!from) {
-        this.point(x, y, event);
-      } else if (pointers.size === 2) {
-        const before = [...pointers.values()];
-        pointers.set(event.pointerId, [x, y]);
-        moved = Infinity;
-        this.pinch(before, [...pointers.values()]);
-      } else {
-        moved += Math.hypot(x - from[0], y - from[1]);
-        if (moved <= 4) return;
-        pointers.set(event.pointerId, [x, y]);
-        this.left += x - from[0];
-        this.top += y - from[1];
-        redraw();
-      }
-    });
-    canvas.addEventListener("pointerup", event => {
-      pointers.delete(event.pointerId);
-      if (moved > 4) return;
-      if (this.isSummed()) this.zoomBy(6, ...positionOf(event));
-      else pick(this.run, this.nearest(...positionOf(event)));
-    });
-    canvas.addEventListener("pointercancel", event => pointers.delete(event.pointerId));
-    canvas.addEventListener("pointerleave", () => {
-      this.pointer = null;
-      $("tip").hidden = true;
-      if (!state.hovered) return;
-      state.hovered = null;
-      redraw();
-    });
+  click(x, y) {
+    if (this.isSummed()) this.zoomBy(6, x, y);
+    else pick(this.run, this.nearest(x, y));
   }
 
-  /* Plus and minus zoom, 0 shows the whole; n and p choose the next live node and the one before. */
-  listenToKeys() {
-    this.canvas.addEventListener("keydown", event => {
-      const factor = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 1e-9 }[event.key];
-      const by = { n: 1, p: -1 }[event.key];
-      if (!(factor || by) || event.ctrlKey || event.metaKey || event.altKey) return;
-      event.preventDefault();
-      if (factor) this.zoomBy(factor, this.width / 2, this.height / 2);
-      else this.choose(by);
-    });
+  /* The node there stands out. */
+  hover(x, y) {
+    const node = this.isSummed() ? -1 : this.nearest(x, y);
+    const hovered = node < 0 ? null : { run: this.run, node };
+    if (hovered?.node === state.hovered?.node) return;
+    state.hovered = hovered;
+    redraw();
+  }
+
+  leave() {
+    if (!state.hovered) return;
+    state.hovered = null;
+    redraw();
+  }
+
+  textAt(x, y) {
+    return this.isSummed() ? this.textOfLevel(x) : this.textOfNode(x, y);
   }
 
   /* Picks the next live node, or the one before, in the order of levels. */
@@ -102,56 +55,8 @@ class Graph {
     }
   }
 
-  /* Two fingers have moved: what was between them stays between them. */
-  pinch([a, b], [c, d]) {
-    const x = (c[0] + d[0]) / 2;
-    const y = (c[1] + d[1]) / 2;
-    this.left += x - (a[0] + b[0]) / 2;
-    this.top += y - (a[1] + b[1]) / 2;
-    const before = Math.max(1, Math.hypot(a[0] - b[0], a[1] - b[1]));
-    this.zoomBy(Math.hypot(c[0] - d[0], c[1] - d[1]) / before, x, y);
-  }
-
-  /* Zooms about a point that stays where it is. */
-  zoomBy(factor, x, y) {
-    const zoom = clamp(this.zoom * factor, 1, 40);
-    this.left = x - (x - this.left) * zoom / this.zoom;
-    this.top = y - (y - this.top) * zoom / this.zoom;
-    this.zoom = zoom;
-    redraw();
-  }
-
-  /* Shows the whole again. */
-  reset() {
-    this.zoom = 1;
-    this.left = 0;
-    this.top = 0;
-  }
-
-  /* The pointer is over a point: the node there is hovered over. */
-  point(x, y, event) {
-    this.pointer = { x, y, left: event.clientX, top: event.clientY };
-    const node = this.isSummed() ? -1 : this.nearest(x, y);
-    const hovered = node < 0 ? null : { run: this.run, node };
-    if (hovered?.node !== state.hovered?.node) {
-      state.hovered = hovered;
-      redraw();
-    }
-    this.tell();
-  }
-
-  /* Says what is under the pointer, as it is now. */
-  tell() {
-    const tip = $("tip");
-    const text = this.isSummed() ? this.textOfLevel() : this.textOfNode();
-    tip.hidden = !text;
-    tip.textContent = text;
-    tip.style.left = Math.min(innerWidth - 230, this.pointer.left + 14) + "px";
-    tip.style.top = this.pointer.top + 14 + "px";
-  }
-
-  textOfNode() {
-    const n = this.nearest(this.pointer.x, this.pointer.y);
+  textOfNode(x, y) {
+    const n = this.nearest(x, y);
     if (n < 0) return "";
     const s = moment(this.run);
     const { into, out } = this.run.degree(s, n);
@@ -159,8 +64,8 @@ class Graph {
     return this.run.nodeName(n) + ": " + into + " in, " + out + " out" + (this.run.isLive(s, n) ? "" : ", dead") + what;
   }
 
-  textOfLevel() {
-    const level = levelsOf(this).find(one => Math.abs(one.x - this.pointer.x) < 9);
+  textOfLevel(x) {
+    const level = levelsOf(this).find(one => Math.abs(one.x - x) < 9);
     if (!level) return "";
     const live = number(level.live) + " of " + number(level.size) + " nodes live";
     return level.name + ": " + live + ", " + number(level.into) + " edges in, " + number(level.out) + " out";
@@ -205,7 +110,7 @@ class Graph {
   draw() {
     const started = performance.now();
     const s = moment(this.run);
-    this.fit();
+    if (this.fit(1.6e6) || !this.light) this.light = new Light(this.canvas.width, this.canvas.height, this.scale);
     if (this.isSummed()) {
       drawLevels(this);
     } else {
@@ -217,28 +122,7 @@ class Graph {
     }
     state.milliseconds = performance.now() - started;
     this.writeCaption(s);
-    if (this.pointer) this.tell();
-  }
-
-  /* Makes the canvas as large as it is shown, and keeps the graph on it. */
-  fit() {
-    const { canvas } = this;
-    const box = canvas.getBoundingClientRect();
-    this.width = box.width;
-    this.height = box.height;
-    this.left = clamp(this.left, this.width * (1 - this.zoom), 0);
-    this.top = clamp(this.top, this.height * (1 - this.zoom), 0);
-    canvas.style.touchAction = this.zoom > 1 ? "none" : "pan-y";
-    $("whole").hidden = graphs.every(graph => graph.zoom === 1);
-    const scale = Math.min(devicePixelRatio || 1, Math.sqrt(1.6e6 / Math.max(1, box.width * box.height)));
-    const width = Math.max(1, Math.round(box.width * scale));
-    const height = Math.max(1, Math.round(box.height * scale));
-    if (!this.light || canvas.width !== width || canvas.height !== height || this.light.scale !== scale) {
-      canvas.width = width;
-      canvas.height = height;
-      this.light = new Light(width, height, scale);
-    }
-    this.context.setTransform(scale, 0, 0, scale, 0, 0);
+    this.tell();
   }
 
   /* The edges as light, those of the chosen node strong and the others faint. */
