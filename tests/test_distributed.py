@@ -77,6 +77,7 @@ OF_EVERY_KIND = {
     "no_update": (dnw.NoUpdate(), {"density": 0.3}),
     "targeted_dropout": (dnw.TargetedDropout(), {"density": 0.3}),
     "l1_anneal": (dnw.L1Anneal(), {"density": 0.3, "schedule": FALLING}),
+    "iht": (dnw.IHT(), {"density": 0.3}),
     "set": (dnw.SET(every=5), {"density": 0.3}),
     "rigl": (dnw.RigL(every=5), {"density": 0.3}),
     "rigl_falling": (dnw.RigL(every=5), {"density": dnw.Global(0.3), "schedule": FALLING}),

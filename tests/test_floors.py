@@ -15,9 +15,14 @@ from dnw._selection.top_k import Ranking, top_k_each
 
 
 def slow_with_floors(
-    rows: list[list[list[float]]], k: int, candidates: list[list[list[bool]]], least: list[int], per_target: list[int]
+    rows: list[list[list[float]]],
+    k: int,
+    candidates: list[list[list[bool]]],
+    least: list[int],
+    per_target: list[int],
+    per_source: list[int],
 ) -> list[list[list[bool]]]:
-    """By sorting: the largest of each row, then of each layer, then of all; the lowest index first among equals."""
+    """By sorting: the largest of each row and column, then of each layer, then of all; the lowest index first among equals."""
     entries = [
         (-abs(rows[i][r][c]), i, r, c)
         for i, r, c in ((i, r, c) for i, layer in enumerate(rows) for r, row in enumerate(layer) for c in range(len(row)))
@@ -28,6 +33,8 @@ def slow_with_floors(
     for i, layer in enumerate(rows):
         for r in range(len(layer)):
             chosen |= set([e for e in entries if e[1:3] == (i, r)][: per_target[i]])
+        for c in range(len(layer[0])):
+            chosen |= set([e for e in entries if (e[1], e[3]) == (i, c)][: per_source[i]])
         rest = [e for e in entries if e[1] == i and e not in chosen]
         chosen |= set(rest[: max(0, least[i] - sum(e[1] == i for e in chosen))])
     chosen |= set([e for e in entries if e not in chosen][: k - len(chosen)])
@@ -46,14 +53,16 @@ def test_equals_sorting_with_floors(data):
     if not all(number):
         return
     per_target = [data.draw(st.integers(0, 2)) for _ in shapes]
+    per_source = [data.draw(st.integers(0, 2)) for _ in shapes]
     of_targets = [sum(min(n, sum(row)) for row in layer) for layer, n in zip(may, per_target, strict=True)]
+    of_sources = [sum(min(n, sum(x)) for x in zip(*layer, strict=True)) for layer, n in zip(may, per_source, strict=True)]
     least = [data.draw(st.integers(0, n)) for n in number]
-    needed = sum(max(a, b) for a, b in zip(least, of_targets, strict=True))
+    needed = sum(max(a, min(b + c, n)) for a, b, c, n in zip(least, of_targets, of_sources, number, strict=True))
     k = data.draw(st.integers(max(1, needed), sum(number)))
     scores = [torch.tensor(layer) for layer in rows]
     masks = [torch.tensor(layer) for layer in may]
-    (found,) = top_k_each([Ranking(scores, k, masks, least=least, least_per_target=per_target)])
-    assert [mask.tolist() for mask in found] == slow_with_floors(rows, k, may, least, per_target)
+    (found,) = top_k_each([Ranking(scores, k, masks, least=least, least_per_target=per_target, least_per_source=per_source)])
+    assert [mask.tolist() for mask in found] == slow_with_floors(rows, k, may, least, per_target, per_source)
 
 
 def uneven_net() -> nn.Sequential:
@@ -91,8 +100,11 @@ def test_a_layer_that_becomes_empty_is_named_once():
     assert sum("no active edge" in str(w.message) for w in warned) == 1
 
 
-@pytest.mark.parametrize("floor", [dnw.Floor(), dnw.Floor(edges=3, density=0.05), dnw.Floor(per_target=1)], ids=repr)
-@pytest.mark.parametrize("name", ["dnw", "no_update", "magnitude_pruning", "random", "set", "rigl", "sparse_momentum"])
+FLOORS = [dnw.Floor(), dnw.Floor(edges=3, density=0.05), dnw.Floor(per_target=1), dnw.Floor(per_target=1, per_source=1)]
+
+
+@pytest.mark.parametrize("floor", FLOORS, ids=repr)
+@pytest.mark.parametrize("name", ["dnw", "iht", "no_update", "magnitude_pruning", "random", "set", "rigl", "sparse_momentum"])
 def test_floors_hold_at_every_step(name, floor):
     net = uneven_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
@@ -103,6 +115,7 @@ def test_floors_hold_at_every_step(name, floor):
         for parameter in wiring.values():
             assert parameter.num_active >= floor.of(parameter.num_candidates)
             assert int(parameter.active.flatten(1).sum(1).min()) >= floor.per_target
+            assert int(parameter.active.transpose(0, 1).flatten(1).sum(1).min()) >= floor.per_source
         assert wiring.num_active == total
         train_steps(net, optimizer, range(step, step + 1))
 
@@ -140,6 +153,39 @@ def test_targets_of_a_layer_with_its_own_budget_keep_edges():
 
 
 @pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(12, 5),
+        nn.Conv1d(12, 8, 3, groups=4),
+        nn.ConvTranspose1d(6, 8, 3),
+        nn.ConvTranspose1d(12, 8, 3, groups=2),
+    ],
+    ids=["linear", "grouped", "transposed", "transposed and grouped"],
+)
+def test_sources_keep_edges_whichever_way_round_the_layer_is(layer):
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand(layer.weight.shape) ** 8)
+    model = nn.Sequential(layer)
+    wiring = dnw.wire(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.5, floor=dnw.Floor(per_target=1, per_source=2)
+    )
+    edges = wiring["0.weight"].edges()
+    sources = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    kernel = layer.weight[0, 0].numel()
+    assert (edges.source // kernel).bincount(minlength=sources).min() >= 2
+    assert edges.target.unique().numel() == (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+    assert wiring.num_active == dnw.num_edges(0.5, layer.weight.numel())
+
+
+def test_biases_have_no_sources():
+    model = nn.Sequential(nn.Linear(4, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    floor = dnw.Floor(per_target=1, per_source=1)
+    wiring = dnw.wire(model, optimizer, density=0.5, include=["0.weight", "0.bias"], floor=floor)
+    assert wiring["0.bias"].num_active == 3
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"density": dnw.Global(0.002)}, r"2 edges are too few for what is kept at least, 3"),
@@ -147,6 +193,8 @@ def test_targets_of_a_layer_with_its_own_budget_keep_edges():
         ({"density": 0.1, "floor": dnw.Floor(density=0.05)}, "a budget of its own, so it would have no effect"),
         ({"density": 0.1, "floor": 3}, r"expected dnw\.Floor"),
         ({"density": 0.5, "floor": dnw.Floor(per_target=1), "pattern": dnw.Channels()}, "without regard to targets"),
+        ({"density": 0.5, "floor": dnw.Floor(per_source=1), "pattern": dnw.Channels()}, "to sources; leave per_source out"),
+        ({"density": 0.1, "floor": dnw.Floor(per_source=4)}, r"'5\.weight': 51 edges are too few for .*, 128"),
         ({"floor": dnw.Floor(per_target=1), "rule": dnw.Complete()}, "Complete chooses its edges without regard to targets"),
     ],
 )

@@ -191,6 +191,41 @@ def test_sr_ste_refines_dormant_edges():
     close(wiring["weight"].latent, [2, -3, 1 - 0.5 - 0.1])
 
 
+def test_iterative_hard_thresholding_forgets_what_it_does_not_select():
+    layer, optimizer, wiring = edges([3, -2, 1], dnw.IHT())
+    close(wiring["weight"].latent, [3, -2, 0])
+    step(layer, optimizer, [0.5, 0, -1.5])  # the third reaches 1.5, where it would be 2.5 with a latent weight
+    close(layer.weight, [2.5, -2, 0])
+    step(layer, optimizer, [0, 0, 0.5])
+    close(layer.weight, [2.5, -2, 0])
+    step(layer, optimizer, [0, 0, -2.25])
+    close(layer.weight, [2.5, 0, 2.25])
+    close(wiring["weight"].latent, [2.5, 0, 2.25])
+
+
+def test_iterative_hard_thresholding_is_projected_gradient_descent():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    twin = layer.weight.detach().clone().requires_grad_()
+    plain = torch.optim.Adam([twin], lr=0.05)
+    dnw.wire(layer, optimizer, num_edges=8, rule=dnw.IHT())
+
+    def project() -> None:
+        with torch.no_grad():
+            kept = twin.abs().flatten().topk(8).indices
+            twin.copy_(torch.zeros(24).scatter(0, kept, twin.flatten()[kept]).view(4, 6))
+
+    project()
+    for _ in range(30):
+        torch.testing.assert_close(layer.weight.detach(), twin.detach(), rtol=0, atol=0)
+        gradient = torch.randn(4, 6)
+        layer.weight.grad, twin.grad = gradient.clone(), gradient
+        optimizer.step()
+        plain.step()
+        project()
+
+
 def test_norm_ste_hears_every_target_by_the_same_measure():
     layer = nn.Linear(3, 3, bias=False)
     with torch.no_grad():

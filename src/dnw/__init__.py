@@ -23,7 +23,7 @@ _FILES = {
     "_rules.thresholds": ("ST3", "Feather"),
     "_rules.pruning": ("MagnitudePruning", "L1Anneal"),
     "_rules.prune_and_grow": ("PruneAndGrow",),
-    "_rules.growing": ("SET", "RigL", "SparseMomentum"),
+    "_rules.growing": ("IHT", "SET", "RigL", "SparseMomentum"),
     "_rules.fixed": ("RandomGraph", "Frozen", "Complete"),
     "_selection.budgets": ("Budget", "Uniform", "Global", "ErdosRenyiKernel", "Floor", "LayerShape", "num_edges"),
     "_selection.schedules": ("DensitySchedule",),
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from dnw._rules.fixed import Complete as Complete
     from dnw._rules.fixed import Frozen as Frozen
     from dnw._rules.fixed import RandomGraph as RandomGraph
+    from dnw._rules.growing import IHT as IHT
     from dnw._rules.growing import SET as SET
     from dnw._rules.growing import RigL as RigL
     from dnw._rules.growing import SparseMomentum as SparseMomentum

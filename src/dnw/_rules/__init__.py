@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dnw._rules.estimators import DNW, SRSTE, NormSTE, NoUpdate, TargetedDropout, TopKAST
 from dnw._rules.fixed import Complete, Frozen, RandomGraph
-from dnw._rules.growing import SET, RigL, SparseMomentum
+from dnw._rules.growing import IHT, SET, RigL, SparseMomentum
 from dnw._rules.prune_and_grow import PruneAndGrow
 from dnw._rules.pruning import L1Anneal, MagnitudePruning
 from dnw._rules.rule import Rule
@@ -23,6 +23,7 @@ RULES: dict[str, type[Rule]] = {
     "random": RandomGraph,
     "complete": Complete,
     "frozen": Frozen,
+    "iht": IHT,
     "set": SET,
     "rigl": RigL,
     "sparse_momentum": SparseMomentum,

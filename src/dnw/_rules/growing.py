@@ -1,4 +1,4 @@
-"""Where edges are grown: at random, where the gradient is largest, or the momentum."""
+"""Where edges are grown: at random, where the gradient or the momentum is largest, or where a step from 0 leads furthest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,28 @@ from dnw._rules.dormant import Dormant
 from dnw._rules.layer import Layer, momentum_of, only
 from dnw._rules.pool import Pool
 from dnw._rules.prune_and_grow import PruneAndGrow
+from dnw._rules.pruning import by_magnitude, clear_pruned
+from dnw._rules.rule import Rule
 from dnw._selection.budgets import apportion
 from dnw._selection.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class IHT(Rule):
+    """Iterative hard thresholding: after each step the k weights of largest magnitude stay, and all others are 0.
+
+    DNW without latent weights: a dormant edge begins each step at 0, so that it comes in only where a single step (and the
+    momentum behind it) leads further than the smallest active weight. Dormant edges get their gradient, as in DNW.
+    Source: Blumensath, Davies, "Iterative hard thresholding for compressed sensing", 2009, equation 9; of transformers, with
+    Adam and a falling density, Gao et al., "Weight-sparse transformers have interpretable circuits", 2025.
+    """
+
+    has_latent_weights = False
+
+    def select(self, pools: Sequence[Pool]) -> list[list[Tensor]]:
+        masks = by_magnitude(pools)
+        clear_pruned(pools, masks)
+        return masks
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ class SparseMomentum(PruneAndGrow):
             sums.append(both if x.shard is None else x.shard.sum(both))
         momenta, active = (part.tolist() for part in torch.stack(sums).double().unbind(1))
         active = [int(n) // unit for n in active]
-        least = [-(-max(x.least, x.num_edges_of_targets()) // unit) for x in pool.layers]
+        least = [-(-max(x.least, x.num_edges_of_nodes()) // unit) for x in pool.layers]
         kept = max(sum(least), (pool.k - int(fraction * pool.k)) // unit)
         more = [n - at_least for n, at_least in zip(active, least, strict=True)]
         stay = [a + b for a, b in zip(least, apportion(kept - sum(least), more, more), strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Layer:
         shard: which part of a sharded parameter all these tensors are; None where they are the whole.
         pattern: which edges stand or fall together; None where each stands for itself.
         least: active edges that it keeps at least, where it shares a budget with others.
-        least_per_target: active edges that each of its targets keeps at least.
+        least_per_target, least_per_source: active edges that each of its targets, and each of its sources, keeps at least.
         layout: which dimensions of all these tensors are targets, and which are sources.
         notes: what the rule noted in ``prepare``. It is made anew where a run is resumed, so it need not be stored.
         step: number of completed optimizer steps when this layer was last projected; 0 before the first.
@@ -58,6 +58,7 @@ class Layer:
     pattern: Pattern | None = None
     least: int = 0
     least_per_target: int = 0
+    least_per_source: int = 0
     layout: Layout = TARGETS_FIRST
     notes: dict[str, Tensor] = field(default_factory=dict)
 
@@ -99,14 +100,20 @@ class Layer:
         """How many edges may exist."""
         return self.latent.numel() if self.candidates is None else int(self.candidates.count_nonzero())
 
-    def num_edges_of_targets(self) -> int:
-        """Active edges that the targets keep at least, all together."""
-        if not self.least_per_target:
-            return 0
+    def num_edges_of_nodes(self) -> int:
+        """Active edges that the targets and the sources keep at least, all together; none counts for both ends of an edge."""
+        found = 0
+        if self.least_per_target:
+            found += self._num_kept(self.layout.by_target, self.least_per_target)
+        if self.least_per_source:
+            found += self._num_kept(self.layout.by_source, self.least_per_source)
+        return min(found, self.num_candidates) if self.least_per_source else found
+
+    def _num_kept(self, by_node: Callable[[Tensor], Tensor], least: int) -> int:
         if self.candidates is None:
-            shape = self.layout.shape(tuple(self.latent.shape if self.shard is None else self.shard.shape))
-            return shape[0] * min(self.least_per_target, math.prod(shape[1:]))
-        kept = self.layout.by_target(self.candidates).flatten(1).sum(1).clamp(max=self.least_per_target).sum()
+            shape = by_node(torch.empty(self.latent.shape if self.shard is None else self.shard.shape, device="meta")).shape
+            return shape[0] * min(least, math.prod(shape[1:]))
+        kept = by_node(self.candidates).flatten(1).sum(1).clamp(max=least).sum()
         return int(kept if self.shard is None else self.shard.sum(kept))
 
 

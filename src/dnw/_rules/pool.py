@@ -39,7 +39,7 @@ class Pool:
     @property
     def least(self) -> int:
         """Edges that its layers, and their targets, keep at least, all together."""
-        return sum(max(x.least, x.num_edges_of_targets()) for x in self.layers)
+        return sum(max(x.least, x.num_edges_of_nodes()) for x in self.layers)
 
     @property
     def unit(self) -> int:
@@ -73,6 +73,7 @@ def ranking(
     if pattern is None:
         shards = [x.shard for x in layers]
         per_target = [x.least_per_target for x in layers] if floors else []
+        per_source = [x.least_per_source for x in layers] if floors else []
         layouts = [x.layout for x in layers]
         return Ranking(
             scores,
@@ -81,6 +82,7 @@ def ranking(
             shards if shards[0] is not None else (),
             least=least,
             least_per_target=per_target,
+            least_per_source=per_source,
             layouts=layouts,
         )
     shapes = [x.layout.shape(tuple(x.latent.shape)) for x in layers]

@@ -120,14 +120,17 @@ class Floor:
         density: share of its candidate edges, in [0, 1]; the larger of both counts.
         per_target: active edges of each target (row of a weight, output channel), or all its candidates where it has fewer.
             It holds for layers with a budget of their own as well.
+        per_source: the same of each source (column of a weight, input channel). An edge counts for both of its ends.
     """
 
     edges: int = 1
     density: float = 0.0
     per_target: int = 0
+    per_source: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("edges", self.edges), ("per_target", self.per_target)):
+        for name in ("edges", "per_target", "per_source"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"Floor: {name}={value!r}: allowed is a whole number from 0 on")
         if self.density != 0:

@@ -1,7 +1,7 @@
 """Which side of a weight its targets are on, so that all else can read it one way round.
 
 Contract: pure functions of tensors that have a parameter's shape. ``by_target`` gives ``[targets, sources of a target,
-*kernel]``, and ``from_targets`` is its inverse.
+*kernel]``, and ``from_targets`` is its inverse; ``by_source`` and ``from_sources`` do the same of sources.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class Layout:
             return tensor
         parts = tensor if self.stacked else tensor.unflatten(0, (self.groups, -1))
         return (parts.transpose(1, 2) if self.transposed else parts).flatten(0, 1)
+
+    def by_source(self, tensor: Tensor) -> Tensor:
+        """``[sources of all groups, targets of a source, *kernel]`` from a tensor of the parameter's shape."""
+        return self.by_target(tensor).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def from_sources(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape from ``[sources of all groups, targets of a source, *kernel]``."""
+        return self.from_targets(tensor.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1))
 
     def from_targets(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape from ``[targets, sources of a target, *kernel]``."""

@@ -35,7 +35,7 @@ class Ranking:
         shards: for each layer the part of it that the scores are, or None where they are the whole.
         spread: for each layer what makes its edge set of a mask of the shape of its scores, where those are not of edges.
         least: for each layer how many of its entries are chosen at least; none where it is empty.
-        least_per_target: the same for each target.
+        least_per_target, least_per_source: the same for each target, and for each source.
         layouts: for each layer which dimensions of its scores are targets; the first where it is empty.
     """
 
@@ -46,6 +46,7 @@ class Ranking:
     spread: Sequence[Callable[[Tensor], Tensor]] = ()
     least: Sequence[int] = ()
     least_per_target: Sequence[int] = ()
+    least_per_source: Sequence[int] = ()
     layouts: Sequence[Layout] = ()
 
     @property
@@ -106,24 +107,32 @@ def top_k(scores: Sequence[Tensor], k: int, candidates: Sequence[Tensor | None])
 def top_k_each(rankings: Sequence[Ranking]) -> list[list[Tensor]]:
     """:func:`top_k` of several rankings at once, batched wherever launches or messages between processes count.
 
-    Where a ranking says what each layer or target has at least, those have their largest entries first, and the largest of
-    all others fill the budget.
+    Where a ranking says what each layer, target or source has at least, those have their largest entries first, and the
+    largest of all others fill the budget.
     """
-    rankings = [_of_targets_first(ranking) for ranking in rankings]
+    rankings = [_of_nodes_first(ranking) for ranking in rankings]
     masks = _largest_each(rankings)
     return [ranking.spread_out(_of_layers_first(ranking, chosen)) for ranking, chosen in zip(rankings, masks, strict=True)]
 
 
-def _of_targets_first(ranking: Ranking) -> Ranking:
-    """The same with infinite scores where an entry is among those that its target keeps."""
-    if not any(ranking.least_per_target):
+def _of_nodes_first(ranking: Ranking) -> Ranking:
+    """The same with infinite scores where an entry is among those that its target, or its source, keeps."""
+    none = [0] * len(ranking.scores)
+    of_targets, of_sources = ranking.least_per_target or none, ranking.least_per_source or none
+    if not any(of_targets) and not any(of_sources):
         return ranking
     layouts = ranking.layouts or [TARGETS_FIRST] * len(ranking.scores)
-    parts = zip(ranking.scores, ranking.candidates, ranking.least_per_target, layouts, strict=True)
-    scores = [
-        score.masked_fill(_largest_of_targets(score, among, least, layout), math.inf) if least else score
-        for score, among, least, layout in parts
-    ]
+    scores = []
+    for score, among, targets, sources, layout in zip(
+        ranking.scores, ranking.candidates, of_targets, of_sources, layouts, strict=True
+    ):
+        bits = magnitude_bits(score.detach()) if targets or sources else None
+        bits = bits if bits is None or among is None else bits.masked_fill_(~among, -1)
+        if targets and bits is not None:
+            score = score.masked_fill(layout.from_targets(_largest_of_each(layout.by_target(bits), targets)), math.inf)
+        if sources and bits is not None:
+            score = score.masked_fill(layout.from_sources(_largest_of_each(layout.by_source(bits), sources)), math.inf)
+        scores.append(score)
     return replace(ranking, scores=scores)
 
 
@@ -163,13 +172,11 @@ def _of_layers_first(ranking: Ranking, chosen: list[Tensor]) -> list[Tensor]:
 
 
 _PASSES = 8
-"""Largest entries of a target that are found by a pass over them each; more are found by sorting."""
+"""Largest entries of a row that are found by a pass over them each; more are found by sorting."""
 
 
-def _largest_of_targets(score: Tensor, among: Tensor | None, least: int, layout: Layout) -> Tensor:
-    """A mask of the largest entries of each target, the lowest indices first among equals."""
-    bits = magnitude_bits(score.detach())
-    bits = layout.by_target(bits if among is None else bits.masked_fill_(~among, -1))
+def _largest_of_each(bits: Tensor, least: int) -> Tensor:
+    """A mask of the largest entries of each row, the first dimension, the lowest indices first among equals; -1 is none."""
     rows = bits.flatten(1)
     mask = torch.zeros_like(rows, dtype=torch.bool)
     if least <= _PASSES:
@@ -180,7 +187,7 @@ def _largest_of_targets(score: Tensor, among: Tensor | None, least: int, layout:
     else:
         mask.scatter_(1, rows.sort(dim=1, descending=True, stable=True).indices[:, :least], True)
         mask &= rows >= 0
-    return layout.from_targets(mask.view(bits.shape))
+    return mask.view(bits.shape)
 
 
 def magnitude_bits(values: Tensor) -> Tensor:

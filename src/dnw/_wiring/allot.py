@@ -112,15 +112,15 @@ def set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequenc
     """Tells the layers what they keep at least; raises ``ValueError`` where a budget is too small for it."""
     if not isinstance(floor, Floor):
         raise ValueError(f"floor: expected dnw.Floor(...), got {floor!r}")
-    by_target = floor.per_target or any(x.least_per_target for pool in pools for x in pool.layers)
-    if by_target and not rule.fixed and not rule.fits_floors:
+    by_node = floor.per_target or floor.per_source or any(x.least_per_target for pool in pools for x in pool.layers)
+    if by_node and not rule.fixed and not rule.fits_floors:
         raise ValueError(
-            f"{type(rule).__name__} cannot leave each target a number of edges, which floor=, or a weight norm, asks for; take "
-            "another rule, or leave such layers dense with exclude"
+            f"{type(rule).__name__} cannot leave each target or source a number of edges, which floor=, or a weight norm, asks "
+            "for; take another rule, or leave such layers dense with exclude"
         )
-    if floor.per_target and (pattern is not None or not rule.fits_floors):
-        what = repr(pattern) if pattern is not None else type(rule).__name__
-        raise ValueError(f"floor={floor!r}: {what} chooses its edges without regard to targets; leave per_target out")
+    if (floor.per_target or floor.per_source) and (pattern is not None or not rule.fits_floors):
+        what, end = repr(pattern) if pattern is not None else type(rule).__name__, "target" if floor.per_target else "source"
+        raise ValueError(f"floor={floor!r}: {what} chooses its edges without regard to {end}s; leave per_{end} out")
     for layer in (x for pool in pools for x in pool.layers if x.least_per_target):
         if isinstance(rule, Frozen) and not bool(layer.layout.by_target(rule.edges[layer.name]).flatten(1).any(1).all()):
             raise ValueError(f"Frozen edges for {layer.name!r} leave a target without any, and its weight norm would be 0 / 0")
@@ -130,7 +130,13 @@ def set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequenc
     for pool in pools:
         for layer in pool.layers:
             layer.least = floor.of(layer.num_candidates) if shared else 0
-            layer.least_per_target = max(layer.least_per_target, floor.per_target)
+            is_matrix = layer.latent.ndim > 1  # the entries of a vector are its targets, and it has no sources
+            layer.least_per_target = max(layer.least_per_target, floor.per_target if is_matrix else 0)
+            layer.least_per_source = floor.per_source if is_matrix else 0
+            if layer.least_per_source and layer.shard is not None:
+                raise ValueError(
+                    f"{layer.name!r} is sharded, so its sources cannot keep edges of their own; leave per_source out"
+                )
             if layer.least_per_target and layer.shard is not None and layer.shard.splits(layer.layout.target_dims):
                 raise ValueError(
                     f"{layer.name!r} is sharded within its targets, so each cannot keep {layer.least_per_target} edges; shard "

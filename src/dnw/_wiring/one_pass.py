@@ -19,7 +19,7 @@ from dnw.kernels import _exchange
 def fits(layer: WiredLayer) -> bool:
     """Whether a layer's tensors are such as are taken here."""
     held, latent = layer.held, layer.latent
-    if layer.shard is not None or layer.least_per_target or layer.in_place or layer.has_other_storage:
+    if layer.shard is not None or layer.least_per_target or layer.least_per_source or layer.in_place or layer.has_other_storage:
         return False
     if held.device.type != "cpu":
         return False

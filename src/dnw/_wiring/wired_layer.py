@@ -119,6 +119,7 @@ class WiredLayer(Layer):
             pattern=self.pattern,
             least=self.least,
             least_per_target=self.least_per_target,
+            least_per_source=self.least_per_source,
             layout=self.layout,
         )
 

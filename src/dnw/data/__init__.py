@@ -24,6 +24,7 @@ _PUBLIC = {
     "read_cifar10": "_readers",
     "read_digits": "_readers",
     "read_mnist": "_readers",
+    "read_python_source": "_source",
 }
 
 __all__ = list(_PUBLIC)
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dnw.data._readers import read_cifar10 as read_cifar10
     from dnw.data._readers import read_digits as read_digits
     from dnw.data._readers import read_mnist as read_mnist
+    from dnw.data._source import read_python_source as read_python_source
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from dnw.models._classifier import (
     tiny_digits,
     tiny_mnist,
 )
+from dnw.models._decoder import Decoder, Nodes
 from dnw.models._lenet import lenet_300_100
 from dnw.models._mobilenet import STAGES, GraphChain, Stage, mobilenet_v1
 from dnw.models._original import (
@@ -26,8 +27,10 @@ from dnw.models._shufflenet import shufflenet_v1
 
 __all__ = [
     "STAGES",
+    "Decoder",
     "GraphChain",
     "GraphClassifier",
+    "Nodes",
     "OriginalCheckpoint",
     "Pretrained",
     "Stage",

@@ -215,8 +215,9 @@ class Config(Settings):
             raise ValueError(f"density_schedule: rule={self.rule} never changes its edges, so it has no schedule")
         if self.floor != FloorConfig() and self.rule in ("complete", "frozen"):
             raise ValueError(f"floor: the edges of rule={self.rule} are given, so it has no floor")
-        if self.floor.per_target and self.pattern is not None:
-            raise ValueError(f"floor.per_target={self.floor.per_target}: pattern={self.pattern} has groups of its own")
+        for end in ("per_target", "per_source"):
+            if (number := getattr(self.floor, end)) and self.pattern is not None:
+                raise ValueError(f"floor.{end}={number}: pattern={self.pattern} has groups of its own")
         if "l1_anneal" in (self.rule, self.baseline) and self.density_schedule.end is None:
             raise ValueError("rule=l1_anneal prunes on a schedule: give density_schedule.end, a share of the run")
         if self.baseline == "frozen":

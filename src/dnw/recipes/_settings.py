@@ -23,6 +23,7 @@ RuleName = Literal[
     "random",
     "complete",
     "frozen",
+    "iht",
     "set",
     "rigl",
     "sparse_momentum",
@@ -250,6 +251,7 @@ class FloorConfig(Settings):
     edges: int = Field(default=1, ge=0, le=10**12, description="active edges of a layer that shares a budget with others")
     density: float = Field(default=0.0, ge=0, le=1, description="share of such a layer's candidates; the larger of both counts")
     per_target: int = Field(default=0, ge=0, le=10**9, description="active edges of each target")
+    per_source: int = Field(default=0, ge=0, le=10**9, description="active edges of each source")
 
 
 class DensityConfig(Settings):
