@@ -28,6 +28,7 @@ FLOORS = [
     ["models", "count"],
     ["compile", "data"],
     ["view"],
+    ["circuits"],
     ["recipes"],
     ["train"],
     ["cli"],

@@ -33,12 +33,13 @@ _FILES = {
     "_selection.shards": ("Shard",),
 }
 _PUBLIC = {name: f"dnw.{file}" for file, names in _FILES.items() for name in names}
-_ROOMS = ("graphs", "models", "count", "compile", "view", "data", "train", "recipes")
+_ROOMS = ("graphs", "models", "count", "compile", "view", "circuits", "data", "train", "recipes")
 
 __all__ = [*_PUBLIC, *_ROOMS]
 
 if TYPE_CHECKING:
     __version__: str
+    from dnw import circuits as circuits
     from dnw import compile as compile
     from dnw import count as count
     from dnw import data as data

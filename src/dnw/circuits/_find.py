@@ -1,8 +1,8 @@
 """Finding the circuit of a task: which nodes may stay at their mean without the task being lost.
 
-Contract: the network is not changed. Every node has a gate; a gate that is closed puts the node's mean over ordinary text in its
-place. Gates are learned (straight-through) against a price on the edges between open ones, the price rising while the task is
-solved and falling while it is not; then nodes are closed one after the other, the least sure first, as long as it stays solved.
+Contract: the network is not changed. Every node has a gate; a gate that is closed puts the node's mean over ordinary text in
+its place. Gates are learned (straight-through) against a price on the edges between open ones, which rises while the task is
+solved and falls while it is not; then nodes are closed one after the other, the least sure first, as long as it stays solved.
 Source: Gao et al., "Weight-sparse transformers have interpretable circuits" (2025), section on pruning; the price is ours.
 """
 
@@ -89,8 +89,8 @@ def find_circuit(
         task: half of whose pairs the circuit is found on; it is measured on the other half.
         text: ordinary text, int64 ``[windows, tokens]``, over which means are taken and examples are looked for.
         wires: of each weight ``[targets, sources]`` between nodes the modules whose outputs it reads and writes.
-        answers: the weight ``[vocabulary, nodes]`` that gives the logits; what it reads is in ``wires`` with "" as what it writes.
-        tokens: the weight ``[vocabulary, nodes]`` of the embedding; what it writes is in ``wires`` with "" as what it reads.
+        answers: the weight ``[vocabulary, nodes]`` that gives the logits; in ``wires`` it writes "".
+        tokens: the weight ``[vocabulary, nodes]`` of the embedding; in ``wires`` it reads "".
         loss: of the task, in nats, that the circuit may have at most; a coin has 0.69.
         steps: over which gates are learned.
         seed: of the batches.
@@ -99,7 +99,7 @@ def find_circuit(
         ValueError: the whole network has a larger loss, or ``wires`` names what the model does not have.
     """
     names = _names(model, wires)
-    found_on, measured_on = task.halves()
+    found_on, _ = task.halves()
     training = [module for module in model.modules() if module.training]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
@@ -112,9 +112,8 @@ def find_circuit(
                 f"task {task.name!r}: the whole network has a loss of {full:.3f} nats, above loss={loss}; train it longer, or "
                 "give a larger one"
             )
-        links = {
-            name: (model.get_parameter(name).detach(), source, target) for name, (source, target) in wires.items() if source and target
-        }
+        joined = {name: ends for name, ends in wires.items() if all(ends)}
+        links = {name: (model.get_parameter(name).detach(), source, target) for name, (source, target) in joined.items()}
         gates = _learned(sites, links, found_on, loss, steps, torch.Generator().manual_seed(seed))
         kept = _smallest(sites, links, found_on, gates, loss)
         return _circuit(sites, wires, answers, tokens, kept, task, text)
@@ -158,8 +157,7 @@ _Links = Mapping[str, tuple[Tensor, str, str]]
 
 def _edges(links: _Links, gates: Mapping[str, Tensor]) -> Tensor:
     """How many weights that are not 0 join open gates; of gates between 0 and 1 how many are expected to."""
-    counts = [gates[target] @ ((weight != 0).to(gates[target].dtype) @ gates[source]) for weight, source, target in links.values()]
-    return torch.stack(counts).sum()
+    return torch.stack([gates[to] @ (weight.ne(0).to(gates[to].dtype) @ gates[of]) for weight, of, to in links.values()]).sum()
 
 
 def _learned(
@@ -234,7 +232,8 @@ def _circuit(
     with sites.gated(kept):
         loss, margins = float(task_loss(model, found_on)), _margins(model, measured_on)
     activations = _activations(model, sites.names, text)
-    nodes, number = [], {}
+    nodes: list[CircuitNode] = []
+    number: dict[tuple[str, int], int] = {}
     for site in sites.names:
         heads = getattr(model.get_submodule(site.rpartition(".")[0]), "num_heads", 0) if "." in site else 0
         in_head = site.rpartition(".")[2] in ("query", "key", "value") and heads

@@ -71,7 +71,7 @@ class Task:
         return Task(self.name, self.prompts[mask], self.right[mask], self.wrong[mask])
 
 
-_QUOTED = re.compile(rb"""(?<=[(=,\[: ])(['"])([A-Za-z0-9_ .,:/%-]{2,24})(?=\1)""")
+_QUOTED = re.compile(rb"""(?<=[(=,\[: ])(['"])([A-Za-z0-9_][A-Za-z0-9_ .,:/%-]{1,23})(?=\1)""")
 _BRACKETED = re.compile(rb"(?<=[A-Za-z0-9_])([(\[])([A-Za-z0-9_., ]{1,24})(?=[)\]])")
 _LINES = re.compile(rb"\n( *)([^\s#][^\n#]*)\n( *)(?=([a-z]))")
 
@@ -110,8 +110,8 @@ def python_task(name: str, source: Tensor, *, length: int = 64, pairs: int = 200
     """A task from Python code, its two kinds of prompts equally often.
 
     Args:
-        name: of ``TASKS``. "quotes": a short string ends here; is it closed by ' or by "? "brackets": by ) or by ]? "indentation":
-            a line as far in as the one above has begun; does it go further in, as it does after a colon?
+        name: of ``TASKS``. "quotes": a short string ends here; is it closed by ' or by "? "brackets": by ) or by ]?
+            "indentation": a line as far in as the one above has begun; does it go further in, as it does after a colon?
         source: bytes, uint8, as :func:`dnw.data.read_python_source` gives them; those held out, say.
         length: of the prompts, in bytes.
         pairs: how many, at most.

@@ -110,6 +110,7 @@ class Decoder(nn.Module):
             raise ValueError(f"share={share}: allowed is a share of the activations above 0 and up to 1, or None for all")
         self.context = context
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.embedded = Nodes()
         self.blocks = nn.ModuleList(Block(width, heads, hidden or 4 * width, share) for _ in range(depth))
         self.norm, self.read = nn.RMSNorm(width, elementwise_affine=False), Nodes(share)
         self.to_logits = nn.Linear(width, vocabulary)
@@ -122,7 +123,19 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.embed(tokens) + self.place(places)
+        x = self.embedded(self.embed(tokens) + self.place(places))
         for block in self.blocks:
             x = block(x)
         return self.to_logits(self.read(self.norm(x)))
+
+    def wires(self) -> dict[str, tuple[str, str]]:
+        """Of each weight the nodes that it reads and writes, as names of modules; "" where it reads or writes tokens."""
+        found = {"embed.weight": ("", "embedded")}
+        for i in range(len(self.blocks)):
+            attention, neurons = f"blocks.{i}.attention", f"blocks.{i}.neurons"
+            for part in ("query", "key", "value"):
+                found[f"{attention}.to_{part}.weight"] = (f"{attention}.read", f"{attention}.{part}")
+            found[f"{attention}.to_write.weight"] = (f"{attention}.value", f"{attention}.write")
+            found[f"{neurons}.to_hidden.weight"] = (f"{neurons}.read", f"{neurons}.hidden")
+            found[f"{neurons}.to_write.weight"] = (f"{neurons}.hidden", f"{neurons}.write")
+        return found | {"to_logits.weight": ("read", "")}

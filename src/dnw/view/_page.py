@@ -12,7 +12,7 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -30,6 +30,7 @@ _OWN = {
     "layers": ("run.js", "map.js", "matrix.js", "beside.js"),
 }
 _SCRIPTS = {kind: (*_SHARED, *(f"{kind}/{name}" for name in names), "page.js") for kind, names in _OWN.items()}
+_SCRIPTS["circuit"] = ("circuit/circuit.js",)
 """What a page of either kind runs, as one script; the last starts it."""
 
 Records = Sequence[Record] | Sequence[LayersRecord]
@@ -59,16 +60,32 @@ def write_page(records: Records, path: str | Path, *, reload: int | None = None)
         "strongest": LEVELS_OF_STRENGTH,
         "bend": BEND,
     }
+    return write_html(kind, " and ".join(dict.fromkeys(one.name for one in records)), header, bytes(block), Path(path))
+
+
+def write_html(kind: str, title: str, header: Mapping[str, object], block: bytes, path: Path) -> int:
+    """Writes a page of one kind; returns the number of bytes.
+
+    Args:
+        kind: a folder of what it shows, with its scripts in ``_SCRIPTS``.
+        title: of the page.
+        header: what its scripts are told, as JSON.
+        block: numbers, which the header knows by their places.
+        path: of the HTML file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     parts = {
-        "@TITLE@": html.escape(" and ".join(dict.fromkeys(one.name for one in records))),
+        "@TITLE@": html.escape(title),
         "@STYLE@": _inlined("page.css"),
         "@MAIN@": _file(f"{kind}/main.html"),
         "@HEADER@": json.dumps(header, allow_nan=False).replace("<", "\\u003c"),
-        "@DATA@": base64.b64encode(gzip.compress(bytes(block), 6, mtime=0)).decode(),
+        "@DATA@": base64.b64encode(gzip.compress(block, 6, mtime=0)).decode(),
         "@SCRIPT@": _inlined(*_SCRIPTS[kind]),
     }
     content = re.sub("|".join(parts), lambda mark: parts[mark[0]], _file("page.html")).encode(errors="replace")
-    write_whole(Path(path), content)
+    write_whole(path, content)
     return len(content)
 
 
