@@ -170,8 +170,8 @@ class Drawing {
 
   dot(item, x, y) {
     if (typeof item === "string") {
-      const [kind, token] = [item.split(" ")[0], item.slice(item.indexOf(" ") + 1)];
-      return drawn("text", { x, y: y + 4, class: "token" }, visible(token), drawn("title", {}, kind + " " + visible(token)));
+      const token = visible(item.slice(item.indexOf(" ") + 1));
+      return drawn("text", { x, y: y + 4, class: "token" }, token, drawn("title", {}, this.nameOf(item)));
     }
     const node = this.nodes[item];
     const group = drawn("g", { class: "node", tabindex: 0, role: "button" });
@@ -187,7 +187,7 @@ class Drawing {
   }
 
   nameOf(item) {
-    if (typeof item === "string") return visible(item);
+    if (typeof item === "string") return item.split(" ")[0] + " " + visible(item.slice(item.indexOf(" ") + 1));
     const { site, index, head } = this.nodes[item];
     const name = site.replace("blocks.", "block ").replaceAll(".", ", ") + " " + index;
     return head === null ? name : name + " (head " + (head + 1) + ")";
