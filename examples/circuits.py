@@ -1,6 +1,6 @@
 """The circuit of a task in a trained transformer: python examples/circuits.py runs/transformer --task quotes
 
-Looks for the fewest nodes of the network of examples/sparse_transformer.py with which the task is still solved, every other node
+Looks for the fewest nodes of a network of examples/sparse_transformer.py with which the task is still solved, every other node
 at its mean, and writes them beside it, as JSON and as a page that draws them. Several runs are put beside each other, each at
 the same loss of the task: a sparse network and a dense one, say.
 """

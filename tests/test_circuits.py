@@ -164,8 +164,8 @@ def test_the_loss_of_a_circuit_is_that_of_all_others_at_their_means():
     logits = model.last(x)[:, -1]
     rows = torch.arange(len(TASK))
     wanted = nn.functional.softplus(logits[rows, TASK.wrong] - logits[rows, TASK.right]).mean()
-    assert circuit.loss == pytest.approx(float(wanted), rel=1e-5)
-    assert circuit.full_loss == pytest.approx(float(task_loss(model, TASK)), rel=1e-5)
+    assert circuit.loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert circuit.full_loss == pytest.approx(task_loss(model, TASK).item(), rel=1e-5)
 
 
 def test_a_task_that_the_network_does_not_solve_has_no_circuit():
