@@ -39,7 +39,7 @@ def main() -> None:
     found = []
     for run in given.runs:
         model = network(run)
-        task = python_task(given.task, held_out, pairs=given.pairs)
+        task = python_task(given.task, held_out, length=min(64, model.context), pairs=given.pairs)
         starts = torch.randint(len(held_out) - model.context, (200, 1), generator=torch.Generator().manual_seed(0))
         text = held_out[starts + torch.arange(model.context)].long()
         with torch.no_grad():

@@ -31,7 +31,6 @@ from dnw.models import Decoder
 from dnw.view import Recorder, SnapshotWriter, read_snapshots, record_layers, write_page
 
 RULES = ("dnw", "iht", "magnitude_pruning", "complete")
-EVERY = 250  # steps between two measurements, snapshots and checkpoints
 
 
 def wired(model: nn.Module, given: argparse.Namespace) -> tuple[torch.optim.Optimizer, dnw.Wiring]:
@@ -97,6 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-3, help="of a dense network")
     parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--every", type=int, default=250, help="steps between measurements, snapshots and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/transformer"))
     given = parser.parse_args()
@@ -138,7 +138,7 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % EVERY and step != given.steps:
+        if step % given.every and step != given.steps:
             continue
         seconds = time.perf_counter() - started
         held_out = measured(model, test, given.context)

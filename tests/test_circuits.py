@@ -9,7 +9,7 @@ import torch
 from pictures import opened, unpacked
 from torch import Tensor, nn
 
-from dnw.circuits import TASKS, Circuit, Pair, Task, find_circuit, python_task, task_loss, write_circuit
+from dnw.circuits import ANY_OTHER, TASKS, Circuit, Pair, Task, find_circuit, python_task, task_loss, write_circuit
 from dnw.data import read_python_source
 from dnw.models import Decoder, Nodes
 
@@ -60,8 +60,8 @@ def test_indentation_asks_whether_a_line_goes_further_in():
     }
     assert all(line.endswith(b":") == kind for kind, line, *_ in found)
     for kind, _, place, answer in found:
-        assert CODE[place] == answer
-        assert (answer == ord(" ")) == kind
+        assert answer == (ord(" ") if kind else ANY_OTHER)
+        assert (CODE[place] == ord(" ")) == kind
         assert set(CODE[:place].rsplit(b"\n", 1)[1]) <= {ord(" ")}
 
 
@@ -168,6 +168,16 @@ def test_the_loss_of_a_circuit_is_that_of_all_others_at_their_means():
     assert circuit.full_loss == pytest.approx(task_loss(model, TASK).item(), rel=1e-5)
 
 
+def test_any_other_answer_is_all_others_together():
+    model = Known()
+    task = Task.from_pairs("which", [Pair(((0,), (1,)), (3, ANY_OTHER))])
+    probability = model(task.prompts)[:, -1].softmax(1)[:, 3].detach()
+    wanted = -(probability[0].log() + (1 - probability[1]).log()) / 2
+    assert task_loss(model, task).item() == pytest.approx(wanted.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="both answers of a pair are 3"):
+        Task.from_pairs("which", [Pair(((0,), (1,)), (3, 3))])
+
+
 def test_a_task_that_the_network_does_not_solve_has_no_circuit():
     with pytest.raises(ValueError, match=r"the whole network has a loss of 0\.0\d+ nats, above loss=1e-09; train it longer"):
         found(Known(), loss=1e-9)
@@ -213,6 +223,8 @@ def test_the_largest_activations_are_kept():
 def test_settings_of_a_decoder_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="width=10 and heads=4"):
         Decoder(width=10, heads=4)
+    with pytest.raises(ValueError, match="7 tokens: the decoder reads at most context=6 at a time"):
+        Decoder(20, width=8, heads=2, context=6)(torch.zeros(1, 7, dtype=torch.int64))
     with pytest.raises(ValueError, match="share=0: allowed is a share of the activations above 0"):
         Decoder(share=0)
 

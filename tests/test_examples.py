@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,8 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from processes import GROUP, needs, script
+
+from dnw.circuits import Circuit
+from dnw.view import read_records
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.slow, GROUP]
@@ -69,6 +74,55 @@ def test_sequences(tmp_path):
     assert [line[:2] for line in lines] == [(k, r) for k in ("discrete", "continuous") for r in ("DNW", "RandomGraph")]
     assert all(0 < int(live) <= 100 for _, _, live, _ in lines)
     assert all(float(accuracy) > 0.25 for *_, accuracy in lines)
+
+
+def test_the_transformer_goes_on_where_it_was_killed_and_has_a_circuit(tmp_path):
+    small = [
+        "--width",
+        "8",
+        "--heads",
+        "2",
+        "--context",
+        "24",
+        "--batch",
+        "4",
+        "--steps",
+        "12",
+        "--every",
+        "4",
+        "--density",
+        "0.25",
+    ]
+    whole = [sys.executable, EXAMPLES / "sparse_transformer.py", *small, "--out"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([*whole, tmp_path / "killed"], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if line.startswith("step 8"):
+                process.kill()
+    assert not (tmp_path / "killed" / "network.pt").exists()
+    for out in ("killed", "unbroken"):
+        done = subprocess.run([*whole, tmp_path / out], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    networks = [torch.load(tmp_path / out / "network.pt", weights_only=True) for out in ("killed", "unbroken")]
+    for name, weight in networks[0]["model"].items():
+        assert torch.equal(weight, networks[1]["model"][name]), name
+    records = [list(read_records(tmp_path / out / "wiring.jsonl")) for out in ("killed", "unbroken")]
+    assert records[0] == records[1]
+    assert [record["step"] for record in records[0]] == [4, 8, 12]
+    assert '"heads": 2' in (tmp_path / "killed" / "view.html").read_text()
+    other = subprocess.run([*whole, tmp_path / "killed", "--seed", "1"], capture_output=True, text=True, timeout=240)
+    assert "holds a run with other settings" in other.stderr
+    options = ["--task", "brackets", "--loss", "0.9", "--steps", "10", "--pairs", "20"]
+    found = subprocess.run(
+        [sys.executable, EXAMPLES / "circuits.py", tmp_path / "killed", tmp_path / "unbroken", *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert found.returncode == 0, found.stderr
+    circuit = Circuit.from_json((tmp_path / "killed" / "circuit-brackets.json").read_text())
+    assert circuit.loss <= 0.9
+    assert (tmp_path / "killed" / "circuit-brackets.html").exists()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")

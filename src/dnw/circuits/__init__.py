@@ -6,9 +6,10 @@ Contract: the network is not changed. Whatever is drawn at random comes from one
 from dnw.circuits._circuit import Circuit, CircuitEdge, CircuitNode
 from dnw.circuits._find import find_circuit, task_loss
 from dnw.circuits._page import write_circuit
-from dnw.circuits._tasks import TASKS, Pair, Task, python_task
+from dnw.circuits._tasks import ANY_OTHER, TASKS, Pair, Task, python_task
 
 __all__ = [
+    "ANY_OTHER",
     "TASKS",
     "Circuit",
     "CircuitEdge",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dnw.circuits._circuit import Circuit, CircuitEdge, CircuitNode
-from dnw.circuits._tasks import Task
+from dnw.circuits._tasks import ANY_OTHER, Task
 
 Wires = Mapping[str, tuple[str, str]]
 """Of each weight the sites that it reads and writes: modules whose outputs are nodes ``[..., nodes]``."""
@@ -66,8 +66,14 @@ def task_loss(model: nn.Module, task: Task) -> Tensor:
 def _margins(model: nn.Module, task: Task) -> Tensor:
     """By how much the wrong answer is ahead, in logits, after each prompt."""
     logits = torch.cat([model(part)[:, -1] for part in task.prompts.split(_BATCH)])
-    rows = torch.arange(len(task))
-    return logits[rows, task.wrong] - logits[rows, task.right]
+    return _logit(logits, task.wrong, task.right) - _logit(logits, task.right, task.wrong)
+
+
+def _logit(logits: Tensor, answers: Tensor, others: Tensor) -> Tensor:
+    """Of each answer; of any but the other one that of all those together."""
+    others_out = logits.scatter(1, others.clamp(min=0)[:, None], -torch.inf)
+    own = logits.gather(1, answers.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(answers == ANY_OTHER, others_out.logsumexp(1), own)
 
 
 def find_circuit(
@@ -251,7 +257,14 @@ def _circuit(
         between = weight * kept[target][:, None] * kept[source]
         for to, of in between.nonzero().tolist():
             edges.append(CircuitEdge(number[source, of], number[target, to], None, float(weight[to, of]), name))
-    edges += _token_edges(model, wires, answers, torch.cat([task.right, task.wrong]).unique().tolist(), number, reading=True)
+    edges += _token_edges(
+        model,
+        wires,
+        answers,
+        [x for x in torch.cat([task.right, task.wrong]).unique().tolist() if x != ANY_OTHER],
+        number,
+        reading=True,
+    )
     if tokens is not None:
         edges += _token_edges(model, wires, tokens, task.prompts[:, -16:].unique().tolist(), number, reading=False)
     return Circuit(

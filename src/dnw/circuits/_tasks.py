@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ANY_OTHER = -1
+"""In place of an answer: any token but the other answer."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -19,7 +22,7 @@ class Pair:
 
     Attributes:
         prompts: tokens of each, of the same length.
-        answers: the token that is right after each.
+        answers: the token that is right after each; ``ANY_OTHER`` in place of one of them.
     """
 
     prompts: tuple[tuple[int, ...], tuple[int, ...]]
@@ -33,7 +36,7 @@ class Task:
     Attributes:
         name: what it asks.
         prompts: int64 ``[prompts, tokens]``.
-        right, wrong: tokens, int64 ``[prompts]``.
+        right, wrong: tokens, int64 ``[prompts]``, or ``ANY_OTHER``.
     """
 
     name: str
@@ -46,8 +49,10 @@ class Task:
         """The two prompts of each pair one after the other.
 
         Raises:
-            ValueError: no pairs, or prompts of several lengths.
+            ValueError: no pairs, prompts of several lengths, or a pair with two equal answers.
         """
+        if equal := [pair for pair in pairs if pair.answers[0] == pair.answers[1]]:
+            raise ValueError(f"task {name!r}: both answers of a pair are {equal[0].answers[0]}; they have to differ")
         lengths = {len(prompt) for pair in pairs for prompt in pair.prompts}
         if len(lengths) != 1:
             found = f"prompts of {', '.join(map(str, sorted(lengths)))} tokens" if lengths else "no pairs"
@@ -99,7 +104,7 @@ def _indentation(text: bytes) -> Found:
         if opens and after == before + 4:
             yield True, match.start(3) + before, ord(" ")
         elif not opens and after == before:
-            yield False, match.end(3), match[4][0]
+            yield False, match.end(3), ANY_OTHER
 
 
 TASKS: dict[str, Callable[[bytes], Found]] = {"quotes": _quotes, "brackets": _brackets, "indentation": _indentation}
@@ -111,7 +116,8 @@ def python_task(name: str, source: Tensor, *, length: int = 64, pairs: int = 200
 
     Args:
         name: of ``TASKS``. "quotes": a short string ends here; is it closed by ' or by "? "brackets": by ) or by ]?
-            "indentation": a line as far in as the one above has begun; does it go further in, as it does after a colon?
+            "indentation": a line as far in as the one above has begun; is the next byte another space, as after a colon, or any
+            other?
         source: bytes, uint8, as :func:`dnw.data.read_python_source` gives them; those held out, say.
         length: of the prompts, in bytes.
         pairs: how many, at most.

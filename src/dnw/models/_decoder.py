@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         share: of the activations of all nodes, those of largest magnitude that are kept; None for all.
 
     Raises:
-        ValueError: a width that the heads do not divide, or a share outside (0, 1].
+        ValueError: a width that the heads do not divide, or a share outside (0, 1]; later more tokens than ``context``.
     """
 
     def __init__(
@@ -122,6 +122,8 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=scale * 0.02 if parameter.ndim < 2 else scale * parameter.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > self.context:
+            raise ValueError(f"{tokens.shape[1]} tokens: the decoder reads at most context={self.context} at a time")
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embedded(self.embed(tokens) + self.place(places))
         for block in self.blocks:
