@@ -26,6 +26,7 @@ EXCHANGES = ["rule_settings.every=50", "rule_settings.until=0.75"]
 CONTENDERS = {
     "dnw": [],
     "norm-ste": ["rule=norm_ste", "floor.per_target=1"],
+    "norm-ste-falling": ["rule=norm_ste", "floor.per_target=1", *FALLING],
     "dnw-floor": ["floor.per_target=1"],
     "dnw-falling": FALLING,
     "random": ["rule=random"],
