@@ -2,8 +2,8 @@
 
 A decoder of two blocks learns to predict the next byte of the standard library of the interpreter that runs it; a twentieth
 of the files is held out. Its density falls from 1 to the wanted one over half of the run, and the learning rate grows with the
-root of what is left out: where few weights are left, each has to be larger. What it did lies in --out: metrics, a record of the
-wiring, snapshots and a page of its layers, the network, and a checkpoint from which it goes on where it was stopped.
+root of what is left out: where few weights are left, each has to be larger. What it did lies in --out: its result, a record of
+the wiring, snapshots and a page of its layers, the network, and a checkpoint from which it goes on where it was stopped.
 
     --rule dnw                 dormant edges keep latent weights
     --rule iht                 they do not: all but the k largest are 0 after every step
@@ -74,9 +74,12 @@ def measured(model: nn.Module, source: Tensor, context: int) -> float:
 
 
 def saved(path: Path, **content: Any) -> None:
-    """Writes a file aside, and renames it."""
+    """Writes a file aside, and renames it; JSON where its name ends so."""
     aside = path.with_suffix(".part")
-    torch.save(content, aside)
+    if path.suffix == ".json":
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+    else:
+        torch.save(content, aside)
     os.replace(aside, path)
 
 
@@ -105,7 +108,10 @@ def main() -> None:
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         parser.error(f"{given.out} holds a run with other settings (settings.json); give another --out")
     given.out.mkdir(parents=True, exist_ok=True)
-    settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+    saved(settings_file, **settings)
+    if (given.out / "result.json").exists():
+        print(f"{given.out}: finished already")
+        return
 
     train, test = read_python_source()
     torch.manual_seed(given.seed)
@@ -173,12 +179,12 @@ def main() -> None:
         "bytes": len(train),
         "bits": metrics[-1]["test_loss"] / math.log(2),
     }
-    (given.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     saved(given.out / "network.pt", shape=shape, model=model.state_dict(), wired=list(wiring))
     example = windows(test, given.context, 1, torch.Generator().manual_seed(0))[:, :-1]
     snapshots = read_snapshots(given.out / "snapshots")
     page = record_layers(model, snapshots, example=example, name=given.out.name, about=given.rule, metrics=metrics)
     write_page([page], given.out / "view.html")
+    saved(given.out / "result.json", **result)  # last: it says that all is there
     print(f"{given.out / 'view.html'}: its layers; {given.out / 'network.pt'}: the network")
 
 

@@ -181,10 +181,29 @@ def test_any_other_answer_is_all_others_together():
 def test_a_task_that_the_network_does_not_solve_has_no_circuit():
     with pytest.raises(ValueError, match=r"the whole network has a loss of 0\.0\d+ nats, above loss=1e-09; train it longer"):
         found(Known(), loss=1e-9)
+    with pytest.raises(ValueError, match="answers='head.weight': is not among the weights of wires, 'embed.weight'"):
+        found(Known(), answers="head.weight")
+    with pytest.raises(ValueError, match="no weight of it joins two modules"):
+        found(Known(), wires={"embed.weight": ("", "first")})
+    one = Task.from_pairs("which", [Pair(((0,), (1,)), (3, 4))])
+    with pytest.raises(ValueError, match="'which' has 1 pairs; two or more are needed"):
+        find_circuit(Known(), one, TEXT, wires=WIRES, answers="last.weight")
+    broken = Known()
+    with torch.no_grad():
+        broken.last.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="a loss of nan nats"):
+        found(broken)
     with pytest.raises(ValueError, match="Known has no parameter 'other.weight'"):
         found(Known(), wires={**WIRES, "other.weight": ("first", "second")})
     with pytest.raises(ValueError, match="Known has no module 'third', which 'middle.weight' is said to join"):
         found(Known(), wires={**WIRES, "middle.weight": ("first", "third")})
+
+
+def test_circuits_of_half_precision_are_found():
+    circuit = find_circuit(
+        Known().to(torch.bfloat16), TASK, TEXT, wires=WIRES, answers="last.weight", tokens="embed.weight", loss=0.1, steps=60
+    )
+    assert [(node.site, node.index) for node in circuit.nodes] == [("first", 1), ("second", 2)]
 
 
 def test_the_wires_of_a_decoder_fit_it():

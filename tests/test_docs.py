@@ -337,6 +337,18 @@ def test_a_page_of_layers(code, tmp_path, monkeypatch):
     assert '"fc.weight"' in (tmp_path / "view.html").read_text()
 
 
+@runs("docs/circuits.md#the-recipe", "docs/circuits.md#circuits", by="page")
+def test_the_page_on_circuits(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = dnw.models.Decoder(depth=1, heads=2, context=24)
+    names = {"dnw": dnw, "Path": Path, "model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3)}
+    for part in code:
+        exec(part, names)
+    assert names["wiring"].num_active == names["wiring"].num_candidates  # the schedule begins with all
+    assert dnw.circuits.Circuit.from_json((tmp_path / "circuit.json").read_text()) == names["circuit"]
+    assert (tmp_path / "circuit.html").exists()
+
+
 @runs("docs/loops.md#lightning")
 def test_lightning(code):
     lightning = pytest.importorskip("lightning")

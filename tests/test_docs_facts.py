@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -236,3 +238,14 @@ def test_the_hooks_of_a_rule_are_in_the_tables():
     assert {name: own[name] for name in flags if name != "dormant"} == {
         name: ast.literal_eval(default.strip("`")) for name, default in flags.items() if name != "dormant"
     }
+
+
+# --- tables from stored results ---
+
+
+def test_the_table_of_transformers_is_that_of_the_stored_results():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "transformer.py", "--table"], capture_output=True, text=True, check=True
+    )
+    (shown,) = re.findall(r"<!-- table transformers -->\n(.*?)\n<!-- end -->", text_of("docs/circuits.md"), re.DOTALL)
+    assert shown.strip() == done.stdout.strip()

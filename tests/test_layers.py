@@ -44,6 +44,11 @@ def test_edges_of_a_linear_layer_are_counted_where_they_are():
     assert layer.largest == {0: 1.0, 1: 1.0}
 
 
+def test_an_edge_whose_weight_is_0_is_an_edge():
+    (layer,) = record_layers(nn.Sequential(nn.Linear(4, 3)), [snapshot(0, **{"0__weight": {0: 1.0, 5: 0.0}})]).layers
+    assert (layer.weights[0] != 0).astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
 def test_a_cell_of_a_convolution_is_a_target_and_a_source():
     model = nn.Sequential(nn.Conv2d(2, 2, 2, bias=False))
     # targets 0 and 1 (8 entries each), sources 0 and 1 (4 entries each)
@@ -152,6 +157,14 @@ def test_heads_of_attention_are_found():
     assert found["attention"][0] == "join"
     assert found["out.weight"] == ("layer", 1, 3)
     assert found["embed.weight"] == ("layer", 1, 1)
+    assert {block.name: block.channels for block in blocks} == {
+        "tokens": 1,
+        "embed.weight": 12,
+        "qkv.weight": 36,
+        "attention": 12,
+        "out.weight": 12,
+        "add": 12,
+    }
 
 
 class Unruly(nn.Module):

@@ -56,7 +56,7 @@ class Circuit:
         task: its name.
         sites: in the order of computing, all of the network's.
         nodes: kept, in the order of sites.
-        edges: all weights that are not 0 between them, and from and to the tokens of the task.
+        edges: all weights that are not 0 between them, from the last tokens of the task's prompts, and to its answers.
         loss: of the task by the circuit alone, all other nodes at their means, in nats: on the prompts that it was found on.
         held_out_loss: on others.
         full_loss, full_held_out_loss: of the whole network.

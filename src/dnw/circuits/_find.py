@@ -8,14 +8,16 @@ Source: Gao et al., "Weight-sparse transformers have interpretable circuits" (20
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dnw._checks import listing
 from dnw.circuits._circuit import Circuit, CircuitEdge, CircuitNode
 from dnw.circuits._tasks import ANY_OTHER, Task
 
@@ -24,6 +26,8 @@ Wires = Mapping[str, tuple[str, str]]
 _BATCH = 64
 _SHOWN = 6
 _CONTEXT = 14
+_RECENT = 16
+"""Tokens of a prompt whose edges to the embedding are told."""
 
 
 @dataclass(eq=False)
@@ -45,10 +49,11 @@ class _Sites:
         """Within it every node is itself as far as its gate is open, and its mean as far as it is closed."""
 
         def hook(name: str) -> object:
-            def gate(_: nn.Module, __: object, x: Tensor) -> Tensor:
-                return gates[name] * x + (1 - gates[name]) * self.means[name]
+            def gated(_: nn.Module, __: object, x: Tensor) -> Tensor:
+                gate = gates[name].to(x.dtype)
+                return gate * x + (1 - gate) * self.means[name]
 
-            return self.model.get_submodule(name).register_forward_hook(gate)
+            return self.model.get_submodule(name).register_forward_hook(gated)
 
         handles = [hook(name) for name in self.names]
         try:
@@ -94,26 +99,36 @@ def find_circuit(
         model: the network; ``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``.
         task: half of whose pairs the circuit is found on; it is measured on the other half.
         text: ordinary text, int64 ``[windows, tokens]``, over which means are taken and examples are looked for.
-        wires: of each weight ``[targets, sources]`` between nodes the modules whose outputs it reads and writes.
+        wires: of each weight ``[targets, sources]`` the modules whose outputs ``[..., nodes]`` it reads and writes, in the order
+            of computing.
         answers: the weight ``[vocabulary, nodes]`` that gives the logits; in ``wires`` it writes "".
-        tokens: the weight ``[vocabulary, nodes]`` of the embedding; in ``wires`` it reads "".
+        tokens: the weight ``[vocabulary, nodes]`` of the embedding; in ``wires`` it reads "". Of its edges those are
+            kept that lead from the last 16 tokens of some prompt. Tokens below 256 are shown as bytes.
         loss: of the task, in nats, that the circuit may have at most; a coin has 0.69.
         steps: over which gates are learned.
         seed: of the batches.
 
     Raises:
-        ValueError: the whole network has a larger loss, or ``wires`` names what the model does not have.
+        ValueError: the whole network has a larger loss, the task has less than two pairs, or ``wires`` names what the model
+            does not have, or leaves out ``answers`` or ``tokens``.
     """
     names = _names(model, wires)
+    for argument, name in (("answers", answers), ("tokens", tokens)):
+        if name is not None and name not in wires:
+            raise ValueError(f"{argument}={name!r}: is not among the weights of wires, {listing(wires)}")
+    if len(task) < 4:
+        raise ValueError(
+            f"task {task.name!r} has {len(task) // 2} pairs; two or more are needed, to find a circuit and to measure it"
+        )
     found_on, _ = task.halves()
     training = [module for module in model.modules() if module.training]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
         sites = _Sites(model, names, {})
-        sites.means = {name: values.flatten(0, -2).mean(0) for name, values in _activations(model, names, text).items()}
+        sites.means = _means(model, names, text)
         full = float(task_loss(model, found_on))
-        if full > loss:
+        if not full <= loss:  # NaN, too
             raise ValueError(
                 f"task {task.name!r}: the whole network has a loss of {full:.3f} nats, above loss={loss}; train it longer, or "
                 "give a larger one"
@@ -133,6 +148,8 @@ def find_circuit(
 def _names(model: nn.Module, wires: Wires) -> tuple[str, ...]:
     modules = [name for name, _ in model.named_modules()]
     parameters = dict(model.named_parameters())
+    if not any(all(ends) for ends in wires.values()):
+        raise ValueError(f"wires={dict(wires)}: no weight of it joins two modules")
     for weight, sites in wires.items():
         if weight not in parameters:
             raise ValueError(f"wires: {type(model).__name__} has no parameter {weight!r}")
@@ -143,18 +160,37 @@ def _names(model: nn.Module, wires: Wires) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _activations(model: nn.Module, names: tuple[str, ...], text: Tensor) -> dict[str, Tensor]:
-    """Of each site ``[windows, tokens, nodes]``."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, x, name=name: found[name].append(x)) for name in names
-    ]
+def _watched(model: nn.Module, text: Tensor, seen: Mapping[str, Callable[[Tensor], None]]) -> None:
+    """Runs text through the model, and shows each site's activations ``[windows, tokens, nodes]`` to a function, in parts."""
+    handles = [model.get_submodule(name).register_forward_hook(lambda _, __, x, see=see: see(x)) for name, see in seen.items()]
     try:
         for part in text.split(_BATCH):
             model(part)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _means(model: nn.Module, names: tuple[str, ...], text: Tensor) -> dict[str, Tensor]:
+    """Of each node of each site over all places of a text."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + x.flatten(0, -2).double().sum(0)
+
+    _watched(model, text, {name: partial(add, name) for name in names})
+    dtypes = next(model.parameters()).dtype
+    return {name: (total / text.numel()).to(dtypes) for name, total in sums.items()}
+
+
+def _kept_activations(model: nn.Module, kept: Mapping[str, Tensor], text: Tensor) -> dict[str, Tensor]:
+    """Of each site the nodes that are kept: ``[windows, tokens, kept nodes]``."""
+    found: dict[str, list[Tensor]] = {name: [] for name in kept}
+
+    def keep(name: str, x: Tensor) -> None:
+        found[name].append(x[..., kept[name].nonzero().flatten()])
+
+    _watched(model, text, {name: partial(keep, name) for name in kept})
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -204,7 +240,7 @@ def _smallest(sites: _Sites, links: _Links, task: Task, gates: Mapping[str, Tens
     sizes = [len(gates[name]) for name in sites.names]
 
     def opened(nodes: Tensor) -> dict[str, Tensor]:
-        mask = torch.zeros(len(flat))
+        mask = flat.new_zeros(len(flat))
         mask[nodes] = 1
         return dict(zip(sites.names, mask.split(sizes), strict=True))
 
@@ -237,16 +273,16 @@ def _circuit(
     full, full_held_out = float(task_loss(model, found_on)), float(task_loss(model, measured_on))
     with sites.gated(kept):
         loss, margins = float(task_loss(model, found_on)), _margins(model, measured_on)
-    activations = _activations(model, sites.names, text)
+    activations = _kept_activations(model, kept, text)
     nodes: list[CircuitNode] = []
     number: dict[tuple[str, int], int] = {}
     for site in sites.names:
         heads = getattr(model.get_submodule(site.rpartition(".")[0]), "num_heads", 0) if "." in site else 0
         in_head = site.rpartition(".")[2] in ("query", "key", "value") and heads
-        for index in kept[site].nonzero().flatten().tolist():
+        for column, index in enumerate(kept[site].nonzero().flatten().tolist()):
             head = index * heads // len(kept[site]) if in_head else None
             number[site, index] = len(nodes)
-            examples = _examples(activations[site][..., index] - sites.means[site][index], text)
+            examples = _examples(activations[site][..., column] - sites.means[site][index], text)
             nodes.append(CircuitNode(site, index, head, float(sites.means[site][index]), examples))
     edges, weights = [], 0
     for name, (source, target) in wires.items():
@@ -263,10 +299,10 @@ def _circuit(
         answers,
         [x for x in torch.cat([task.right, task.wrong]).unique().tolist() if x != ANY_OTHER],
         number,
-        reading=True,
+        of_answers=True,
     )
     if tokens is not None:
-        edges += _token_edges(model, wires, tokens, task.prompts[:, -16:].unique().tolist(), number, reading=False)
+        edges += _token_edges(model, wires, tokens, task.prompts[:, -_RECENT:].unique().tolist(), number, of_answers=False)
     return Circuit(
         task=task.name,
         sites=sites.names,
@@ -283,10 +319,10 @@ def _circuit(
 
 
 def _token_edges(
-    model: nn.Module, wires: Wires, name: str, tokens: list[int], number: Mapping[tuple[str, int], int], *, reading: bool
+    model: nn.Module, wires: Wires, name: str, tokens: list[int], number: Mapping[tuple[str, int], int], *, of_answers: bool
 ) -> list[CircuitEdge]:
     """From the answers' weights, or to those of the embedding: edges between nodes and tokens."""
-    site = wires[name][0 if reading else 1]
+    site = wires[name][0 if of_answers else 1]
     weight = model.get_parameter(name).detach()
     found = []
     for token in tokens:
@@ -294,7 +330,7 @@ def _token_edges(
             value = float(weight[token, index]) if where == site else 0.0
             if value:
                 text = _text([token])
-                found.append(CircuitEdge(node if reading else None, None if reading else node, text, value, name))
+                found.append(CircuitEdge(node if of_answers else None, None if of_answers else node, text, value, name))
     return found
 
 

@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         heads: of attention in each block, a divisor of the width.
         hidden: neurons in each block; by default four times the width.
         context: the most tokens that it reads at a time.
-        share: of the activations of all nodes, those of largest magnitude that are kept; None for all.
+        share: of the activations of all nodes but the embedding, those of largest magnitude that are kept; None for all.
 
     Raises:
         ValueError: a width that the heads do not divide, or a share outside (0, 1]; later more tokens than ``context``.
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 scale = (2 * depth) ** -0.5 if name.endswith("to_write.weight") else 1.0
-                nn.init.normal_(parameter, std=scale * 0.02 if parameter.ndim < 2 else scale * parameter.shape[1] ** -0.5)
+                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.context:

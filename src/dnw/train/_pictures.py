@@ -21,7 +21,7 @@ _IMAGES_SEEN = 3  # by the nodes
 _OF_LAYERS = 15
 """Snapshots after the first epoch of a network without graphs, about: those of millions of edges take time and room."""
 _MOST_EDGES = 20_000_000
-"""Of a network without graphs that has snapshots."""
+"""Of a network without graphs in a snapshot; with more it has none."""
 
 
 class Pictures:
@@ -47,10 +47,9 @@ class Pictures:
             with self._unless_it_fails("ages of edges before now"):
                 self._recorder.load_state_dict(network.ages)
         self._has_graphs = bool(graphs_of(network.model))
-        if self._has_graphs or network.wiring.num_active <= _MOST_EDGES:
-            with self._unless_it_fails("snapshots"):
-                self._writer = SnapshotWriter(run.snapshots, network.step)
-            self._page = Page(run, network.config, network.model)
+        with self._unless_it_fails("snapshots"):
+            self._writer = SnapshotWriter(run.snapshots, network.step)
+        self._page = Page(run, network.config, network.model)
 
     def snapshot(self, step: int, epoch: float, batches: Batches | None = None) -> None:
         """Writes the wiring as it is now with the nodes' filters; given batches, what the first test images look like there."""
@@ -67,6 +66,8 @@ class Pictures:
 
     def _is_due(self, epoch: float) -> bool:
         epochs = self._network.config.epochs
+        if not self._has_graphs and self._network.wiring.num_active > _MOST_EDGES:
+            return False
         return self._has_graphs or epoch <= 1 or epoch == epochs or epoch % -(-epochs // _OF_LAYERS) == 0
 
     def ages(self) -> Any:

@@ -44,7 +44,8 @@ FILES = {
     "ticket.pt": "of `edges=ticket`: the edges and the weights that it begins with",
     "wiring.jsonl": "what the wiring did: of each layer edges come and gone, their ages and magnitudes; a line at the "
     "beginning, some within the first epoch, and one after every epoch",
-    "snapshots/step-*.npz": "its wiring over time; of a network without graphs at most about 25 of them",
+    "snapshots/step-*.npz": "its wiring over time; of a network without graphs about 25 of them, where it has at most 20 "
+    "million edges",
     "view.html": "a page of the snapshots, as `dnw view` writes it",
     "view-beside-*.html": "the same of two runs",
     LOCK: "while it is trained: by which process",

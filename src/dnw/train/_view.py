@@ -37,7 +37,8 @@ def view_runs(paths: Sequence[str | Path], out: str | Path | None = None, *, rel
         reload: see :func:`dnw.view.write_page`.
 
     Raises:
-        ValueError: no run directory, one without snapshots or with damaged ones, or two of which one has graphs.
+        ValueError: no run directory, one without snapshots or with damaged ones, or a second run without graphs beside one
+            that has them.
         OSError: the file cannot be written.
     """
     first, *others = map(RunDirectory, paths)

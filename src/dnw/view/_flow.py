@@ -71,10 +71,9 @@ def _as_read(block: Block, number: int, blocks: Sequence[Block], shapes: Mapping
 def _captured(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], example: tuple[Tensor, ...]) -> list[Block] | None:
     with evaluating(model), silence():
         try:
-            exported = torch.export.export(model, example, strict=False)
-        except Exception:  # whatever the model itself raises while it is traced: then the order of names has to do
+            return _Flow(model, shapes, torch.export.export(model, example, strict=False)).blocks
+        except Exception:  # whatever the model raises while it is traced, or is made of: then the order of names has to do
             return None
-    return _Flow(model, shapes, exported).blocks
 
 
 class _Flow:
@@ -87,8 +86,7 @@ class _Flow:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shown = {id(parameters[name]): name for name in shapes if name in parameters}
         self._names = {name: shown.get(id(parameter), name) for name, parameter in parameters.items()}
-        self._channels = {name: parameter.shape[0] for name, parameter in parameters.items() if parameter.ndim > 1}
-        self._channels |= {name: shape[0] for name, shape in shapes.items()}
+        self._matrices = {name for name, parameter in parameters.items() if parameter.ndim > 1}
         self._shapes = shapes
         held = exported.graph_signature.inputs_to_parameters
         inputs = set(exported.graph_signature.user_inputs)
@@ -113,14 +111,17 @@ class _Flow:
         self._origins[node] = origins
         operation = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
         multiplies = any(part in operation for part in _PRODUCTS)
-        layers = [name for name in weights if name in self._shapes or (multiplies and name in self._channels)]
+        layers = [name for name in weights if name in self._shapes or (multiplies and name in self._matrices)]
         if not origins:
             return
         heads = _heads(node) if "attention" in operation else 0
         for name in layers:
             reads = self._origins[node]
             attends = next((self.blocks[i].heads_read for i in reads if self.blocks[i].kind == "join"), 1)
-            block = Block("layer", name, self._channels[name], reads, heads_read=attends if len(reads) == 1 else 1)
+            channels = self._shapes[name][0] if name in self._shapes else _width(node, of_images="conv" in operation)
+            if "embedding" in operation:
+                channels = _width(node)
+            block = Block("layer", name, channels, reads, heads_read=attends if len(reads) == 1 else 1)
             self._origins[node] = (self._add(block),)
         if heads:
             self._attention(node, heads, origins)
@@ -134,7 +135,7 @@ class _Flow:
             times = sum(self._origins.get(one) == (i,) for one in node.all_input_nodes[:3])
             if block.kind == "layer" and block.channels % (heads * max(1, times)) == 0:
                 self.blocks[i] = replace(block, heads=heads * max(1, times))
-        join = Block("join", "attention", heads * int(node.meta["val"].shape[-1]), origins, heads_read=heads)
+        join = Block("join", "attention", heads * _width(node, of_images=False), origins, heads_read=heads)
         self._origins[node] = (self._add(join),)
 
 
@@ -143,12 +144,12 @@ def _heads(node: fx.Node) -> int:
     return int(value.shape[1]) if isinstance(value, Tensor) and value.ndim == 4 else 1
 
 
-def _width(node: fx.Node) -> int:
-    """The channels of a value: the second dimension of images, the last of anything else."""
+def _width(node: fx.Node, *, of_images: bool | None = None) -> int:
+    """The channels of a value: its second dimension if it is one of images, else its last; by default images have four."""
     value: Any = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.ndim < 2:
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
         return 1
-    return int(value.shape[1] if value.ndim == 4 else value.shape[-1])
+    return int(value.shape[1] if (value.ndim == 4 if of_images is None else of_images) else value.shape[-1])
 
 
 def _placed(blocks: list[Block]) -> tuple[Block, ...]:

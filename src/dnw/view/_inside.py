@@ -70,6 +70,8 @@ def maps_of(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
         return hook
 
     graphs = graphs_of(model)
+    if not graphs:
+        return {}
     for name, graph in graphs.items():
         sent[name] = {}
         for module, nodes in _senders(graph):

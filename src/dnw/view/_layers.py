@@ -81,7 +81,8 @@ class LayerRecord:
         kernel: entries of a kernel between a target and a source.
         num_groups: groups of targets, each with sources of its own.
         candidates: entries that may be edges.
-        active, came, went: edges, and how many came and went since the snapshot before.
+        active, came, went: edges, and how many came and went since the snapshot before; where snapshots between the two are
+            left out, at each of them.
         positive: edges whose weight is positive.
         into, out: edges of each target and of each source, int32 ``[snapshots, targets]`` and ``[snapshots, sources]``.
         shares: in which blocks of its matrix which part of the entries is active, uint8 ``[snapshots, *share_grid.shape]``: 0
@@ -163,7 +164,7 @@ def record_layers(
         if snapshot.edges.keys() != {sheet.name for sheet in sheets}:
             raise ValueError(f"the snapshot of step {snapshot.step} is of other layers than those before it")
         for sheet in sheets:
-            sheet.add(snapshot, keep=2 * cells <= _ALL)
+            sheet.add(snapshot, keep=cells * min(len(times) + 1, _SNAPSHOTS) <= _ALL)
         times.append(Snapshot(snapshot.step, snapshot.epoch, {}, {}))
     if not times:
         raise NothingToShowError("there are no snapshots to show; a run writes them while it trains")
@@ -242,8 +243,9 @@ class _Sheet:
         """How strong the edges of each cell are, and the largest sum of magnitudes."""
         sums, sizes = (self.weight_grid.sums(targets, sources, values) for values in (weights, np.abs(weights)))
         largest = float(sizes.max(initial=0.0)) or 1.0
-        strengths = np.ceil(127 * np.sqrt(sizes / largest)) * np.where(sums < 0, -1, 1)
-        return strengths.astype(np.int8), largest
+        strengths = np.ceil(127 * np.sqrt(sizes / largest))
+        strengths = np.maximum(strengths, self.weight_grid.sums(targets, sources) > 0)  # of an edge whose weight is 0 as well
+        return (strengths * np.where(sums < 0, -1, 1)).astype(np.int8), largest
 
     def finished(self, chosen: Sequence[int], *, all_weights: bool) -> LayerRecord:
         """The layer in some of the snapshots that were read."""

@@ -31,7 +31,7 @@ _OWN = {
 }
 _SCRIPTS = {kind: (*_SHARED, *(f"{kind}/{name}" for name in names), "page.js") for kind, names in _OWN.items()}
 _SCRIPTS["circuit"] = ("circuit/circuit.js",)
-"""What a page of either kind runs, as one script; the last starts it."""
+"""What a page of each kind runs, as one script; the last starts it."""
 
 Records = Sequence[Record] | Sequence[LayersRecord]
 

@@ -170,8 +170,8 @@ function listen() {
 function onKey(event) {
   const { key, target } = event;
   if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
-  if (key === " " && target.matches("button, summary, input[type=checkbox]")) return;
-  if (key !== " " && key !== "Escape" && target.matches("input[type=range]")) return;
+  if (key === " " && target.matches("button, summary, select, input[type=checkbox]")) return;
+  if (key !== " " && key !== "Escape" && target.matches("select, input[type=range]")) return;
   const by = { ArrowLeft: -1, ArrowRight: 1 }[key];
   if (by) {
     event.preventDefault();

@@ -39,7 +39,7 @@ class Drawing {
     this.places = new Map(); /* of nodes by number, and of tokens by name */
     this.columns = this.columnsOf();
     this.place();
-    this.most = Math.max(1e-12, ...this.edges.map(edge => Math.abs(edge.weight)));
+    this.most = this.edges.reduce((most, edge) => Math.max(most, Math.abs(edge.weight)), 1e-12);
     this.draw();
   }
 
@@ -56,13 +56,13 @@ class Drawing {
   }
 
   /* Tokens whose weights to a node of the embedding are the largest, and all answers. */
-  shownTokens(reading) {
-    const edges = this.edges.filter(edge => edge.token !== null && (edge.source === null) === reading);
+  shownTokens(embedding) {
+    const edges = this.edges.filter(edge => edge.token !== null && (edge.source === null) === embedding);
     const kept = new Set();
-    for (const node of new Set(edges.map(edge => reading ? edge.target : edge.source))) {
-      const own = edges.filter(edge => (reading ? edge.target : edge.source) === node);
+    for (const node of new Set(edges.map(edge => embedding ? edge.target : edge.source))) {
+      const own = edges.filter(edge => (embedding ? edge.target : edge.source) === node);
       own.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
-      for (const edge of reading ? own.slice(0, TOKENS) : own) kept.add(edge);
+      for (const edge of embedding ? own.slice(0, TOKENS) : own) kept.add(edge);
     }
     return [...kept];
   }
@@ -210,6 +210,7 @@ class Drawing {
 function choose(drawing, item, group) {
   for (const one of document.querySelectorAll(".node.chosen")) one.classList.remove("chosen");
   group.classList.add("chosen");
+  state.drawing?.mark(null);
   Object.assign(state, { drawing, node: item });
   drawing.mark(item);
   const node = drawing.nodes[item];

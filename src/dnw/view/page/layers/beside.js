@@ -47,7 +47,8 @@ function drawBeside() {
   chart("loss", [...measured("train_loss", false, "training"), ...measured("test_loss", true, "test")], { outliers: true });
   chart("swaps", come, { zero: true });
   chart("alive", counted("alive"));
-  const percent = one => one.layers.map(layer => +(100 * layer.density(moment(one))).toFixed(2));
+  const densityOf = (one, layer) => layer ? +(100 * layer.density(moment(one))).toFixed(2) : 0;
+  const percent = one => run.layers.map(({ name }) => densityOf(one, one.layers[one.numberOf.get(name)]));
   const densities = runs.map((one, i) => ({ ...named(one, i), counts: percent(one) }));
   bars("densities", densities, l => shortName(run.layers[l]?.name ?? ""));
   drawLayerCard(named);

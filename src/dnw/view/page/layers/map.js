@@ -124,8 +124,8 @@ class NetworkMap extends Pane {
       const room = .9 * Math.min(this.tall(i), .7 * (this.height - MARGIN.above - MARGIN.below) * this.zoom);
       const wide = Math.max(1.2, room * Math.sqrt(layer.active[s] / this.most));
       const marks = isMarked(this.run, s);
-      const came = marks ? layer.came[s] : 0;
       const edges = Math.max(1, layer.active[s]);
+      const came = marks ? Math.min(edges, layer.came[s]) : 0;
       const old = (1 - came / edges) * wide;
       const plus = old * layer.positive[s] / edges;
       const thick = [plus, old - plus, wide - old, marks ? wide * Math.min(1, layer.went[s] / edges) : 0];

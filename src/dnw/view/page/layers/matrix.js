@@ -70,7 +70,7 @@ class Matrix extends Pane {
     const size = (value / 127) ** 2 * largest;
     if (signed && many) return "magnitudes of weights sum up to " + size.toPrecision(2);
     if (signed) return "weight about " + (Math.sign(value) * size).toPrecision(2);
-    return many ? percentText(value / 255) + " of entries are edges" : "an edge";
+    return many ? "at most " + percentText(value / 255) + " of entries are edges" : "an edge";
   }
 
   draw() {
@@ -158,7 +158,7 @@ class Matrix extends Pane {
     const [right, below] = [this.width - DEGREES, this.height - DEGREES];
     const [grey, warning] = [colour("second"), colour("went")];
     const draw = (degrees, start, each, low, high, bar) => {
-      const most = Math.max(1, ...degrees);
+      const most = degrees.reduce((a, b) => Math.max(a, b), 1);
       const thick = Math.max(1, each > 4 ? each - 1 : each);
       degrees.forEach((degree, i) => {
         const at = Math.max(low, start + i * each);

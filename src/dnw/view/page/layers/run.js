@@ -36,7 +36,8 @@ class Layer {
     this.into = addUp(array(described.into), this.targets);
     this.out = addUp(array(described.out), this.sources);
     const [height, width] = described.shares.shape;
-    this.shares = { ...described.shares, values: addUp(array(described.shares.values), height * width) };
+    const shares = addUp(array(described.shares.values), height * width); /* modulo 256, so a share above a half is negative */
+    this.shares = { ...described.shares, values: new Uint8Array(shares.buffer, shares.byteOffset, shares.length) };
     this.weights = new Map(described.weights.map(one => [one.snapshot, { ...one, values: array(one.values) }]));
   }
 
