@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=96, help="bytes")
     parser.add_argument("--batch", type=int, default=32, help="windows in a step")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of a dense network")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of a dense network")
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--every", type=int, default=250, help="steps between measurements, snapshots and checkpoints")
     parser.add_argument("--seed", type=int, default=0)

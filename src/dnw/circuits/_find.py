@@ -99,8 +99,8 @@ def find_circuit(
         model: the network; ``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``.
         task: half of whose pairs the circuit is found on; it is measured on the other half.
         text: ordinary text, int64 ``[windows, tokens]``, over which means are taken and examples are looked for.
-        wires: of each weight ``[targets, sources]`` the modules whose outputs ``[..., nodes]`` it reads and writes, in the order
-            of computing.
+        wires: of each weight ``[targets, sources]`` the modules whose outputs ``[..., nodes]`` it reads and writes, in the
+            order of computing.
         answers: the weight ``[vocabulary, nodes]`` that gives the logits; in ``wires`` it writes "".
         tokens: the weight ``[vocabulary, nodes]`` of the embedding; in ``wires`` it reads "". Of its edges those are
             kept that lead from the last 16 tokens of some prompt. Tokens below 256 are shown as bytes.
