@@ -130,6 +130,7 @@ def rule_cases(model: nn.Module) -> dict[str, RuleCase]:
     special = {
         "frozen": RuleCase(dnw.Frozen(half), {}),
         "complete": RuleCase(dnw.Complete(), {}),
+        "iht": RuleCase(dnw.IHT(), falling),
         "magnitude_pruning": RuleCase(dnw.MagnitudePruning(), falling),
         "l1_anneal": RuleCase(dnw.L1Anneal(penalty=0.01), falling),
         "set": RuleCase(dnw.SET(every=2), fifth),

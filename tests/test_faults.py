@@ -441,7 +441,7 @@ def test_pictures_that_cannot_be_made_are_said_once(tmp_path, monkeypatch, capsy
     assert len(RunDirectory(run).metrics()) == 2
 
 
-def test_a_network_without_graphs_has_no_live_nodes_and_no_snapshots(tmp_path, monkeypatch, capsys):
+def test_a_network_without_graphs_has_no_live_nodes_and_a_page_of_its_layers(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         _network.MODELS,
         "tiny_digits",
@@ -449,7 +449,7 @@ def test_a_network_without_graphs_has_no_live_nodes_and_no_snapshots(tmp_path, m
     )
     run = train(short(), data_dir=tmp_path, out=tmp_path / "run")
     assert "live nodes" not in capsys.readouterr().out
-    assert not (run / "snapshots").exists()
+    assert '"layers"' in (run / "view.html").read_text()
     assert "live nodes" not in results_table([run])
     assert load_trained(run).model[3].out_features == 10
 
