@@ -83,7 +83,8 @@ def saved(path: Path, **content: Any) -> None:
     os.replace(aside, path)
 
 
-def main() -> None:
+def parsed() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What was given, and those of it that a run depends on; fails where --out holds a run with others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rule", choices=RULES, default="dnw")
     parser.add_argument("--density", type=float, default=0.02, help="of each matrix (default: 1 weight in 50)")
@@ -104,11 +105,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/transformer"))
     given = parser.parse_args()
     settings = {name: value for name, value in vars(given).items() if name != "out"}
-    settings_file, checkpoint = given.out / "settings.json", given.out / "last.pt"
+    settings_file = given.out / "settings.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         parser.error(f"{given.out} holds a run with other settings (settings.json); give another --out")
     given.out.mkdir(parents=True, exist_ok=True)
     saved(settings_file, **settings)
+    return given, settings
+
+
+def main() -> None:
+    given, settings = parsed()
+    checkpoint = given.out / "last.pt"
     if (given.out / "result.json").exists():
         print(f"{given.out}: finished already")
         return

@@ -165,6 +165,8 @@ def test_heads_of_attention_are_found():
         "out.weight": 12,
         "add": 12,
     }
+    wired = record_layers(model, all_edges(model, "embed.weight"), example=torch.zeros(1, 5, dtype=torch.int64)).blocks
+    assert [block.channels for block in wired[:2]] == [1, 12]
 
 
 class Unruly(nn.Module):

@@ -18,7 +18,8 @@ class CircuitNode:
     Attributes:
         site: the module whose output it is a channel of.
         index: of the channel.
-        head: of attention, which one it belongs to; None elsewhere.
+        head: of attention, which one it belongs to, where the site is called ``query``, ``key`` or ``value`` and the module
+            around it has ``num_heads``, as in :class:`dnw.models.Decoder`; None elsewhere.
         mean: what stands in its place where it is left out.
         examples: where it is strongest in ordinary text: the tokens up to that place as text, and its value.
     """

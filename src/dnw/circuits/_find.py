@@ -120,6 +120,8 @@ def find_circuit(
         raise ValueError(
             f"task {task.name!r} has {len(task) // 2} pairs; two or more are needed, to find a circuit and to measure it"
         )
+    device = next(model.parameters()).device
+    task, text = task.to(device), text.to(device)
     found_on, _ = task.halves()
     training = [module for module in model.modules() if module.training]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -179,8 +181,8 @@ def _means(model: nn.Module, names: tuple[str, ...], text: Tensor) -> dict[str, 
         sums[name] = sums.get(name, 0) + x.flatten(0, -2).double().sum(0)
 
     _watched(model, text, {name: partial(add, name) for name in names})
-    dtypes = next(model.parameters()).dtype
-    return {name: (total / text.numel()).to(dtypes) for name, total in sums.items()}
+    dtype = next(model.parameters()).dtype
+    return {name: (total / text.numel()).to(dtype) for name, total in sums.items()}
 
 
 def _kept_activations(model: nn.Module, kept: Mapping[str, Tensor], text: Tensor) -> dict[str, Tensor]:
@@ -216,7 +218,7 @@ def _learned(
         soft = {name: torch.sigmoid(gate) for name, gate in gates.items()}
         hard = {name: (gates[name] > 0).float() + soft[name] - soft[name].detach() for name in gates}
         rows = torch.randperm(len(task), generator=generator)[:_BATCH]
-        batch = Task(task.name, task.prompts[rows], task.right[rows], task.wrong[rows])
+        batch = task.at(rows)
         with sites.gated(hard):
             of_task = task_loss(sites.model, batch)
         seen = float(of_task.detach()) if step == 0 else 0.8 * seen + 0.2 * float(of_task.detach())

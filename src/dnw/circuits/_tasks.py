@@ -70,10 +70,16 @@ class Task:
     def halves(self) -> tuple[Task, Task]:
         """Every other pair, and the others: to find a circuit on, and to measure it on."""
         number = torch.arange(len(self)) // 2 % 2
-        return self._at(number == 0), self._at(number == 1)
+        return self.at((number == 0).nonzero().flatten()), self.at((number == 1).nonzero().flatten())
 
-    def _at(self, mask: Tensor) -> Task:
-        return Task(self.name, self.prompts[mask], self.right[mask], self.wrong[mask])
+    def at(self, rows: Tensor) -> Task:
+        """Some of the prompts, by their numbers."""
+        rows = rows.to(self.prompts.device)
+        return Task(self.name, self.prompts[rows], self.right[rows], self.wrong[rows])
+
+    def to(self, device: torch.device | str) -> Task:
+        """The same on a device."""
+        return Task(self.name, self.prompts.to(device), self.right.to(device), self.wrong.to(device))
 
 
 _QUOTED = re.compile(rb"""(?<=[(=,\[: ])(['"])([A-Za-z0-9_][A-Za-z0-9_ .,:/%-]{1,23})(?=\1)""")

@@ -1,4 +1,4 @@
-"""Real images in: digits (in the package), MNIST, CIFAR-10 and image folders, with augmentation in batch.
+"""Real data in: digits (in the package), MNIST, CIFAR-10 and image folders, with augmentation in batch; Python's own code.
 
 Contract: files are data. No pickle is run, a damaged file is named, and what fits in memory is decoded once and kept as
 bytes on the training device. The names are loaded when first used, so that missing data is found without torch.

@@ -1,4 +1,4 @@
-"""Networks made of neural graphs, and the loader for the original's weights."""
+"""Networks made of neural graphs, their peers, a decoder to look into, and the loader for the original's weights."""
 
 from dnw._files import pretrained_names
 from dnw.models._classifier import (

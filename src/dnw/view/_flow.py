@@ -64,7 +64,8 @@ def _as_read(block: Block, number: int, blocks: Sequence[Block], shapes: Mapping
     """An input with as many channels as layers see of it: a flattened image has as many as pixels."""
     if block.kind != "input":
         return block
-    seen = [shapes[other.name][1] for other in blocks if number in other.reads and other.name in shapes]
+    reading = [other for other in blocks if number in other.reads and other.name in shapes]
+    seen = [shapes[other.name][1] for other in reading if other.channels == shapes[other.name][0]]  # no embedding
     return replace(block, channels=max(seen, default=block.channels))
 
 
@@ -118,9 +119,8 @@ class _Flow:
         for name in layers:
             reads = self._origins[node]
             attends = next((self.blocks[i].heads_read for i in reads if self.blocks[i].kind == "join"), 1)
-            channels = self._shapes[name][0] if name in self._shapes else _width(node, of_images="conv" in operation)
-            if "embedding" in operation:
-                channels = _width(node)
+            is_known = name in self._shapes and "embedding" not in operation  # whose targets are tokens
+            channels = self._shapes[name][0] if is_known else _width(node, of_images="conv" in operation)
             block = Block("layer", name, channels, reads, heads_read=attends if len(reads) == 1 else 1)
             self._origins[node] = (self._add(block),)
         if heads:

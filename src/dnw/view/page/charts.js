@@ -212,3 +212,34 @@ function latest(run, epoch, name, key, text) {
   const last = known.filter(m => m.epoch <= epoch + 1e-9).at(-1);
   return [[name, last ? text(last[key]) : "none yet"]];
 }
+
+/* Numbers of one run, or of several beside each other. */
+function fillFacts(id, columns) {
+  if (columns.length === 1) return facts(id, columns[0]);
+  const maps = columns.map(column => new Map(column));
+  const names = [...new Set(maps.flatMap(map => [...map.keys()]))];
+  factsBeside(id, names, maps.map(map => names.map(name => map.get(name))));
+}
+
+/* A line or a set of bars of the i-th run: its colour, and its name where there are several. */
+const named = (run, i) => ({ colour: tint(i), name: runs.length > 1 ? nameApart(run) : "" });
+
+/* The moment, and what is said and drawn of runs whatever they are of: numbersOf(run, epoch) tells the numbers. */
+function drawRuns() {
+  const run = runs[0];
+  const epoch = times[state.now];
+  $("when").textContent = "epoch " + epoch.toFixed(2) + ", step " + number(run.steps[moment(run)]);
+  $("when").setAttribute("aria-live", state.playing ? "off" : "polite");
+  fillFacts("now", runs.map(one => numbersOf(one, epoch)));
+  const measured = (key, dashed, what = "") => runs.map((one, i) => {
+    const line = named(one, i);
+    const points = one.metrics.map(m => [m.epoch, m[key]]).filter(([, value]) => value != null);
+    return { ...line, name: [line.name, what].filter(Boolean).join(" "), dashed, points };
+  });
+  const counted = key => runs.map((one, i) => ({ ...named(one, i), points: one.epochs.map((e, k) => [e, one[key][k]]) }));
+  const come = counted("came").map(line => ({ ...line, points: line.points.slice(1) }));
+  chart("accuracy", measured("top1"), { percent: true });
+  chart("loss", [...measured("train_loss", false, "training"), ...measured("test_loss", true, "test")], { outliers: true });
+  chart("swaps", come, { zero: true });
+  chart("alive", counted("alive"));
+}

@@ -53,28 +53,7 @@ function numbersOf(run, epoch) {
 function drawBeside() {
   const run = runs[0];
   const s = moment(run);
-  const epoch = times[state.now];
-  $("when").textContent = "epoch " + epoch.toFixed(2) + ", step " + number(run.steps[s]);
-  $("when").setAttribute("aria-live", state.playing ? "off" : "polite");
-  if (runs.length === 1) {
-    facts("now", numbersOf(run, epoch));
-  } else {
-    const columns = runs.map(one => new Map(numbersOf(one, epoch)));
-    const names = [...new Set(columns.flatMap(column => [...column.keys()]))];
-    factsBeside("now", names, columns.map(column => names.map(name => column.get(name))));
-  }
-  const named = (one, i) => ({ colour: tint(i), name: runs.length > 1 ? nameApart(one) : "" });
-  const measured = (key, dashed, what = "") => runs.map((one, i) => {
-    const line = named(one, i);
-    const points = one.metrics.map(m => [m.epoch, m[key]]).filter(([, value]) => value != null);
-    return { ...line, name: [line.name, what].filter(Boolean).join(" "), dashed, points };
-  });
-  const counted = key => runs.map((one, i) => ({ ...named(one, i), points: one.epochs.map((e, k) => [e, one[key][k]]) }));
-  const come = counted("came").map(line => ({ ...line, points: line.points.slice(1) }));
-  chart("accuracy", measured("top1"), { percent: true });
-  chart("loss", [...measured("train_loss", false, "training"), ...measured("test_loss", true, "test")], { outliers: true });
-  chart("swaps", come, { zero: true });
-  chart("alive", counted("alive"));
+  drawRuns();
   const byDegree = runs.map((one, i) => ({ ...named(one, i), counts: one.degreeCounts(moment(one)) }));
   const bySkip = runs.map((one, i) => ({ ...named(one, i), counts: one.skipCounts(moment(one)) }));
   bars("degrees", byDegree, i => i > 1 ? 2 ** (i - 1) + "-" + (2 ** i - 1) : String(i));

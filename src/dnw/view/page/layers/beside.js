@@ -31,42 +31,19 @@ function numbersOfLayer(layer, s) {
 /* Draws everything beside the map, as it is now. */
 function drawBeside() {
   const run = runs[0];
-  const epoch = times[state.now];
-  $("when").textContent = "epoch " + epoch.toFixed(2) + ", step " + number(run.steps[moment(run)]);
-  $("when").setAttribute("aria-live", state.playing ? "off" : "polite");
-  fillFacts("now", runs, runs.map(one => numbersOf(one, epoch)));
-  const named = (one, i) => ({ colour: tint(i), name: runs.length > 1 ? nameApart(one) : "" });
-  const measured = (key, dashed, what = "") => runs.map((one, i) => {
-    const line = named(one, i);
-    const points = one.metrics.map(m => [m.epoch, m[key]]).filter(([, value]) => value != null);
-    return { ...line, name: [line.name, what].filter(Boolean).join(" "), dashed, points };
-  });
-  const counted = key => runs.map((one, i) => ({ ...named(one, i), points: one.epochs.map((e, k) => [e, one[key][k]]) }));
-  const come = counted("came").map(line => ({ ...line, points: line.points.slice(1) }));
-  chart("accuracy", measured("top1"), { percent: true });
-  chart("loss", [...measured("train_loss", false, "training"), ...measured("test_loss", true, "test")], { outliers: true });
-  chart("swaps", come, { zero: true });
-  chart("alive", counted("alive"));
+  drawRuns();
   const densityOf = (one, layer) => layer ? +(100 * layer.density(moment(one))).toFixed(2) : 0;
   const percent = one => run.layers.map(({ name }) => densityOf(one, one.layers[one.numberOf.get(name)]));
   const densities = runs.map((one, i) => ({ ...named(one, i), counts: percent(one) }));
   bars("densities", densities, l => shortName(run.layers[l]?.name ?? ""));
-  drawLayerCard(named);
+  drawLayerCard();
   fillTable();
 }
 
 const shortName = name => name.replace(/\.weight$/, "").split(".").slice(-2).join(".");
 
-/* Numbers of one run, or of several beside each other. */
-function fillFacts(id, shown, columns) {
-  if (shown.length === 1) return facts(id, columns[0]);
-  const maps = columns.map(column => new Map(column));
-  const names = [...new Set(maps.flatMap(map => [...map.keys()]))];
-  factsBeside(id, names, maps.map(map => names.map(name => map.get(name))));
-}
-
 /* The layer that is looked at, in each run. */
-function drawLayerCard(named) {
+function drawLayerCard() {
   const { name, targets, sources, kernel, num_groups: groups } = runs[0].layers[chosenLayer()];
   $("layer").value = name;
   $("layerName").textContent = name;
@@ -74,7 +51,7 @@ function drawLayerCard(named) {
   const entries = kernel > 1 ? ", " + kernel + " entries each" : "";
   $("shape").textContent = number(targets) + " targets, " + number(sources) + " sources" + of + entries;
   const found = runs.map((run, i) => ({ run, i, layer: run.layers[run.numberOf.get(name)] }));
-  fillFacts("layerFacts", runs, found.map(({ run, layer }) => layer ? numbersOfLayer(layer, moment(run)) : []));
+  fillFacts("layerFacts", found.map(({ run, layer }) => layer ? numbersOfLayer(layer, moment(run)) : []));
   const having = found.filter(({ layer }) => layer);
   const line = (one, points) => ({ ...named(one.run, one.i), points });
   const over = (one, value) => one.run.epochs.map((epoch, s) => [epoch, value(one.layer, s)]);
