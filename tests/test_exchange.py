@@ -11,6 +11,7 @@ from torch import nn
 
 import dnw
 from dnw._selection.top_k import magnitude_bits
+from dnw._wiring import one_pass
 from dnw.kernels import _exchange, _team
 
 pytestmark = [
@@ -108,13 +109,19 @@ BUDGETS = {
     "random": {"density": 0.1, "rule": dnw.RandomGraph(), "include": "*.weight"},
     "rigl": {"density": 0.1, "rule": dnw.RigL(every=3), "include": "*.weight"},
     "falling": {"density": 0.1, "schedule": dnw.DensitySchedule(end=6), "include": "*.weight"},
+    "floor": {"density": 0.03, "floor": dnw.Floor(per_target=1), "include": "*.weight"},
+    "floor of 3": {"density": 0.07, "floor": dnw.Floor(per_target=3), "rule": dnw.NormSTE(), "include": "*.weight"},
     "2 of 4": {"pattern": dnw.NOfM(2, 4), "include": ["first", "last"]},
 }
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-@pytest.mark.parametrize("lr", [0.01, 3.0])
+@pytest.mark.parametrize("lr", [0.001, 0.01, 3.0])
 def test_steps_are_the_same_without_native_code_and_by_ranking(name, lr, monkeypatch):
+    in_one_pass = []
+    take_over = one_pass.take_over
+    monkeypatch.setattr("dnw._wiring.one_pass.take_over", lambda *args: in_one_pass.append(take_over(*args)) or in_one_pass[-1])
+
     def train() -> tuple[dict, list]:
         torch.manual_seed(0)
         net = Wide()
@@ -128,6 +135,7 @@ def test_steps_are_the_same_without_native_code_and_by_ranking(name, lr, monkeyp
         return copy.deepcopy(net.state_dict()), [(p.latent, p.active, p.entered) for p in wiring.values()]
 
     native = train()
+    assert any(in_one_pass) or lr > 0.001 or name in ("random", "rigl")
     without_native(monkeypatch)
     plain = train()
     monkeypatch.setattr("dnw._wiring.one_pass.fits", lambda layer: False)

@@ -116,11 +116,12 @@ class NormSTE(Rule):
     def gradient(self, layer: Layer) -> Tensor | None:
         assert layer.grad is not None
         assert layer.active is not None
-        norms = layer.sum_by_target(only(layer.active, layer.latent).square()).sqrt().double()  # the same mean, however sharded
+        memory = only(layer.active, layer.latent)  # one for all: to fetch more costs more than the sums
+        norms = layer.sum_by_target(memory.square_()).sqrt().double()  # the same mean, however sharded
         sums = torch.stack([norms.sum(), norms.count_nonzero()])
         total, targets = sums if layer.shard is None else layer.shard.sum(sums)
         factor = self.rate * (norms * targets / total.clamp_min(1e-30)).clamp(max=1).to(layer.grad.dtype)
-        return torch.where(layer.active, layer.grad, factor * layer.grad)
+        return torch.where(layer.active, layer.grad, torch.mul(factor, layer.grad, out=memory), out=memory)
 
 
 @dataclass(frozen=True)

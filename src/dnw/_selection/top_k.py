@@ -129,9 +129,9 @@ def _of_nodes_first(ranking: Ranking) -> Ranking:
         bits = magnitude_bits(score.detach()) if targets or sources else None
         bits = bits if bits is None or among is None else bits.masked_fill_(~among, -1)
         if targets and bits is not None:
-            score = score.masked_fill(layout.from_targets(_largest_of_each(layout.by_target(bits), targets)), math.inf)
+            score = score.masked_fill(layout.from_targets(largest_of_each(layout.by_target(bits), targets)), math.inf)
         if sources and bits is not None:
-            score = score.masked_fill(layout.from_sources(_largest_of_each(layout.by_source(bits), sources)), math.inf)
+            score = score.masked_fill(layout.from_sources(largest_of_each(layout.by_source(bits), sources)), math.inf)
         scores.append(score)
     return replace(ranking, scores=scores)
 
@@ -175,7 +175,7 @@ _PASSES = 8
 """Largest entries of a row that are found by a pass over them each; more are found by sorting."""
 
 
-def _largest_of_each(bits: Tensor, least: int) -> Tensor:
+def largest_of_each(bits: Tensor, least: int) -> Tensor:
     """A mask of the largest entries of each row, the first dimension, the lowest indices first among equals; -1 is none."""
     rows = bits.flatten(1)
     mask = torch.zeros_like(rows, dtype=torch.bool)
