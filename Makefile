@@ -33,6 +33,7 @@ results: $(VENV)/.dev
 	  $(RUN)dnw results $$folder --into docs/results.md --table $$(basename $$folder) || exit 1; \
 	done
 	$(RUN)dnw results results/dormant_chain_20 --plot docs/learning_curves.svg
+	$(RUN)dnw results results/arena_tiny results/own_chain_5 results/dormant_chain --plot docs/arena.svg --differences
 
 notebook: $(VENV)/.dev
 	$(RUN)python tests/notebook.py examples/digits.ipynb

@@ -260,6 +260,30 @@ def test_learning_curves_are_drawn_of_what_is_kept(tmp_path, capsys):
     assert not (tmp_path / "none.svg").exists()
 
 
+ARENA = [STORED / name for name in ("arena_tiny", "own_chain_5", "dormant_chain")]
+
+
+def test_differences_are_drawn_by_pairs_of_runs_with_the_same_seed(tmp_path, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    assert main(["results", *map(str, ARENA), "--plot", str(tmp_path / "differences.svg"), "--differences"]) == 0
+    drawn, stored = (tmp_path / "differences.svg").read_text(), (STORED.parent / "docs" / "arena.svg").read_text()
+    assert ">norm_ste, 3 seeds<" in drawn
+    assert drawn == stored or f"Matplotlib v{matplotlib.__version__}" not in stored, "make results"
+    capsys.readouterr()
+    assert main(["results", str(STORED / "own_chain_5"), "--plot", str(tmp_path / "none.svg"), "--differences"]) == 1
+    assert "no run to be compared with DNW of the same network, epochs and seed" in capsys.readouterr().err
+    assert main(["results", *map(str, ARENA), "--differences"]) == 1
+    assert "it goes with --plot FILE" in capsys.readouterr().err
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_a_gradient_that_is_exact_by_default_or_because_it_was_asked_for_is_one_row(tmp_path):
+    base = override(RECIPES["digits"](), ["epochs=1", "baseline=null"])
+    asked = override(base, ["seeds=1", "dormant.gradient=exact"])
+    runs = [train(config, data_dir=tmp_path, out=tmp_path / str(config.seed)) for config in (base, asked)]
+    assert "| `digits` | dnw | 1 | 0, 1 |" in results_table(runs)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in STORED.iterdir()))
 def test_the_tables_of_the_docs_are_made_of_what_is_kept(name, tmp_path):
     page = STORED.parent / "docs" / "results.md"

@@ -190,6 +190,7 @@ def _tables(commands: Commands) -> None:
         "a Markdown table of runs",
         "dnw results runs/*",
         "dnw results runs/* --plot curves.svg",
+        "dnw results results/arena_tiny --plot differences.svg --differences",
         "dnw results runs/cifar10-1 --save results/cifar10 --snapshots 8",
     )
     results.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -205,6 +206,11 @@ def _tables(commands: Commands) -> None:
     )
     results.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw accuracy over the epochs as SVG, PDF or PNG instead (extra plot)"
+    )
+    results.add_argument(
+        "--differences",
+        action="store_true",
+        help="with --plot: draw how far each row is above DNW, by pairs of runs with the same seed, with two standard errors",
     )
 
     table = _command(commands, do.table, "the paper's tables beside our counts and results", "dnw table tiny", "dnw table")

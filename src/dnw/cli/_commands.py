@@ -252,13 +252,15 @@ def results(parsed: argparse.Namespace) -> None:
     With --save, settings, environment, metrics and final counts of the runs go into a folder, as run directories without
     weights, of which tables are made as well; with --snapshots too, also the trained networks, in half precision.
     """
-    from dnw.train import plot_results, results_table, save_results
+    from dnw.train import plot_differences, plot_results, results_table, save_results
     from dnw.train._results import insert_table
 
     if (parsed.into is None) != (parsed.table is None):
         raise ValueError("--into PAGE and --table NAME go together: the page, and the place in it")
     if parsed.snapshots is not None and (parsed.save is None or parsed.snapshots < 2):
         raise ValueError(f"--snapshots {parsed.snapshots}: a number from 2 on, together with --save FOLDER")
+    if parsed.differences and parsed.plot is None:
+        raise ValueError("--differences is a plot: it goes with --plot FILE")
     if parsed.save is not None and parsed.into is not None:
         raise ValueError("--save keeps runs and --into makes a table; one after the other")
     if parsed.save is not None:
@@ -266,7 +268,7 @@ def results(parsed: argparse.Namespace) -> None:
             _say(f"{kept}: {sum(file.stat().st_size for file in kept.rglob('*') if file.is_file()):,} bytes")
         return
     if parsed.plot is not None:
-        plot_results(parsed.paths, parsed.plot)
+        (plot_differences if parsed.differences else plot_results)(parsed.paths, parsed.plot)
         _say(f"{parsed.plot}: {parsed.plot.stat().st_size:,} bytes")
         return
     table = results_table(parsed.paths)

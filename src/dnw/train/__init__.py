@@ -34,6 +34,7 @@ _PUBLIC = {
     "run_record": "dnw.train._view",
     "results_table": "dnw.train._results",
     "save_results": "dnw.train._results",
+    "plot_differences": "dnw.train._results",
     "plot_results": "dnw.train._results",
     "sweep": "dnw.train._sweep",
     "plot_sweep": "dnw.train._sweep",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from dnw.train._loop import resume as resume
     from dnw.train._loop import train as train
     from dnw.train._network import Network as Network
+    from dnw.train._results import plot_differences as plot_differences
     from dnw.train._results import plot_results as plot_results
     from dnw.train._results import results_table as results_table
     from dnw.train._results import save_results as save_results

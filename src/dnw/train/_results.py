@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dnw._checks import listing
@@ -35,25 +35,11 @@ def results_table(paths: Sequence[str | Path]) -> str:
     Raises:
         ValueError: no run directory, a damaged one, or none that is finished.
     """
-    rows: _Rows = {}
-    unfinished = []
-    seen: Counter[str] = Counter()
-    for run in (run for path in paths for run in _runs(path)):
-        for member, config in RunDirectory(run).members():
-            metrics = member.metrics()
-            if not member.is_finished(config):
-                unfinished.append(f"{member.path} ({len(metrics)} of {config.epochs} epochs)")
-            else:
-                same = config.to_json()
-                alike = config.model_copy(update={"seeds": (0,)}).to_json()
-                rows.setdefault((alike, seen[same]), []).append((member, config, metrics))
-                seen[same] += 1
-    if not rows:
-        raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
+    rows, unfinished = _rows(paths)
     changed = {row: _changed(runs[0][1]) for row, runs in rows.items()}
     in_all = [change for change in next(iter(changed.values())) if all(change in found for found in changed.values())]
     with_graphs = any(metrics[-1].nodes for runs in rows.values() for _, _, metrics in runs)
-    against = _differences(rows, changed)
+    against = {row: _difference(pairs) for row, pairs in _pairs(rows).items() if len(pairs) > 1}
     titles = ["recipe", "rule", "epochs", "seeds", "last", "best", "against dnw", "edges", "live nodes", "s per epoch"]
     if not with_graphs:
         titles.remove("live nodes")
@@ -96,27 +82,64 @@ def results_table(paths: Sequence[str | Path]) -> str:
     return "\n".join(lines)
 
 
-_Rows = dict[tuple[str, int], list[tuple[RunDirectory, Config, list[EpochMetrics]]]]
+_Row = tuple[str, int]
+_Rows = dict[_Row, list[tuple[RunDirectory, Config, list[EpochMetrics]]]]
 
 
-def _differences(rows: _Rows, changed: Mapping[tuple[str, int], Sequence[str]]) -> dict[tuple[str, int], str]:
-    """How far each row is above the plain DNW of its network, by pairs of runs with the same seed, where there are some."""
+def _rows(paths: Sequence[str | Path]) -> tuple[_Rows, list[str]]:
+    """All finished runs, those that differ in their seed together; and what is said of those that are not finished.
 
-    def network(config: Config) -> tuple[object, ...]:
-        return config.model, config.data, config.epochs
+    Raises:
+        ValueError: no run directory, a damaged one, or none that is finished.
+    """
+    rows: _Rows = {}
+    unfinished = []
+    seen: Counter[str] = Counter()
+    for run in (run for path in paths for run in _runs(path)):
+        for member, config in RunDirectory(run).members():
+            metrics = member.metrics()
+            if not member.is_finished(config):
+                unfinished.append(f"{member.path} ({len(metrics)} of {config.epochs} epochs)")
+            else:
+                alike, same = (_same(config, seeds).to_json() for seeds in ((0,), config.seeds))
+                rows.setdefault((alike, seen[same]), []).append((member, config, metrics))
+                seen[same] += 1
+    if not rows:
+        raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
+    return rows, unfinished
 
+
+def _same(config: Config, seeds: tuple[int, ...]) -> Config:
+    """The same run of other seeds; a gradient that is exact by default or because it was asked for is the same."""
+    gradient = None if config.dormant.gradient == "exact" else config.dormant.gradient
+    return config.model_copy(update={"seeds": seeds, "dormant": config.dormant.model_copy(update={"gradient": gradient})})
+
+
+def _pairs(rows: _Rows) -> dict[_Row, list[float]]:
+    """How far each row is above the plain DNW of its network after the last epoch, in points, seed by seed."""
     found = {}
+    changed = {row: len(_changed(runs[0][1])) for row, runs in rows.items()}
     last = {row: {config.seed: 100 * metrics[-1].top1 for _, config, metrics in runs} for row, runs in rows.items()}
     for row, runs in rows.items():
-        alike = [
-            r for r, others in rows.items() if network(others[0][1]) == network(runs[0][1]) and others[0][1].method == "dnw"
-        ]
-        plainest = [r for r in alike if len(changed[r]) == min(len(changed[other]) for other in alike)]
+        alike = [r for r, o in rows.items() if _network(o[0][1]) == _network(runs[0][1]) and o[0][1].method == "dnw"]
+        plainest = [r for r in alike if changed[r] == min(changed[other] for other in alike)]
         if len(plainest) == 1 and plainest != [row]:
-            pairs = [last[row][seed] - last[plainest[0]][seed] for seed in last[row].keys() & last[plainest[0]].keys()]
-            if len(pairs) > 1:
-                found[row] = f"{statistics.mean(pairs):+.2f} +- {statistics.stdev(pairs) / math.sqrt(len(pairs)):.2f}"
-    return found
+            found[row] = [last[row][seed] - last[plainest[0]][seed] for seed in last[row].keys() & last[plainest[0]].keys()]
+    return {row: pairs for row, pairs in found.items() if pairs}
+
+
+def _network(config: Config) -> tuple[object, ...]:
+    """What runs have in common that are compared."""
+    return config.model, config.data, config.epochs
+
+
+def _error(pairs: Sequence[float]) -> float:
+    """The standard error of the mean of some differences."""
+    return statistics.stdev(pairs) / math.sqrt(len(pairs))
+
+
+def _difference(pairs: Sequence[float]) -> str:
+    return f"{statistics.mean(pairs):+.2f} +- {_error(pairs):.2f}"
 
 
 def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
@@ -137,15 +160,10 @@ def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
     from matplotlib.figure import Figure
 
     curves: dict[str, list[list[float]]] = {}
-    for run in (run for path in paths for run in _runs(path)):
-        for member, config in RunDirectory(run).members():
-            metrics = member.metrics()
-            if member.is_finished(config):
-                name = " ".join((config.recipe, *_changed(config)))
-                name = name if config.method in name else f"{name} ({config.method})"
-                curves.setdefault(f"{name}, {config.epochs} epochs", []).append([100 * m.top1 for m in metrics])
-    if not curves:
-        raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
+    for runs in _rows(paths)[0].values():
+        config = runs[0][1]
+        curve = f"{_label(config)}, {config.epochs} epochs"
+        curves.setdefault(curve, []).extend([100 * m.top1 for m in metrics] for _, _, metrics in runs)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, seeds in curves.items():
@@ -160,6 +178,65 @@ def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     save_figure(figure, Path(file))
+
+
+def plot_differences(paths: Sequence[str | Path], file: str | Path) -> None:
+    """Plots how far each row of the table is above the plain DNW of its network, as SVG, PDF or PNG.
+
+    A dot is the mean difference of last accuracies over pairs of runs with the same seed, its line is two standard errors to
+    each side. A hollow dot is a single pair, whose error is not known.
+
+    Args:
+        paths: as for :func:`results_table`.
+        file: where to.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra ``plot``).
+        ValueError: no run directory, a damaged one, or none that can be compared with DNW.
+    """
+    from dnw.train._sweep import check_plot
+    from dnw.view._figure import save_figure
+
+    check_plot()
+    from matplotlib.figure import Figure
+
+    rows, _ = _rows(paths)
+    pairs = _pairs(rows)
+    if not pairs:
+        given = ", ".join(map(str, paths))
+        raise ValueError(f"no run to be compared with DNW of the same network, epochs and seed among {given}")
+    networks: dict[tuple[object, ...], list[_Row]] = {}
+    for row in sorted(pairs, key=lambda row: statistics.mean(pairs[row])):
+        networks.setdefault(_network(rows[row][0][1]), []).append(row)
+    heights = [len(members) + 1.8 for members in networks.values()]
+    figure = Figure(figsize=(7, 0.42 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(networks), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (network, members) in zip(panels, networks.items(), strict=True):
+        changed = [_changed(runs[0][1]) for runs in rows.values() if _network(runs[0][1]) == network]
+        in_all = [change for change in changed[0] if all(change in others for others in changed)]
+        for place, row in enumerate(members):
+            config, found = rows[row][0][1], pairs[row]
+            error = 2 * _error(found) if len(found) > 1 else None
+            face = "none" if error is None else "C0"
+            axes.errorbar(statistics.mean(found), place, xerr=error, fmt="o", color="C0", markerfacecolor=face, capsize=3)
+            only = [config.method, *(change for change in _changed(config) if change not in in_all)]
+            seeds = f"{len(found)} seed{'s' * (len(found) > 1)}"
+            label = axes.text(0.01, place + 0.38, f"{' '.join(only)}, {seeds}", fontsize=7, va="center")
+            label.set_transform(axes.get_yaxis_transform())
+        config = rows[members[0]][0][1]
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_yticks([])
+        axes.set_ylim(-0.5, len(members) - 0.2)
+        axes.set_title(f"{config.model}, {config.data.name}, {config.epochs} epochs", fontsize="small")
+        axes.set_xlabel("points above DNW", fontsize="small")
+        axes.tick_params(labelsize="small")
+        axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, Path(file))
+
+
+def _label(config: Config) -> str:
+    name = " ".join((config.recipe, *_changed(config)))
+    return name if config.method in name else f"{name} ({config.method})"
 
 
 def _runs(path: str | Path) -> list[Path]:
@@ -260,7 +337,7 @@ def _changed(config: Config) -> list[str]:
     """What differs from the recipe, as overrides; another run by its name alone."""
     if config.recipe not in RECIPES:
         return []
-    pairs = (change.partition("=") for change in changes(config, RECIPES[config.recipe]()))
+    pairs = (change.partition("=") for change in changes(_same(config, config.seeds), RECIPES[config.recipe]()))
     named = ((key, Path(value).name if key == "ticket.run" else value) for key, _, value in pairs)
     return [f"{key}={value}" for key, value in named if key not in _SHOWN]
 
