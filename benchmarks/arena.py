@@ -29,6 +29,7 @@ CONTENDERS = {
     "norm-ste-falling": ["rule=norm_ste", "floor.per_target=1", *FALLING],
     "dnw-floor": ["floor.per_target=1"],
     "dnw-falling": FALLING,
+    "iht-falling": ["rule=iht", "floor.per_target=1", *FALLING],
     "random": ["rule=random"],
     "watts-strogatz": ["rule=frozen", "edges=watts_strogatz"],
     "barabasi-albert": ["rule=frozen", "edges=barabasi_albert"],
