@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 import dnw
 from dnw.graphs import set_graph_kernels
 
-WAYS: dict[str, tuple[dnw.Rule, dnw.Dormant | None]] = {
-    "random graph": (dnw.RandomGraph(), None),
-    "RigL, every 100 steps": (dnw.RigL(every=100), None),
-    "DNW, exact": (dnw.DNW(), dnw.Dormant()),
-    "DNW, bfloat16": (dnw.DNW(), dnw.Dormant(gradient="bfloat16")),
-    "DNW, pooled": (dnw.DNW(), dnw.Dormant(gradient="pooled")),
-    "DNW, pooled and bfloat16": (dnw.DNW(), dnw.Dormant(gradient="pooled bfloat16")),
+WAYS: dict[str, dict[str, Any]] = {
+    "random graph": {"rule": dnw.RandomGraph()},
+    "RigL, every 100 steps": {"rule": dnw.RigL(every=100)},
+    "NormSTE, an edge to each target kept": {"rule": dnw.NormSTE(), "floor": dnw.Floor(per_target=1)},
+    "DNW, exact": {"dormant": dnw.Dormant()},
+    "DNW, bfloat16": {"dormant": dnw.Dormant(gradient="bfloat16")},
+    "DNW, pooled": {"dormant": dnw.Dormant(gradient="pooled")},
+    "DNW, pooled and bfloat16": {"dormant": dnw.Dormant(gradient="pooled bfloat16")},
 }
+"""What :func:`dnw.wire` is given besides the edges."""
 COMPLETE = "complete graph, layers of PyTorch"
 
 
@@ -61,7 +64,6 @@ def compare(make: Callable[[], nn.Module], num_edges: Mapping[str, int], images:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
         forward = partial(textbook, model, num_edges) if "textbook" in name else model
         if name in WAYS:
-            rule, dormant = WAYS[name]
-            dnw.wire(model, optimizer, num_edges=dict(num_edges), rule=rule, dormant=dormant)
+            dnw.wire(model, optimizer, num_edges=dict(num_edges), **WAYS[name])
         steps[name] = partial(step, model, optimizer, forward, "auto" if name in WAYS else "never")
     report(in_turn(steps, rounds, rest=0.2), COMPLETE)

@@ -21,4 +21,4 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 "$python" -c "from dnw.compile._native import kernels; assert '$scratch' in kernels()._name, kernels()"
 "$python" -c "from dnw.kernels._exchange import library; assert '$scratch' in library()._name, library()"
 "$python" -c "from dnw.kernels._graph import library; assert '$scratch' in library()._name, library()"
-"$python" -m pytest -q -p no:xdist -p no:cacheprovider -o timeout=600 -m kernels $(grep -l mark.kernels tests/test_*.py)
+"$python" -m pytest -q -n auto --dist loadgroup -p no:cacheprovider -o timeout=600 -m kernels $(grep -l mark.kernels tests/test_*.py)
