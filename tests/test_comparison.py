@@ -195,6 +195,14 @@ def test_resnets_with_every_weight_sparse(make, size, stem):
     assert model.layer2[0].conv1.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
 
 
+def test_a_width_multiplies_the_channels_of_a_resnet18():
+    whole, half = (count_config(override(RECIPES["cifar10_resnet18"](), changes)) for changes in ([], ["width=0.5"]))
+    assert half.parameters == pytest.approx(whole.parameters / 4, rel=0.01)
+    assert resnet18_cifar(width=0.25).layer4[1].conv2.weight.shape == (128, 128, 3, 3)
+    with pytest.raises(ValueError, match="at least one"):
+        resnet18_cifar(width=0.001)
+
+
 def test_the_resnet_recipes():
     assert 25.5e6 < count_config(RECIPES["imagenet_resnet50"]()).parameters < 25.6e6
     config = RECIPES["imagenet_resnet50_dnw_first_dense"]()

@@ -51,17 +51,20 @@ class ResNet(nn.Module):
         blocks: of each stage; each but the first begins with a stride of 2.
         bottleneck: see :class:`Block`.
         small_images: a 3x3 convolution without stride at first, and no pooling after it.
+        channels: of the first stage; each further one has twice as many.
     """
 
-    def __init__(self, num_classes: int, blocks: tuple[int, ...], bottleneck: bool, small_images: bool) -> None:
+    def __init__(
+        self, num_classes: int, blocks: tuple[int, ...], bottleneck: bool, small_images: bool, channels: int = 64
+    ) -> None:
         super().__init__()
         size, stride = (3, 1) if small_images else (7, 2)
-        self.conv1 = nn.Conv2d(3, 64, size, stride=stride, padding=size // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, channels, size, stride=stride, padding=size // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
-        inputs = 64
+        inputs = channels
         for stage, count in enumerate(blocks):
-            width, layers = 64 << stage, list[nn.Module]()
+            width, layers = channels << stage, list[nn.Module]()
             for block in range(count):
                 layers.append(Block(inputs, width, 2 if stage and not block else 1, bottleneck))
                 inputs = 4 * width if bottleneck else width
@@ -88,6 +91,17 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
     return ResNet(num_classes, (3, 4, 6, 3), bottleneck=True, small_images=False)
 
 
-def resnet18_cifar(num_classes: int = 10) -> nn.Module:
-    """ResNet-18 for images of 32 pixels: a 3x3 stem without stride, no pooling after it; otherwise as :func:`resnet50`."""
-    return ResNet(num_classes, (2, 2, 2, 2), bottleneck=False, small_images=True)
+def resnet18_cifar(num_classes: int = 10, *, width: float = 1.0) -> nn.Module:
+    """ResNet-18 for images of 32 pixels: a 3x3 stem without stride, no pooling after it; otherwise as :func:`resnet50`.
+
+    Args:
+        num_classes: of the classifier.
+        width: factor of all channels, of which the first stage has 64 at width 1.
+
+    Raises:
+        ValueError: a width that leaves no channel.
+    """
+    channels = round(64 * width)
+    if channels < 1:
+        raise ValueError(f"width={width}: a ResNet-18 has 64 times as many channels in its first stage, and at least one")
+    return ResNet(num_classes, (2, 2, 2, 2), bottleneck=False, small_images=True, channels=channels)

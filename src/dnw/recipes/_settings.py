@@ -76,7 +76,15 @@ ModelName = Literal[
 ]
 STATIC_GRAPHS = ("tiny_digits", "tiny_mnist", "tiny_cifar10", "mobilenet_v1_graphs")
 """Models all of whose edges are those of static graphs."""
-WITH_WIDTH = ("mobilenet_v1", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "xception_small", "densenet_small")
+WITH_WIDTH = (
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "shufflenet_v1",
+    "shufflenet_v2",
+    "xception_small",
+    "densenet_small",
+    "resnet18_cifar",
+)
 """Models of which a width multiplies the channels."""
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 DataName = Literal["digits", "mnist", "cifar10", "folder"]

@@ -79,7 +79,7 @@ MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "mnasnet_small": lambda c, classes: mnasnet_small(classes, image_stride=_image_stride(c)),
     "xception_small": lambda c, classes: shufflenet_v1(classes, width=c.width or 1.0, groups=1, image_stride=_image_stride(c)),
     "densenet_small": lambda c, classes: densenet_small(classes, width=c.width or 1.0, image_stride=_image_stride(c)),
-    "resnet18_cifar": lambda c, classes: resnet18_cifar(classes),
+    "resnet18_cifar": lambda c, classes: resnet18_cifar(classes, width=c.width or 1.0),
     "resnet50": lambda c, classes: resnet50(classes),
 }
 Checkpoint = Literal["best", "last"]
