@@ -27,6 +27,7 @@ CONTENDERS = {
     "dnw": [],
     "norm-ste": ["rule=norm_ste", "floor.per_target=1"],
     "norm-ste-falling": ["rule=norm_ste", "floor.per_target=1", *FALLING],
+    "norm-ste-rate-0.3-falling": ["rule=norm_ste", "rule_settings.rate=0.3", "floor.per_target=1", *FALLING],
     "norm-ste-rate-1-falling": ["rule=norm_ste", "rule_settings.rate=1.0", "floor.per_target=1", *FALLING],
     "dnw-floor": ["floor.per_target=1"],
     "dnw-falling": FALLING,
