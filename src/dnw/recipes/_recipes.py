@@ -68,6 +68,18 @@ def cifar10() -> Config:
     )
 
 
+def cifar10_best() -> Config:
+    """The tiny classifier by NormSTE at full rate, its density falling from 1 to 32,000 edges over the first half."""
+    return _variant(
+        cifar10(),
+        "cifar10_best",
+        rule="norm_ste",
+        rule_settings={"rate": 1.0},
+        floor={"per_target": 1},
+        density_schedule={"end": 0.5, "every": 10},
+    )
+
+
 def cifar10_random() -> Config:
     """The tiny classifier with a random graph all of whose edges can be used."""
     return _variant(cifar10(), "cifar10_random", rule="random")
@@ -402,7 +414,7 @@ def imagenet_mnasnet() -> Config:
 GROUPS: dict[str, tuple[Callable[[], Config], ...]] = {
     "small, to begin with": (digits, mnist, mnist_mlp),
     "tiny classifiers on CIFAR-10 (table 1)": (
-        *(cifar10, cifar10_random, cifar10_random_original),
+        *(cifar10, cifar10_best, cifar10_random, cifar10_random_original),
         *(cifar10_discrete, cifar10_discrete_random, cifar10_continuous, cifar10_continuous_random),
     ),
     "ways of finding a wiring: MobileNetV1 as graphs on CIFAR-10 (table 2, and what came later)": (
