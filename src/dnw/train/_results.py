@@ -235,6 +235,7 @@ def plot_differences(paths: Sequence[str | Path], file: str | Path) -> None:
 
 
 def _label(config: Config) -> str:
+    """A row in a picture: recipe, what was changed of it, and the rule where that does not say it."""
     name = " ".join((config.recipe, *_changed(config)))
     return name if config.method in name else f"{name} ({config.method})"
 
