@@ -32,8 +32,8 @@ results: $(VENV)/.dev
 	for folder in results/*; do \
 	  $(RUN)dnw results $$folder --into docs/results.md --table $$(basename $$folder) || exit 1; \
 	done
-	$(RUN)dnw results results/dormant_chain_20 --plot docs/learning_curves.svg
-	$(RUN)dnw results results/arena_tiny results/own_chain_5 results/dormant_chain --plot docs/arena.svg --differences
+	$(RUN)dnw results results/chain_20 --plot docs/learning_curves.svg
+	$(RUN)dnw results results/arena_tiny results/chain_5 results/chain_20 --plot docs/arena.svg --differences
 
 notebook: $(VENV)/.dev
 	$(RUN)python tests/notebook.py examples/digits.ipynb

@@ -249,18 +249,18 @@ def test_what_is_kept_of_a_run_gives_the_same_table(tmp_path, capsys):
 def test_learning_curves_are_drawn_of_what_is_kept(tmp_path, capsys):
     """Those of the docs as well, as the same release of matplotlib draws them: make results."""
     matplotlib = pytest.importorskip("matplotlib")
-    assert main(["results", str(STORED / "dormant_chain_20"), "--plot", str(tmp_path / "curves.svg")]) == 0
+    assert main(["results", str(STORED / "chain_20"), "--plot", str(tmp_path / "curves.svg")]) == 0
     assert "curves.svg: " in capsys.readouterr().out
     drawn, stored = (tmp_path / "curves.svg").read_text(), (STORED.parent / "docs" / "learning_curves.svg").read_text()
     assert drawn.count("20 epochs") == 3
     assert drawn == stored or f"Matplotlib v{matplotlib.__version__}" not in stored
-    assert main(["results", str(STORED / "dormant_chain"), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert main(["results", str(STORED / "chain_5"), "--plot", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert main(["results", str(tmp_path), "--plot", str(tmp_path / "none.svg")]) == 1
     assert not (tmp_path / "none.svg").exists()
 
 
-ARENA = [STORED / name for name in ("arena_tiny", "own_chain_5", "dormant_chain")]
+ARENA = [STORED / name for name in ("arena_tiny", "chain_5", "chain_20")]
 
 
 def test_differences_are_drawn_by_pairs_of_runs_with_the_same_seed(tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_differences_are_drawn_by_pairs_of_runs_with_the_same_seed(tmp_path, cap
     assert ">norm_ste, 3 seeds<" in drawn
     assert drawn == stored or f"Matplotlib v{matplotlib.__version__}" not in stored, "make results"
     capsys.readouterr()
-    assert main(["results", str(STORED / "own_chain_5"), "--plot", str(tmp_path / "none.svg"), "--differences"]) == 1
+    assert main(["results", str(STORED / "cifar10_160"), "--plot", str(tmp_path / "none.svg"), "--differences"]) == 1
     assert "no run to be compared with DNW of the same network, epochs and seed" in capsys.readouterr().err
     assert main(["results", *map(str, ARENA), "--differences"]) == 1
     assert "it goes with --plot FILE" in capsys.readouterr().err
