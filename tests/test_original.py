@@ -252,7 +252,7 @@ def test_learning_curves_are_drawn_of_what_is_kept(tmp_path, capsys):
     assert main(["results", str(STORED / "chain_20"), "--plot", str(tmp_path / "curves.svg")]) == 0
     assert "curves.svg: " in capsys.readouterr().out
     drawn, stored = (tmp_path / "curves.svg").read_text(), (STORED.parent / "docs" / "learning_curves.svg").read_text()
-    assert drawn.count("20 epochs") == 3
+    assert drawn.count("20 epochs") == 5
     assert drawn == stored or f"Matplotlib v{matplotlib.__version__}" not in stored
     assert main(["results", str(STORED / "chain_5"), "--plot", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

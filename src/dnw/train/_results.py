@@ -160,11 +160,10 @@ def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
     from matplotlib.figure import Figure
 
     curves: dict[str, list[list[float]]] = {}
-    for runs in _rows(paths)[0].values():
-        config = runs[0][1]
-        curve = f"{_label(config)}, {config.epochs} epochs"
+    rows = list(_rows(paths)[0].values())
+    for curve, runs in zip(_labels([runs[0][1] for runs in rows]), rows, strict=True):
         curves.setdefault(curve, []).extend([100 * m.top1 for m in metrics] for _, _, metrics in runs)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.2 + 0.16 * len(curves)), layout="constrained")
     axes = figure.subplots()
     for name, seeds in curves.items():
         epochs = range(1, 1 + len(seeds[0]))
@@ -176,7 +175,7 @@ def plot_results(paths: Sequence[str | Path], file: str | Path) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower left", fontsize=7, frameon=False)
     save_figure(figure, Path(file))
 
 
@@ -212,16 +211,15 @@ def plot_differences(paths: Sequence[str | Path], file: str | Path) -> None:
     figure = Figure(figsize=(7, 0.42 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(networks), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (network, members) in zip(panels, networks.items(), strict=True):
-        changed = [_changed(runs[0][1]) for runs in rows.values() if _network(runs[0][1]) == network]
-        in_all = [change for change in changed[0] if all(change in others for others in changed)]
+        compared = [row for row, runs in rows.items() if _network(runs[0][1]) == network]
+        apart = dict(zip(compared, _apart([rows[row][0][1] for row in compared]), strict=True))
         for place, row in enumerate(members):
             config, found = rows[row][0][1], pairs[row]
             error = 2 * _error(found) if len(found) > 1 else None
             face = "none" if error is None else "C0"
             axes.errorbar(statistics.mean(found), place, xerr=error, fmt="o", color="C0", markerfacecolor=face, capsize=3)
-            only = [config.method, *(change for change in _changed(config) if change not in in_all)]
             seeds = f"{len(found)} seed{'s' * (len(found) > 1)}"
-            label = axes.text(0.01, place + 0.38, f"{' '.join(only)}, {seeds}", fontsize=7, va="center")
+            label = axes.text(0.01, place + 0.38, f"{' '.join((config.method, *apart[row]))}, {seeds}", fontsize=7, va="center")
             label.set_transform(axes.get_yaxis_transform())
         config = rows[members[0]][0][1]
         axes.axvline(0, color="0.6", linewidth=1)
@@ -234,10 +232,20 @@ def plot_differences(paths: Sequence[str | Path], file: str | Path) -> None:
     save_figure(figure, Path(file))
 
 
-def _label(config: Config) -> str:
-    """A row in a picture: recipe, what was changed of it, and the rule where that does not say it."""
-    name = " ".join((config.recipe, *_changed(config)))
-    return name if config.method in name else f"{name} ({config.method})"
+def _labels(configs: Sequence[Config]) -> list[str]:
+    """Rows in a picture: what tells them apart of recipe, rule, changes of the recipe, and the epochs."""
+    labels = []
+    for config, only in zip(configs, _apart(configs), strict=True):
+        recipe = [config.recipe] if any(config.recipe != other.recipe for other in configs) else []
+        rule = [] if recipe and config.method in config.recipe else [config.method]
+        labels.append(f"{' '.join((*recipe, *rule, *only))}, {config.epochs} epochs")
+    return labels
+
+
+def _apart(configs: Sequence[Config]) -> list[list[str]]:
+    """What was changed of the recipe of each, but for what was changed alike in all."""
+    changed = [_changed(config) for config in configs]
+    return [[change for change in one if not all(change in other for other in changed)] for one in changed]
 
 
 def _runs(path: str | Path) -> list[Path]:
