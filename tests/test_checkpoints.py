@@ -200,7 +200,9 @@ def test_a_damaged_state_changes_nothing(key, value, message):
 
 @pytest.mark.parametrize(
     ("rule", "optimizer", "at", "flatten"),
-    pairs(["dnw", "random", "dropping"], ["sgd", "momentum", "adamw"], [0, 3], [False, True]),
+    pairs(
+        ["dnw", "random", "dropping", "sr_ste", "top_kast", "l1_anneal"], ["sgd", "momentum", "adamw"], [0, 3], [False, True]
+    ),
 )
 def test_distributed_checkpoint_state_dicts(rule, optimizer, at, flatten):
     from torch.distributed.checkpoint import state_dict as dcp
@@ -220,6 +222,18 @@ def test_distributed_checkpoint_state_dicts(rule, optimizer, at, flatten):
     train_steps(model, base, range(at, at + 3))
     train_steps(other, other_base, range(at, at + 3))
     assert same(wiring, other_wiring)
+
+
+@pytest.mark.parametrize("rule", sorted(dnw.RULES.keys() - {"frozen", "complete"}))
+def test_state_that_is_made_for_a_checkpoint_knows_of_no_step(rule):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wiring = dnw.wire(model, base, density=0.2, rule=dnw.RULES[rule]())
+    dcp.get_optimizer_state_dict(model, base)
+    assert wiring.step == 0
+    assert not any(state["momentum_buffer"].any() for state in base.state.values() if state.get("momentum_buffer") is not None)
 
 
 def test_state_that_only_the_wiring_has_does_not_pass_for_the_optimizers_own():

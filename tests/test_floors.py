@@ -240,3 +240,34 @@ def test_a_graph_with_one_path_is_not():
     edges[0, 0], edges[50, 4] = True, True  # from the first input to node 4, and from there to the first output
     wiring = dnw.wire(graph, torch.optim.SGD(graph.parameters(), lr=0.1), rule=dnw.Frozen({"weight": edges}))
     assert wiring.num_active == 2
+
+
+def test_a_floor_is_refused_where_edges_of_each_sign_are_pruned_apart_in_a_common_budget():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"SET\(by_sign=True\) prunes positive and negative edges of all layers"):
+        dnw.wire(model, base, dnw.Global(0.5), rule=dnw.SET(by_sign=True), floor=dnw.Floor(edges=10))
+    dnw.wire(model, base, dnw.Global(0.5), rule=dnw.SET(by_sign=True))
+
+
+def test_a_layer_keeps_whole_units_of_a_pattern():
+    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(4)])
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="48 edges are too few for what is kept at least, 64"):
+        dnw.wire(model, base, dnw.Global(3 / 16), pattern=dnw.Blocks(4, 4))
+    wiring = dnw.wire(model, base, dnw.Global(4 / 16), pattern=dnw.Blocks(4, 4))
+    assert [edges.num_active for edges in wiring.values()] == [16] * 4
+
+
+def test_layers_begin_with_what_they_keep_at_least():
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 1000, bias=False))
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wiring = dnw.wire(
+        model,
+        base,
+        num_edges={"0": 100, "1": 100},
+        rule=dnw.SparseMomentum(every=1000),
+        floor=dnw.Floor(edges=100),
+        schedule=dnw.DensitySchedule(10, initial=0.5),
+    )
+    assert [edges.num_active for edges in wiring.values()] == [100, 4950]

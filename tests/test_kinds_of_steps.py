@@ -306,3 +306,60 @@ def test_an_interrupted_step_rolls_back(then):
         return
     for n, weight in weights.items():
         assert torch.equal(model.get_parameter(n), weight)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Subclass", "LBFGS"])
+def test_training_goes_on_after_a_closure_gave_a_gradient_that_is_not_finite(optimizer):
+    kinds = {"SGD": torch.optim.SGD, "Subclass": type("Subclass", (torch.optim.SGD,), {}), "LBFGS": torch.optim.LBFGS}
+    model = nn.Linear(8, 8, bias=False)
+    base = kinds[optimizer](model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.5)
+    before = wiring["weight"].latent
+
+    def closure(factor):
+        base.zero_grad()
+        loss = factor * model(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(FloatingPointError, match="the step is not taken"):
+        base.step(lambda: closure(float("nan")))
+    assert torch.equal(wiring["weight"].latent, before)
+    base.step(lambda: closure(1.0))
+    assert wiring.step == 1
+    assert not torch.equal(wiring["weight"].latent, before)
+    assert int(model.weight.count_nonzero()) == 32
+
+
+@pytest.mark.parametrize("rule", ["no_update", "sr_ste", "norm_ste", "rigl", "random"])
+def test_a_sparse_gradient_is_refused_by_rules_that_change_it(rule):
+    model = nn.Embedding(10, 8, sparse=True)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    dnw.wire(model, base, density=0.5, rule=dnw.RULES[rule](), include=[nn.Embedding])
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="is a sparse tensor, and .* needs a dense one"):
+        base.step()
+
+
+def test_dnw_takes_sparse_gradients():
+    model = nn.Embedding(10, 8, sparse=True)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.5, include=[nn.Embedding])
+    before = wiring["weight"].latent
+    model(torch.tensor([1, 2])).sum().backward()
+    base.step()
+    assert torch.allclose(wiring["weight"].latent[1:3], before[1:3] - 0.1)
+    assert torch.equal(wiring["weight"].latent[3:], before[3:])
+
+
+@pytest.mark.parametrize("rule", ["dnw", "random", "set"])
+def test_tensors_of_the_wiring_are_made_where_its_parameters_are_whatever_the_default_device(rule):
+    model = small_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with torch.device("meta"):
+        wiring = dnw.wire(model, base, density=0.2, rule=dnw.RULES[rule]())
+        wiring.stats()
+    model(batch(0)[0]).sum().backward()
+    with torch.device("meta"):
+        base.step()
+        assert wiring.stats()["total"]["active"] == wiring.num_active

@@ -257,3 +257,16 @@ def test_autocast_equals_mask_in_forward_under_autocast():
         assert losses[0] == losses[1]
     for n in wiring:
         assert torch.equal(wiring[n].latent, textbook.net.get_parameter(n))
+
+
+def test_a_refused_state_leaves_the_model_as_it_was():
+    model = small_net().bfloat16()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    dnw.wire(model, base, density=0.2, latent_dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    state = base.state_dict()
+    state["param_groups"].append({"params": [99], "lr": 1.0})
+    with pytest.raises(ValueError, match="parameter group"):
+        base.load_state_dict(state)
+    after = model.state_dict()
+    assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())

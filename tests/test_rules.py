@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from decimal import Decimal
 
 import pytest
@@ -650,3 +651,61 @@ def test_infinite_settings_and_decimal_densities():
     assert dnw.DensitySchedule(end=5, initial=Decimal("0.5")).num_edges(0, 1, 10) == 5
     layer = nn.Linear(4, 4)
     dnw.wire(layer, sgd(layer), density=0.5, rule=dnw.ST3(), include=["bias", "weight"])
+
+
+@pytest.mark.parametrize("rule", [dnw.SRSTE(decay=1.0), dnw.L1Anneal(penalty=1.0), dnw.TopKAST(penalty=1.0), dnw.NormSTE()])
+def test_an_optimizer_that_maximizes_steps_as_one_that_minimizes_the_negative(rule):
+    latents = []
+    for sign in (1, -1):
+        model = nn.Linear(8, 8, bias=False)
+        nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, maximize=sign < 0)
+        wiring = dnw.wire(model, base, density=0.5, rule=rule)
+        for step in range(3):
+            base.zero_grad()
+            inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            (sign * model(inputs).square().mean()).backward()
+            base.step()
+        latents.append(wiring["weight"].latent)
+    assert torch.equal(*latents)
+
+
+def test_norm_ste_hears_small_weights_in_half_precision():
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        model = nn.Linear(16, 16, bias=False)
+        nn.init.uniform_(model.weight, 1e-4, 2e-4, generator=torch.Generator().manual_seed(0))
+        model = model.to(dtype)
+        base = torch.optim.SGD(model.parameters(), lr=1.0)
+        wiring = dnw.wire(model, base, density=0.5, rule=dnw.NormSTE(rate=1.0))
+        dormant, before = ~wiring["weight"].active, wiring["weight"].latent
+        model.weight.grad = torch.full_like(model.weight, 2**-6)
+        base.step()
+        gradients.append((before - wiring["weight"].latent)[dormant].float() * 2**6)
+    assert gradients[0].mean() > 0.9
+    assert torch.allclose(*gradients, atol=0.02)
+
+
+@dataclass(frozen=True)
+class Seldom(dnw.DNW):
+    """DNW that gives other edges at every third step."""
+
+    def is_due(self, step: int) -> bool:
+        return step % 3 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pattern", [None, dnw.NOfM(2, 4)])
+def test_edges_stay_between_the_steps_at_which_a_rule_gives_others(dtype, pattern):
+    model = nn.Linear(64, 64, bias=False).to(dtype)
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    wiring = dnw.wire(model, base, None if pattern else 0.5, pattern=pattern, rule=Seldom())
+    changed = []
+    for _ in range(6):
+        before = wiring["weight"].active
+        base.zero_grad()
+        model(torch.randn(8, 64, dtype=dtype)).square().mean().backward()
+        base.step()
+        assert torch.equal(model.weight != 0, wiring["weight"].active)
+        changed.append(not torch.equal(wiring["weight"].active, before))
+    assert changed == [False, False, True] * 2

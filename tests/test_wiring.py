@@ -422,3 +422,15 @@ def test_edges_outside_the_candidates_are_refused():
     with pytest.raises(ValueError, match="some of its active edges are no candidate edges of this model"):
         optimizer.load_state_dict(state)
     assert wiring["weight"].num_active == 10
+
+
+def test_where_a_warning_is_an_error_the_model_is_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(100)
+    before = copy.deepcopy(model.state_dict())
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UserWarning, match=r"'1.weight' has no active edge left"):
+        dnw.wire(model, base, dnw.Global(0.3), floor=dnw.Floor(edges=0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(dnw.wire(model, base, density=0.5)) == 2

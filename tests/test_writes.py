@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -183,3 +184,67 @@ def test_latent_weights_never_join_an_autograd_graph():
         assert not parameter.latent.requires_grad
         parameter.latent.numpy()
     copy.deepcopy((model, base, wiring))
+
+
+class Subclass(torch.optim.SGD):
+    """An optimizer that is not PyTorch's own: when it evaluates its closure is not known."""
+
+
+@pytest.mark.parametrize("optimizer", [Subclass, torch.optim.LBFGS])
+def test_what_was_written_before_a_closure_gave_gradients_is_taken_over(optimizer):
+    model = nn.Linear(8, 8, bias=False)
+    base = optimizer(model.parameters(), lr=1e-12)
+    wiring = dnw.wire(model, base, density=0.5)
+    written = torch.rand(8, 8) + 5
+    model.load_state_dict({"weight": written})
+
+    def closure():
+        base.zero_grad()
+        loss = model(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    base.step(closure)
+    assert torch.allclose(wiring["weight"].latent, written)
+
+
+def test_zeros_that_are_written_are_no_other_sparse_weight_where_dormant_edges_take_part():
+    model = nn.Linear(16, 16, bias=False)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wiring = dnw.wire(model, base, density=0.5, rule=dnw.TargetedDropout(rate=0.5))
+    dormant, before = ~wiring["weight"].active, wiring["weight"].latent
+    with torch.no_grad():
+        model.weight[0] = 0
+    assert torch.equal(wiring["weight"].latent[1:][dormant[1:]], before[1:][dormant[1:]])
+
+
+@pytest.mark.parametrize("rule", ["dnw", "rigl", "feather", "targeted_dropout"])
+def test_what_was_written_is_made_sparse_before_the_wiring_comes_off(rule):
+    model, base, wiring = wired(rule)
+    train_steps(model, base, range(2))
+    numbers = {name: edges.num_active for name, edges in wiring.items()}
+    model.load_state_dict(small_net(9).state_dict())
+    wiring.remove()
+    assert {name: int(model.get_parameter(name).count_nonzero()) for name in numbers} == numbers
+
+
+def test_weights_that_cannot_be_ranked_are_not_taken_over():
+    model, base, wiring = wired()
+    train_steps(model, base, range(2))
+    before = wiring["0.weight"].latent
+    held = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight[0] = math.nan
+    for ask in (wiring.project, wiring.restart, lambda: wiring["0.weight"].latent):
+        with pytest.raises(ValueError, match="'0.weight' has weights that are not finite"):
+            ask()
+    with torch.no_grad():
+        model[0].weight.copy_(held)
+    assert torch.equal(wiring["0.weight"].latent, before)
+
+
+def test_latent_weights_that_are_infinite_in_their_dtype_are_refused():
+    model = nn.Linear(8, 8).half()
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.5)
+    with pytest.raises(ValueError, match="'weight' has weights that are not finite"):
+        wiring["weight"].latent = torch.full((8, 8), 1e6)

@@ -117,7 +117,8 @@ class NormSTE(Rule):
         assert layer.grad is not None
         assert layer.active is not None
         memory = only(layer.active, layer.latent)  # one for all: to fetch more costs more than the sums
-        norms = layer.sum_by_target(memory.square_()).sqrt().double()  # the same mean, however sharded
+        squares = memory.float().square() if memory.dtype == torch.float16 else memory.square_()  # 1e-4 ** 2 is 0 in float16
+        norms = layer.sum_by_target(squares).sqrt().double()  # the same mean, however sharded
         sums = torch.stack([norms.sum(), norms.count_nonzero()])
         total, targets = sums if layer.shard is None else layer.shard.sum(sums)
         factor = self.rate * (norms * targets / total.clamp_min(1e-30)).clamp(max=1).to(layer.grad.dtype)

@@ -69,9 +69,9 @@ class Layer:
         drawn on the CPU, so that they do not depend on the device or on the rank.
         """
         key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "big"))
         shape = self.latent.shape if self.shard is None else self.shard.shape
-        return self.cut(torch.rand(shape, generator=generator, dtype=dtype)).to(self.latent.device)
+        return self.cut(torch.rand(shape, generator=generator, dtype=dtype, device="cpu")).to(self.latent.device)
 
     def cut(self, whole: Tensor) -> Tensor:
         """Of a tensor of the whole parameter's shape the part that this process holds."""

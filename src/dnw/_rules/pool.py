@@ -38,8 +38,9 @@ class Pool:
 
     @property
     def least(self) -> int:
-        """Edges that its layers, and their targets, keep at least, all together."""
-        return sum(max(x.least, x.num_edges_of_nodes()) for x in self.layers)
+        """Edges that its layers, and their targets, keep at least, all together; in whole units of each layer."""
+        unit = self.unit
+        return sum(-(-max(x.least, x.num_edges_of_nodes()) // unit) * unit for x in self.layers)
 
     @property
     def unit(self) -> int:

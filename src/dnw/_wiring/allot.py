@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from dnw._checks import did_you_mean, listing
 from dnw._rules.fixed import Frozen
+from dnw._rules.growing import SET
 from dnw._rules.pool import Pool
 from dnw._rules.rule import Rule
 from dnw._selection.budgets import Allotment, Budget, ByName, Floor, LayerShape, Uniform, apportion
@@ -127,6 +128,11 @@ def set_floors(floor: Floor, rule: Rule, pattern: Pattern | None, pools: Sequenc
     shared = rule.redistributes or any(len(pool.layers) > 1 for pool in pools)
     if not shared and (floor.edges > 1 or floor.density):
         raise ValueError(f"floor={floor!r}: every layer has a budget of its own, so it would have no effect; leave it out")
+    if shared and isinstance(rule, SET) and rule.by_sign and (floor.edges > 1 or floor.density):
+        raise ValueError(
+            f"floor={floor!r}: SET(by_sign=True) prunes positive and negative edges of all layers, without regard to what each "
+            "keeps; leave one of the two out"
+        )
     for pool in pools:
         for layer in pool.layers:
             layer.least = floor.of(layer.num_candidates) if shared else 0
@@ -154,5 +160,14 @@ def begin_together(schedule: DensitySchedule, pools: Sequence[Pool]) -> None:
     unit = pools[0].unit
     room = [pool.num_candidates // unit for pool in pools]
     total = schedule.num_edges(0, sum(pool.budget for pool in pools) // unit, sum(room))
-    for pool, k in zip(pools, apportion(total, [pool.k for pool in pools], room), strict=True):
-        pool.k = max(1, k) * unit
+    least = [max(1, pool.least // unit) for pool in pools]
+    units = apportion(total, [pool.k for pool in pools], room)
+    if any(k < few for k, few in zip(units, least, strict=True)):
+        above = apportion(
+            total - sum(least),
+            [max(0, k - few) for k, few in zip(units, least, strict=True)],
+            [most - few for most, few in zip(room, least, strict=True)],
+        )
+        units = [few + more for few, more in zip(least, above, strict=True)]
+    for pool, k in zip(pools, units, strict=True):
+        pool.k = k * unit

@@ -103,7 +103,7 @@ class Exchange:
     def write_latent(self, layer: WiredLayer, value: Tensor) -> None:
         """Puts other latent weights in place, and selects."""
         self.catch_up()
-        part = layer.part(value)
+        part = layer.part(value).to(layer.latent.dtype)
         require_finite(layer.name, part, layer.shard)
         layer.latent.copy_(part)
         self.weights.select([layer])
@@ -168,7 +168,7 @@ class Exchange:
             self._roll_back()  # a fused optimizer skipped this step
             return
         step.give_back_what_has_no_gradient()
-        if step.is_template():
+        if step.is_template:
             self._roll_back()
             for layer in step.stepping.values():
                 weights.enter_state(layer, even_alone=True)
@@ -198,10 +198,18 @@ class Exchange:
             check_ranks(weights.layers, {x.name: weights.pools[x].k for x in weights.layers})
             self.ranks_to_check = False
         stepping = [layer for layer in weights.layers if layer.parameter.grad is not None]
-        if written := [layer for layer in weights.pools.competing(stepping) if weights.take_over_writes(layer)]:
+        looked_at = weights.layers if all_of_them else weights.pools.competing(stepping)
+        if written := [layer for layer in looked_at if weights.take_over_writes(layer)]:
             weights.select(written)
-        made = gradients(weights, stepping, weights.step + 1, self.check_finite)
-        self._open = step = OpenStep(weights, weights.step + 1, self.check_finite)
+        step = OpenStep(weights, weights.step + 1, self.check_finite)
+        if all_of_them:  # gradients that are there are of the last step, or of one that was refused
+            step.is_template = False
+            made = gradients(weights, stepping, step.number, check_finite=False)
+        elif step.is_template:
+            made = [None] * len(stepping)
+        else:
+            made = gradients(weights, stepping, step.number, self.check_finite)
+        self._open = step
         step.lend(weights.layers if all_of_them else stepping)
         step.lend_gradients(stepping, made)
         return step

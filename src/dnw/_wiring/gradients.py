@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from dnw._rules.rule import Rule
 from dnw._wiring.weights import Weights
 from dnw._wiring.wired_layer import WiredLayer
 from dnw.kernels._exchange import is_finite, masked
@@ -29,6 +31,9 @@ def gradients(
     """
     rule, optimizer = weights.rule, weights.optimizer
     is_due = rule.is_due(step)
+    selects = is_due and rule.selects_by_gradient
+    as_is = type(rule).gradient is Rule.gradient and rule.needs_dormant_gradient and not selects
+    maximized = {id(p) for group in weights.chain[-1].param_groups if group.get("maximize") for p in group["params"]}
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer finds them too large by this
     skips = getattr(optimizer, "found_inf", None) is not None  # and skips steps that are not finite itself
     made: list[Tensor | None] = []
@@ -36,13 +41,20 @@ def gradients(
     checks = [not skips and _looks_at(layer, check_finite) for layer in layers]
     for layer, check in zip(layers, checks, strict=True):
         given = layer.local_grad()
+        if given.layout != torch.strided and not as_is:
+            raise RuntimeError(
+                f"the gradient of {layer.name!r} is a sparse tensor, and {type(rule).__name__} needs a dense one; make the "
+                "module without sparse gradients (nn.Embedding(..., sparse=False)) or take DNW()"
+            )
         weights.see_state(layer)
         layer.grad = given if scale is None else given / scale
+        rises = id(layer.parameter) in maximized  # the rule sees what falls
+        layer.grad = layer.grad.neg() if rises else layer.grad
         gradient = rule.gradient(layer)
-        selects = is_due and rule.selects_by_gradient
+        gradient = gradient.neg() if rises and gradient is not None else gradient
         if not selects:
             layer.grad = None
-        elif scale is None and (gradient is None or gradient.data_ptr() == given.data_ptr()):
+        elif scale is None and not rises and (gradient is None or gradient.data_ptr() == given.data_ptr()):
             layer.grad = given.clone()  # some optimizers change the gradient in place
         if gradient is not None and scale is not None:
             gradient = gradient * scale

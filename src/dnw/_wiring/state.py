@@ -39,7 +39,7 @@ def entry_of(layer: WiredLayer, step: int, k: int) -> dict[str, Tensor]:
         k: number of active edges of the layer's pool.
     """
     assert layer.active is not None
-    numbers = torch.tensor((FORMAT, step, layer.step, layer.seed, k), dtype=torch.int64)
+    numbers = torch.tensor((FORMAT, step, layer.step, layer.seed, k), dtype=torch.int64, device="cpu")
     return {"latent": layer.whole(layer.latent), "active": layer.whole(layer.active), "wiring": numbers}
 
 

@@ -34,7 +34,7 @@ class Statistics:
         """Notes the edges of layers that may have changed, where anybody has asked before."""
         masks = {x.name: x.active for x in layers if x.name in self._ever and x.has_changed and x.active is not None}
         for name, words in zip(masks, each([(m.numel(), partial(packed, m)) for m in masks.values()]), strict=True):
-            self._ever[name] |= words
+            self._ever[name] = self._ever[name].to(words.device) | words
 
     def ask(self, layers: Sequence[WiredLayer], step: int, since: int | None) -> dict[str, Any]:
         """Numbers per layer and in all; see :meth:`Wiring.stats`."""
@@ -62,8 +62,9 @@ class Statistics:
         """What the part of a layer here counts, what of its targets and sources, and its edges."""
         assert layer.active is not None
         words = packed(layer.active)
-        ever = self._ever.setdefault(layer.name, words.clone())
-        counts = tally(words, before.get(layer.name, words), ever)
+        ever = self._ever[layer.name].to(words.device) if layer.name in self._ever else words.clone()
+        counts = tally(words, before.get(layer.name, words).to(words.device), ever)
+        self._ever[layer.name] = ever
         return counts, {} if layer.shard is not None else dead_nodes(layer, counts[0]), words
 
 

@@ -37,6 +37,7 @@ class OpenStep:
         depth: how many calls of a base class's ``step`` it has made that have not come back.
         stepping: by id, the layers that have got a gradient.
         results: what the optimizer has made of the latent weights, once it has.
+        is_template: whether learning rate and gradients are 0: how torch.distributed.checkpoint makes optimizer state.
     """
 
     def __init__(self, weights: Weights, number: int, check_finite: bool | None = None) -> None:
@@ -47,6 +48,9 @@ class OpenStep:
         self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}  # edges and momentum before it, where that is held
         self._selecting = False  # whether edges may have been chosen already
         self._exchanged = False  # whether the rule was asked for edges
+        self.is_template = self._has_no_rate() and not any(
+            x.total(x.local_grad()) for x in weights.layers if x.parameter.grad is not None
+        )
 
     @property
     def is_mine(self) -> bool:
@@ -68,6 +72,7 @@ class OpenStep:
             layer.lend(shown if layer.aside is None else layer.aside)
             if weights.dormant.momentum == "hold":
                 assert layer.active is not None
+                weights.see_state(layer)
                 self._kept[layer.name] = layer.active.clone(), weights.dormant.kept(layer)
 
     def lend_gradients(self, layers: Sequence[WiredLayer], gradients: Sequence[Tensor | None]) -> None:
@@ -126,12 +131,11 @@ class OpenStep:
                 layer.take_back()
                 self._weights.write(layer)
 
-    def is_template(self) -> bool:
-        """Whether it had learning rate 0 and zero gradients: how torch.distributed.checkpoint makes optimizer state."""
+    def _has_no_rate(self) -> bool:
+        """Whether all learning rates are 0, as far as that can be told without waiting for a device."""
         rates = [group.get("lr") for group in self._weights.chain[-1].param_groups]
-        if any(lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0 for lr in rates):
-            return False
-        return not any(x.total(x.local_grad()) for x in self._weights.layers if x.parameter.grad is not None)
+        known = [float(lr) for lr in rates if lr is not None and (not isinstance(lr, Tensor) or lr.device.type == "cpu")]
+        return len(known) == len(rates) and not any(known)
 
     def take_results(self) -> None:
         """Notes what the base optimizer and the rule have made; from here on the step counts."""
@@ -184,7 +188,8 @@ class OpenStep:
         weights = self._weights
         if not weights.rule.is_plain or not weights.dormant.weight_decay:
             return []
-        alone = [(layer, pool) for layer in layers if len((pool := weights.pools[layer]).layers) == 1]
+        due = [(layer, pool) for layer in layers if weights.pools.is_due(pool := weights.pools[layer], self.number)]
+        alone = [(layer, pool) for layer, pool in due if len(pool.layers) == 1]
         fitting = [(layer, pool) for layer, pool in alone if one_pass.fits(layer)]
         done = each([(layer.latent.numel(), partial(one_pass.take_over, layer, pool.k)) for layer, pool in fitting])
         for (_, pool), is_done in zip(fitting, done, strict=True):

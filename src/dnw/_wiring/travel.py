@@ -105,7 +105,9 @@ class Travel:
                 incoming[layer.name] = {k: v.detach().clone() for k, v in ours.items()}
         self._drop_unwired(state, state_dict)
         self._incoming = incoming
-        for layer in self._weights.layers:
+        groups = self._weights.chain[-1].param_groups, state_dict["param_groups"]
+        present, given = ([len(group["params"]) for group in of_one] for of_one in groups)
+        for layer in self._weights.layers if present == given else []:  # otherwise the base class refuses it
             if layer.latent.dtype != layer.parameter_dtype:  # the base class casts its state to the parameter's dtype
                 layer.lend(layer.latent)
         return {**state_dict, "state": state}

@@ -19,7 +19,7 @@ from dnw._rules.rule import Rule
 from dnw._wiring.foreign import chain
 from dnw._wiring.pools import Pools
 from dnw._wiring.ranks import local_optimizer
-from dnw._wiring.state import STATE_KEYS, entry_of
+from dnw._wiring.state import STATE_KEYS, check_finite, entry_of
 from dnw._wiring.stats import Statistics
 from dnw._wiring.wired_layer import WiredLayer
 
@@ -89,10 +89,15 @@ class Weights:
 
     @torch.no_grad()
     def take_over_writes(self, layer: WiredLayer) -> bool:
-        """Takes over what somebody else wrote to a parameter; returns whether to select anew."""
+        """Takes over what somebody else wrote to a parameter; returns whether to select anew.
+
+        Raises:
+            ValueError: NaN or infinity. It is not taken over, and waits for something else to be written in its place.
+        """
         layer.follow()
         if not layer.is_written():
             return False
+        check_finite(layer.name, layer.held.detach(), layer.shard)
         written, replaced = layer.take_over_writes(self.effective(layer), self.rule)
         if replaced and self.step:
             warnings.warn(

@@ -114,9 +114,10 @@ def wire(
             begin_together(schedule, pools)
     wiring = Wiring(unwrap_model(model), optimizer, rule, layers, pools, left, dormant, schedule, check_ranks, check_finite)
     try:
+        wiring._weights.pools.warn_of_empty(layers)
         _warn_of_cut(layers)
     except Warning:  # where warnings are errors
-        wiring.remove()
+        wiring.remove(keep="latent")
         raise
     return wiring
 

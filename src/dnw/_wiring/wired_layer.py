@@ -86,7 +86,7 @@ class WiredLayer(Layer):
         self.least_per_target = found.least_per_target
         self.parameter_dtype = held.dtype
         self.version, self.exchanged, self.num_active = -1, False, 0
-        self.progress = torch.zeros(1, dtype=torch.int64)
+        self.progress = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.threshold, self.margin = None, MARGIN
         self._buffer: Tensor | None = None
         self._changed = False  # whether active edges may differ from the previous ones
@@ -291,6 +291,11 @@ class WiredLayer(Layer):
 
     # --- what surrounds it ---
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether the parameter has the dtype and shape that it was wired with."""
+        return (self.parameter_dtype, self.previous.shape) == (self.held.dtype, self.held.shape)
+
     def follow(self) -> None:
         """Follows the parameter to another device; raises ``RuntimeError`` where it changed in another way."""
         held = self.held
@@ -300,7 +305,7 @@ class WiredLayer(Layer):
             self.candidates = None if self.candidates is None else self.candidates.to(held.device)
             self.notes = {key: value.to(held.device) for key, value in self.notes.items()}
             self.shard = shard_of(self.parameter)
-        if self.parameter_dtype != held.dtype or self.previous.shape != held.shape:
+        if not self.is_alike:
             raise RuntimeError(
                 f"the wired parameter {self.name!r} was {self.parameter_dtype} of shape {tuple(self.previous.shape)} when it "
                 f"was wired and is {held.dtype} of shape {tuple(held.shape)} now; convert the model before wiring it"
@@ -327,7 +332,7 @@ class WiredLayer(Layer):
         self.version = self._present_version()
         assert self.active is not None
         written = held != projected.to(held.dtype)
-        grown, pruned = written & ~self.active, written & self.active & (held == 0)
+        grown, pruned = written & ~self.active & (held != 0), written & self.active & (held == 0)
         seen = torch.stack([written.any(), grown.any(), pruned.any()]).to(torch.int64)
         any_written, any_grown, any_pruned = (seen if self.shard is None else self.shard.sum(seen)).tolist()
         replaced = bool(any_grown and any_pruned)

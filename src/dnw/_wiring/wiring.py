@@ -27,6 +27,7 @@ from dnw._wiring.hooks import Hooks
 from dnw._wiring.membership import Members
 from dnw._wiring.parameters import LeftOut
 from dnw._wiring.pools import Pools
+from dnw._wiring.state import check_finite as require_finite
 from dnw._wiring.travel import Travel
 from dnw._wiring.weights import Weights
 from dnw._wiring.wired_layer import WiredLayer
@@ -70,7 +71,6 @@ class Wiring(Mapping[str, WiredParameter]):
                 layer.begin(rule)
         for pool in pools:
             pool.num_active = pool.k
-        weights.pools.warn_of_empty(layers)
         self._hooks = Hooks(self._exchange, self._travel)
         for layer in layers:
             weights.clear_momentum(layer)
@@ -216,6 +216,8 @@ class Wiring(Mapping[str, WiredParameter]):
         self._exchange.undo_open_step()
         for layer in self._weights.layers:
             layer.follow()
+            require_finite(layer.name, layer.held.detach(), layer.shard)
+        for layer in self._weights.layers:
             layer.latent.copy_(layer.held)
         self._weights.select(self._weights.layers)
 
@@ -283,13 +285,12 @@ class Wiring(Mapping[str, WiredParameter]):
             raise ValueError(f"keep={keep!r}: allowed are 'sparse' and 'latent'")
         weights = self._weights
         self._exchange.undo_open_step()
+        if all(layer.is_alike for layer in weights.layers):  # or the model was converted, and what it holds stays
+            self._exchange.catch_up()
         for layer in weights.layers:
             if keep == "latent":
-                if layer.parameter_dtype == layer.held.dtype:
-                    weights.take_over_writes(layer)
                 layer.write(layer.latent)
             elif weights.rule.settles:
-                weights.take_over_writes(layer)
                 layer.write(weights.rule.settle(layer))
             weights.leave_state(layer)
         self._hooks.remove()

@@ -93,7 +93,7 @@ def take(
     size = held.numel()
     if lib is None or not is_native(held, latent, active, candidates):
         return _take(held.view(-1), latent.view(-1), active.view(-1), candidates, low, high, taken)
-    indices, found = torch.empty(size // 16 + 64, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+    indices, found = (torch.empty(n, dtype=torch.int64, device="cpu") for n in (size // 16 + 64, 2))
     masks = address(active), address(candidates)
     room = address(indices), len(indices)
     lib.dnw_take(address(held), address(latent), *masks, size, low, high, *room, address(found), address(taken))
@@ -158,7 +158,7 @@ def packed(mask: Tensor) -> Tensor:
     """A mask, 64 entries to a word, the first in the lowest bit: int64."""
     lib, size = library(), mask.numel()
     if lib is not None and is_native(mask):
-        words = torch.empty(-(-size // 64), dtype=torch.int64)
+        words = torch.empty(-(-size // 64), dtype=torch.int64, device="cpu")
         lib.dnw_pack(address(mask), size, address(words))
         return words
     flat = torch.cat([mask.reshape(-1), mask.new_zeros(-size % 64)]).view(-1, 64).to(torch.int64)
@@ -174,7 +174,7 @@ def tally(now: Tensor, then: Tensor, ever: Tensor) -> list[int]:
     """
     lib = library()
     if lib is not None and all(x.device.type == "cpu" for x in (now, then, ever)):
-        counts = torch.empty(4, dtype=torch.int64)
+        counts = torch.empty(4, dtype=torch.int64, device="cpu")
         lib.dnw_tally(address(now), address(then), address(ever), len(now), address(counts))
         return counts.tolist()
     ever |= now
@@ -187,7 +187,8 @@ def dead(mask: Tensor, groups: int) -> tuple[int, int]:
     lib = library()
     if lib is not None and is_native(mask):
         kernel = math.prod(mask.shape[2:])
-        seen, found = torch.empty(mask.shape[1], dtype=torch.uint8), torch.empty(2, dtype=torch.int64)
+        seen = torch.empty(mask.shape[1], dtype=torch.uint8, device="cpu")
+        found = torch.empty(2, dtype=torch.int64, device="cpu")
         sizes = (groups, mask.shape[0] // groups, mask.shape[1], kernel)
         lib.dnw_dead(address(mask), *sizes, address(seen), address(found))
         targets, sources = found.tolist()
