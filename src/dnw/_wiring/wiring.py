@@ -277,9 +277,14 @@ class Wiring(Mapping[str, WiredParameter]):
     def remove(self, keep: Literal["sparse", "latent"] = "sparse") -> None:
         """Takes the wiring off again: the optimizer goes on as a plain one, on dense parameters.
 
+        What has been written to the model since the last step is taken over first, as before a step.
+
         Args:
             keep: what stays in the model: the effective weights that it is evaluated with ("sparse") or the dense latent ones
                 ("latent").
+
+        Raises:
+            ValueError: ``keep`` is neither, or NaN or infinity was written to the model.
         """
         if keep not in ("sparse", "latent"):
             raise ValueError(f"keep={keep!r}: allowed are 'sparse' and 'latent'")
