@@ -112,7 +112,7 @@ class StaticGraph(nn.Module):
         nodes: list[Any] = list(self.nodes)
         parts = [*nodes, *(part for node in nodes for part in node.children())]
         if not all(map(is_node, nodes)):
-            return "a node function has been replaced"
+            return "a node function is not of the kind that kernels know: ReLU, 3x3 convolution of stride 1 or 2, norm"
         stride = nodes[0].conv.stride[0]
         pixels = out_size(x.shape[2], stride) * out_size(x.shape[3], stride)
         if norm_kind([node.norm for node in nodes], pixels, x.shape[0]) is None:
