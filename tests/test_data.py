@@ -325,6 +325,16 @@ def test_images_are_held_out_once_for_all(tmp_path):
             hold_out(files, number)
 
 
+def test_to_test_no_training_image_is_decoded(tmp_path):
+    write_tree(tmp_path)
+    (tmp_path / "train" / "dog" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2\.png"):
+        load("folder", tmp_path, 6)
+    train, test = load("folder", tmp_path, 6, testing=True)
+    assert test.images.shape == (6, 3, 6, 6)
+    assert train.classes == test.classes == ("cat", "dog")
+
+
 def test_cifar_as_a_tree(tmp_path):
     write_tree(tmp_path / "cifar10", size=32)
     assert load("cifar10", tmp_path, 32)[0].images.shape == (6, 3, 32, 32)

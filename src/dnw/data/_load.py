@@ -15,31 +15,32 @@ from dnw.data._readers import read_cifar10, read_digits, read_mnist
 Pair = tuple[Images, Images] | tuple[FolderImages, FolderImages]
 
 
-def _digits(folder: Path, size: int) -> Pair:
+def _digits(folder: Path, size: int, testing: bool) -> Pair:
     return read_digits()
 
 
-def _mnist(folder: Path, size: int) -> Pair:
+def _mnist(folder: Path, size: int, testing: bool) -> Pair:
     return read_mnist(folder)
 
 
-def _cifar10(folder: Path, size: int) -> Pair:
+def _cifar10(folder: Path, size: int, testing: bool) -> Pair:
     inner, pickled = find_cifar10(folder)
-    return read_cifar10(inner) if pickled else _folder(inner, size)
+    return read_cifar10(inner) if pickled else _folder(inner, size, testing)
 
 
-def _folder(folder: Path, size: int) -> Pair:
+def _folder(folder: Path, size: int, testing: bool) -> Pair:
     check_folder(folder)
     train, test = list_folder(folder)
-    if fits_in_memory(train, size) and fits_in_memory(test, size):
-        return decode(train, size), decode(test, size)
-    return train, test
+    if not (fits_in_memory(train, size) and fits_in_memory(test, size)):
+        return train, test
+    decoded = decode(test, size)
+    return (decoded if testing else decode(train, size)), decoded
 
 
 _SPLIT_SEED = 0
 """Of the images that are held out: the same ones whatever the seed of a run."""
 
-DATASETS: dict[str, Callable[[Path, int], Pair]] = {
+DATASETS: dict[str, Callable[[Path, int, bool], Pair]] = {
     "digits": _digits,
     "mnist": _mnist,
     "cifar10": _cifar10,
@@ -47,18 +48,20 @@ DATASETS: dict[str, Callable[[Path, int], Pair]] = {
 }
 
 
-def load(name: str, folder: Path, size: int) -> Pair:
+def load(name: str, folder: Path, size: int, *, testing: bool = False) -> Pair:
     """The training and test images of a data set: decoded where they fit in memory, else as lists of files.
 
     Args:
         name: one of ``DATASETS``.
         folder: where the data is; not used by "digits".
         size: side in pixels of the square images that the network gets.
+        testing: nothing is trained, so training images that would have to be decoded one by one need not be: the test
+            images may stand in their place.
 
     Raises:
         ValueError: missing or damaged data, images of another size, or a wrong layout; the message says what was looked for.
     """
-    pair = DATASETS[name](folder, size)
+    pair = DATASETS[name](folder, size, testing)
     for part in pair:
         if isinstance(part, Images) and part.images.shape[2:] != (size, size):
             found = sizes_text(part.images.shape[2:])

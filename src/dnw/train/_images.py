@@ -21,7 +21,7 @@ def load_data(config: Config, folder: Path, *, testing: bool = False) -> ImageDa
         folder: where the data lies.
         testing: the test images, also where the config measures on training images that it holds out.
     """
-    train, test = load(config.data.name, folder, config.data.image_size)
+    train, test = load(config.data.name, folder, config.data.image_size, testing=testing)
     return hold_out(train, config.data.validation) if config.data.validation and not testing else (train, test)
 
 
