@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import lively, thinned
+from helpers import pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -330,7 +331,8 @@ def test_a_program_of_all_channels_is_exact(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_dead_parts_go_and_outputs_stay(name, dead):
     model, inputs = network(name, density=0.2, dead=dead)
-    whole, left = (p(captured(model, tuple(inputs)).program()) for p in (lambda program: program, shrunk))
+    found = captured(model, tuple(inputs))
+    whole, left = found.program(), shrunk(found.program())
     assert_near(left.run(*inputs), results(model, inputs))
     assert left.multiply_adds <= whole.multiply_adds
     if dead == 0.5 and name not in ("several", "channels last", "tokens"):
@@ -434,9 +436,7 @@ kernels = pytest.mark.skipif(native.kernels() is None, reason="the kernels are n
 
 @kernels
 @pytest.mark.kernels
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "sparse", "lanes"), pairs(NETWORKS, [False, True], [4, 8, 16]))
 def test_kernels_agree_with_pytorch_whatever_memory_held(name, sparse, lanes, monkeypatch):
     if lanes > native.lanes():
         pytest.skip(f"this machine has no vectors of {lanes} floats")
@@ -461,9 +461,9 @@ def test_kernels_agree_with_pytorch_whatever_memory_held(name, sparse, lanes, mo
 def test_every_kernel_of_layers_runs_in_these_networks():
     kinds = set[str]()
     for name in NETWORKS:
-        model, inputs = network(name)
+        program = program_of(*network(name))
         for sparse in (False, True):
-            kinds |= {record.kind for record in Runtime(program_of(model, inputs, sparse))._layout.lowered.records}
+            kinds |= {record.kind for record in Runtime(of_form(program, sparse))._layout.lowered.records}
     assert kinds >= set(native.tables().kinds) - {"edges", "matrix", "instance_norm", "rectify", "slide"}
 
 

@@ -225,7 +225,7 @@ def graphs(draw):
 
 @pytest.mark.kernels
 @given(graph=graphs(), side=st.integers(5, 9))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_graphs(graph, side):
     for module in graph.modules():  # lively gives every norm a weight; some are to be 0 again
         if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):

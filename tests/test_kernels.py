@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compiled import lively, small_program, thinned
+from helpers import pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -182,8 +183,11 @@ def test_batches_and_threads_give_the_same(program, batch, threads):
     assert torch.equal(runtime(images), torch.cat(one_by_one) if batch else torch.empty(0, 10))
 
 
-@pytest.mark.parametrize("side", [(21, 18), (32, 32), (47, 35)])
-@pytest.mark.parametrize("cache", [1, 24_000, 100_000, 10**9])
+@pytest.mark.parametrize(
+    ("lanes", "side", "cache"),
+    pairs([4, 8, 16], [(21, 18), (32, 32), (47, 35)], [1, 24_000, 100_000, 10**9]),
+    indirect=["lanes"],
+)
 def test_any_cache_and_vector_width_give_the_same(lanes, stale, side, cache):
     """However few rows are made at a time; also where maps have just as many places as a vector, or half of them."""
     stages = (Stage(6, 8, 1, 2), Stage(8, 16, 2, 3), Stage(16, 16, 2, 2), Stage(16, 24, 2, 2))
@@ -222,7 +226,7 @@ def test_what_is_joined_row_by_row_lies_where_it_is_held(height, width, depth, p
     torch.testing.assert_close(Runtime(program)(images), program(images), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     side=st.tuples(st.integers(3, 40), st.integers(3, 40)),
     strides=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3),
