@@ -13,11 +13,12 @@ from helpers import rule_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dnw
 from dnw.graphs import INSTANCE_NORM, ContinuousTimeGraph, DiscreteTimeGraph, StaticGraph, set_graph_kernels
-from dnw.kernels import _graph
+from dnw.kernels import _graph, _room
 
 pytestmark = [
     pytest.mark.kernels,
@@ -36,6 +37,13 @@ def sparse(graph: nn.Module, density: float) -> nn.Module:
     with torch.no_grad():
         graph.weight *= torch.rand(graph.weight.shape, generator=torch.Generator().manual_seed(2)) < density
     return graph
+
+
+class LoggingMode(TorchDispatchMode):
+    """Looks at single operations."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def off(a: Tensor, b: Tensor) -> float:
@@ -255,13 +263,28 @@ def test_what_kernels_do_not_know_runs_as_layers():
         return reason
 
     assert "GroupNorm" in why(StaticGraph((4, 8), 5, norm=lambda n: nn.GroupNorm(2, n)))
-    hooked = StaticGraph((4, 8), 5)
-    hooked.nodes[1].register_forward_hook(lambda *_: None)
-    assert "hooks" in why(hooked)
+    for registered in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        hooked = StaticGraph((4, 8), 5)
+        getattr(hooked.nodes[1].conv, f"register_{registered}")(lambda *_: None)
+        assert "hooks" in why(hooked)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert "hooks" in why(StaticGraph((4, 8), 5))
+    handle.remove()
+    with torch.device("cpu"):
+        assert why(StaticGraph((4, 8), 5)) == ""
+    shifted = StaticGraph((4, 8), 5, norm=lambda n: nn.BatchNorm2d(n, bias=n == 4))
+    assert "BatchNorm2d as it is here" in why(shifted)
+    slower = StaticGraph((4, 8), 5)
+    slower.nodes[1].conv.stride = (2, 2)
+    assert "beyond the first level" in slower.why_layers(torch.randn(3, 4, 6, 6))
+    with pytest.raises(ValueError, match=r"expected maps \[batch, 4, height, width\]"):
+        slower.why_layers(torch.randn(8, 8))
     assert "float32" in why(StaticGraph((4, 8), 5).double(), torch.randn(3, 4, 6, 6).double())
     with torch.autocast("cpu", torch.bfloat16):
         assert "float32" in why(StaticGraph((4, 8), 5))
     with FlopCounterMode(display=False):
+        assert "hooks" in why(StaticGraph((4, 8), 5))
+    with LoggingMode():
         assert "traced" in why(StaticGraph((4, 8), 5))
     replaced = StaticGraph((4, 8), 5)
     replaced.nodes[1].conv = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
@@ -367,20 +390,95 @@ def test_second_derivatives_in_any_layout():
     assert off(*found) < 1e-4
 
 
-def test_second_derivatives():
-    graph, x = sparse(StaticGraph((3, 4), 2), 0.5), torch.randn(3, 3, 4, 4, requires_grad=True)
+AGAIN = {
+    "static": lambda: StaticGraph((3, 4), 2),
+    "static, applied twice": lambda: nn.Sequential(*[StaticGraph((3, 4), 3)] * 2),
+    "discrete": lambda: DiscreteTimeGraph(7, 3, 2, steps=3, norm=nn.BatchNorm2d),
+    "discrete, norm of an image": lambda: DiscreteTimeGraph(7, 3, 2, steps=3, norm=INSTANCE_NORM),
+    "continuous": lambda: ContinuousTimeGraph(7, 3, 2, solver="rk4", solver_steps=2),
+    "continuous, numbers": lambda: ContinuousTimeGraph(7, 3, 2, solver="midpoint", solver_steps=2, maps=False),
+}
 
-    def penalty() -> list[Tensor]:
-        graph.zero_grad()
-        (slope,) = torch.autograd.grad(graph(x).square().sum(), x, create_graph=True)
-        slope.square().sum().backward()
-        return [p.grad.clone() for p in graph.parameters() if p.grad is not None]
 
-    kernels = penalty()
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluated"])
+@pytest.mark.parametrize("kind", AGAIN)
+def test_second_derivatives(kind, training):
+    """First derivatives are those of a plain backward pass, and second ones those of the layers in float64."""
+    model = AGAIN[kind]().train(training)
+    for graph in {module for module in model.modules() if hasattr(module, "why_layers")}:
+        sparse(graph, 0.5)
+    x = torch.randn(8, 3, *([] if kind.endswith("numbers") else [4, 4]))
+
+    def derivatives(model: nn.Module, x: Tensor, again: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+        model.zero_grad()
+        at = [x.clone().requires_grad_(), *model.parameters()]
+        first = torch.autograd.grad(model(at[0]).square().sum(), at, create_graph=again)
+        if again:
+            sum(slope.square().sum() for slope in first).backward()
+        return [slope.detach() for slope in first], [t.grad for t in at]
+
+    first, second = derivatives(model, x)
+    plain, _ = derivatives(model, x, again=False)
     set_graph_kernels("never")
-    layers = penalty()
-    assert len(kernels) == len(layers) > 2
-    assert all(off(a, b) < 1e-4 for a, b in zip(kernels, layers, strict=True))
+    exact_first, exact_second = derivatives(copy.deepcopy(model).double(), x.double())
+    assert len(second) == len(exact_second) > 2
+    for found, expected in ((first, plain), (first, exact_first), (second, exact_second)):
+        assert all(off(a.double(), b.double()) < 1e-3 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("part", ["norm", "activation"])
+def test_hooks_on_parts_of_a_graph_in_time_are_called_at_every_step(part):
+    graph, called = DiscreteTimeGraph(9, 4, 3, steps=3, norm=nn.BatchNorm2d, activation=nn.ReLU()), []
+    getattr(graph, part).register_full_backward_pre_hook(lambda *_: called.append(part))
+    graph(torch.randn(8, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert len(called) == 3
+
+
+def test_an_unwired_graph_counts_the_edges_that_it_reads():
+    set_graph_kernels("auto")
+    graph, x = StaticGraph((8, 8, 8, 8), 2, shared_outputs=True), torch.randn(8, 8, 4, 4)
+    dnw.wire(graph, torch.optim.SGD(graph.parameters(), lr=0.1), density=0.9)
+    other = StaticGraph((8, 8, 8, 8), 2, shared_outputs=True)
+    other.load_state_dict(graph.state_dict())
+    assert other.why_layers(x) == graph.why_layers(x) == "90% of the candidate edges are active, and kernels pay up to 50%"
+
+
+def test_a_compiled_graph_in_continuous_time_is_compiled_once():
+    graph, compiled = sparse(ContinuousTimeGraph(9, 4, 3, solver="rk4", solver_steps=2), 0.3), []
+
+    def backend(module, example):
+        compiled.append(module)
+        return module.forward
+
+    module = torch.compile(graph, backend=backend)
+    x = torch.randn(8, 4, 5, 5)
+    with torch.no_grad():
+        found = [module(x) for _ in range(4)]
+        expected = graph(x)
+    assert len(compiled) == 1
+    assert off(found[-1], expected) < 1e-5
+
+
+def test_memory_is_lent_once_whenever_its_last_holder_goes():
+    """A buffer may die while it is looked at, by another thread or the garbage collector."""
+    pool, asked = _room._Pool(), []
+
+    class Dying:
+        def __init__(self, buffer: object) -> None:
+            self.buffer, self.times = buffer, 0
+
+        def __call__(self) -> object:
+            asked.append(self)
+            self.times += 1
+            return self.buffer if self.times == 1 else None
+
+    held = pool.lend(1 << 16)
+    (entry,) = pool._lent
+    pool._lent[:] = [(Dying(held), entry[1])]
+    pool.lend(1 << 16)
+    places = [id(block) for _, block in pool._lent] + [id(block) for block in pool._free]
+    assert len(asked) == 1
+    assert len(places) == len(set(places)) == 2
 
 
 def test_the_whole_model_compiles():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,21 @@ def is_differentiated_again(grad: Tensor) -> bool:
 
 
 def gradients_of(
-    out: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs that need one, which can be differentiated again."""
-    wanted = [x for x, needs in zip(inputs, needed, strict=False) if needs and x is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needs and x is not None else None for x, needs in zip(inputs, needed, strict=False))
+    """The gradients of the inputs that need one, which can be differentiated again.
+
+    Args:
+        function: of the inputs.
+        inputs: where one came from another, as a state from a weight, the gradient does not go back there.
+        needed: which inputs need a gradient; the rest of it is not looked at.
+        grad: of what the function gives.
+    """
+    places = [i for i, x in enumerate(inputs) if x is not None and needed[i]]
+    aliases = [x.view_as(x) if i in places and x is not None else x for i, x in enumerate(inputs)]
+    wanted = [alias for i, alias in enumerate(aliases) if i in places and alias is not None]
+    found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if i in places else None for i in range(len(inputs)))
 
 
 def normed(
@@ -41,4 +50,4 @@ def normed(
         return F.instance_norm(x, None, None, scale, shift, True, eps=eps)
     if norm is Norm.BATCH:
         return F.batch_norm(x, None, None, scale, shift, True, eps=eps)
-    return F.batch_norm(x, mean, 1 / deviation.square() - eps, scale, shift, False, eps=eps)
+    return F.batch_norm(x, mean.detach(), 1 / deviation.detach().square() - eps, scale, shift, False, eps=eps)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dnw.graphs._dynamic_kernels import is_relu, run_nodes
 from dnw.graphs._ode import Solver, solver_named
-from dnw.graphs._way import is_convolution, norm_kind, why_not
+from dnw.graphs._way import has_hooks, is_convolution, norm_kind, why_not
 
 INSTANCE_NORM = partial(nn.InstanceNorm2d, affine=True)
 
@@ -117,7 +117,7 @@ class DynamicGraph(nn.Module, ABC):
     def rate(self, state: Tensor) -> Tensor:
         """The right-hand side: what reaches every node from the present states, normalised. ``[batch, nodes, ...]``."""
         on_kernels = not self.why_layers(state)
-        if on_kernels and isinstance(self.conv, nn.Conv2d) and is_relu(self.activation):
+        if on_kernels and isinstance(self.conv, nn.Conv2d) and is_relu(self.activation) and not has_hooks(self.activation):
             sent = run_nodes(self.conv.weight.flatten(1), state)
         else:
             sent = self.conv(self.activation(state))
@@ -193,7 +193,7 @@ class DiscreteTimeGraph(DynamicGraph):
         """Whether kernels do the norm of a step with the node functions of the next one."""
         if not self.maps or norm_kind([self.norm], x.shape[2] * x.shape[3], x.shape[0]) is None or not is_relu(self.activation):
             return False
-        return not (self.norm._forward_hooks or self.norm._forward_pre_hooks or self.why_layers(x))
+        return not (has_hooks(self.norm) or has_hooks(self.activation) or self.why_layers(x))
 
     def _reached(self, state: Tensor) -> Tensor:
         """What reaches the nodes in the last step, before the norm, from the state of the first nodes."""
@@ -222,7 +222,7 @@ class ContinuousTimeGraph(DynamicGraph):
             code, whose checkpoints need it. Off, as in the paper.
 
     Attributes:
-        num_evaluations: of the right-hand side since the module was made, forward passes only.
+        num_evaluations: of the right-hand side since the module was made, forward passes only; compiled ones do not count.
         num_solves: how many times the equation was solved forwards since then.
     """
 
@@ -284,6 +284,7 @@ class ContinuousTimeGraph(DynamicGraph):
             return self.rate(state)
 
         final = self.solver.solve(rate, state, self.duration, tuple(self.parameters()))
-        self.num_evaluations += evaluations
-        self.num_solves += 1
+        if not torch.compiler.is_compiling():  # which would compile anew whenever they have changed
+            self.num_evaluations += evaluations
+            self.num_solves += 1
         return final

@@ -85,11 +85,13 @@ def _nodes_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tu
         return (None,) * 8
     if is_differentiated_again(grad):
         *inputs, mean, deviation = ctx.saved_tensors
-        x, filters, scale, shift = inputs
         norm, eps = Norm(ctx.rest[0]), ctx.rest[1]
-        value = F.relu(normed(x, scale, shift, mean, deviation, norm, eps))
-        out = F.conv2d(value, filters.view(-1, 1, 3, 3), padding=1, groups=len(filters))
-        return *gradients_of(out, inputs, ctx.needs_input_grad, grad), *(None,) * 4
+
+        def as_layers(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+            value = F.relu(normed(x, scale, shift, mean, deviation, norm, eps))
+            return F.conv2d(value, filters.view(-1, 1, 3, 3), padding=1, groups=len(filters))
+
+        return *gradients_of(as_layers, inputs, ctx.needs_input_grad, grad), *(None,) * 4
     into = torch.ops.dnw.nodes_backward(grad, *ctx.saved_tensors, *ctx.rest)
     return *(value if needs else None for value, needs in zip(into, ctx.needs_input_grad[:4], strict=True)), *(None,) * 4
 
@@ -177,15 +179,17 @@ def _(grad, x, weight, needs_weight):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[1:], x.shape[0]).movedim(-1, 0), weight.new_empty(weight.shape)
 
 
+def _as_product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("ts,bs...->bt...", weight[:, : x.shape[1]], x)
+
+
 def _keep_edges(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _edges_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if is_differentiated_again(grad):
-        x, weight = ctx.saved_tensors
-        out = torch.einsum("ts,bs...->bt...", weight[:, : x.shape[1]], x)
-        of_x, of_weight = gradients_of(out, (x, weight), ctx.needs_input_grad, grad)
+        of_x, of_weight = gradients_of(_as_product, ctx.saved_tensors, ctx.needs_input_grad, grad)
         return of_x, of_weight
     of_x, of_weight = torch.ops.dnw.edges_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
     return of_x if ctx.needs_input_grad[0] else None, of_weight if ctx.needs_input_grad[1] else None

@@ -109,10 +109,16 @@ class StaticGraph(nn.Module):
         Args:
             x: what it would be given.
         """
+        if x.ndim != 4 or x.shape[1] != self.levels.num_inputs:
+            raise ValueError(
+                f"expected maps [batch, {self.levels.num_inputs}, height, width], got a tensor of shape {tuple(x.shape)}"
+            )
         nodes: list[Any] = list(self.nodes)
         parts = [*nodes, *(part for node in nodes for part in node.children())]
         if not all(map(is_node, nodes)):
             return "a node function is not of the kind that kernels know: ReLU, 3x3 convolution of stride 1 or 2, norm"
+        if any(node.conv.stride != (1, 1) for node in nodes[1:]):
+            return "a node function beyond the first level has a stride"
         stride = nodes[0].conv.stride[0]
         pixels = out_size(x.shape[2], stride) * out_size(x.shape[3], stride)
         if norm_kind([node.norm for node in nodes], pixels, x.shape[0]) is None:
@@ -120,10 +126,6 @@ class StaticGraph(nn.Module):
         return why_not(x, self.weight, self._num_candidates, parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.levels.num_inputs:
-            raise ValueError(
-                f"expected maps [batch, {self.levels.num_inputs}, height, width], got a tensor of shape {tuple(x.shape)}"
-            )
         if not self.why_layers(x):
             return run_static_graph(self.levels, list(self.nodes), self.weight, x)
         # `incoming` holds what has reached the rows from `row` on so far; each level adds what it sends to all later rows.

@@ -234,8 +234,8 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Te
     x, weight, filters, scale, shift, *saved = ctx.saved_tensors
     if is_differentiated_again(grad):
         inputs = [x, weight, filters, scale, shift]
-        out = _as_layers(*inputs, *saved[2:], *ctx.rest)
-        return *gradients_of(out, inputs, ctx.needs_input_grad, grad), *(None,) * 8
+        as_layers = lambda *given: _as_layers(*given, *saved[2:], *ctx.rest)  # noqa: E731
+        return *gradients_of(as_layers, inputs, ctx.needs_input_grad, grad), *(None,) * 8
     into = torch.ops.dnw.static_graph_backward(
         grad, x, weight, filters, scale, shift, *saved, *ctx.rest, ctx.needs_input_grad[1]
     )

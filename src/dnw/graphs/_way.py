@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from dnw.graphs._node import Node
 from dnw.kernels._graph import Norm, lanes, library
@@ -67,7 +68,7 @@ def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Modul
         return "kernels compute in float32"
     if x.numel() == 0:
         return "the batch is empty"
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
+    if any(map(has_hooks, parts)):
         return "a part of the graph has hooks"
     if not _is_built():
         return "the package was installed without a C compiler"
@@ -85,6 +86,16 @@ def why_not(x: Tensor, weight: Tensor, candidates: int, parts: Sequence[nn.Modul
     return ""
 
 
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def has_hooks(part: Any) -> bool:
+    """Whether somebody wants to be called with what a module computes; of functions nobody can."""
+    if not isinstance(part, nn.Module):
+        return False
+    return any(getattr(part, f"_{name}") or getattr(nn.modules.module, f"_global_{name}") for name in _HOOKS)
+
+
 def _is_built() -> bool:
     return library() is not None
 
@@ -97,12 +108,16 @@ def _is_watched() -> bool:
     """Whether a mode, a transform or a tracer wants to see single operations."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or any(type(mode) is not DeviceContext for mode in _function_modes())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
     )
+
+
+def _function_modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
 
 
 def norm_kind(norms: Sequence[nn.Module], pixels: int, images: int) -> tuple[Norm, float] | None:
@@ -121,6 +136,8 @@ def norm_kind(norms: Sequence[nn.Module], pixels: int, images: int) -> tuple[Nor
         return None
     alike = ("eps", "affine", "track_running_stats", "training", "momentum")
     if any(getattr(norm, name) != getattr(first, name) for norm in norms for name in alike):
+        return None
+    if any((getattr(norm, name) is None) != (getattr(first, name) is None) for norm in norms for name in ("weight", "bias")):
         return None
     if type(first) is nn.InstanceNorm2d:
         return (Norm.INSTANCE, first.eps) if not first.track_running_stats and pixels > 1 else None

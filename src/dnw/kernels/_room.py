@@ -39,10 +39,18 @@ class _Pool:
         page = _PAGE if size < _HUGE else _HUGE
         size = -(-size // page) * page
         with self._lock:
-            alive = [(buffer, block) for buffer, block in self._lent if buffer() is not None]
-            self._free += [block for buffer, block in self._lent if buffer() is None]
-            self._lent = alive
+            self._take_back()
             return self._lent_block(size)
+
+    def _take_back(self) -> None:
+        """Sorts out which buffers live. Each is asked once: one may die at any moment, in another thread or of old age."""
+        alive: list[tuple[weakref.ref, mmap.mmap]] = []
+        for buffer, block in self._lent:
+            if buffer() is None:
+                self._free.append(block)
+            else:
+                alive.append((buffer, block))
+        self._lent = alive
 
     def _lent_block(self, size: int) -> ctypes.Array:
         in_use = size + sum(len(block) for _, block in self._lent)

@@ -76,12 +76,12 @@ def density_of(weight: Tensor, candidates: int) -> float:
     if known is not None:
         return known.num_active() / candidates
     if weight.is_inference():  # of these nobody can tell when they are written
-        return int(weight.count_nonzero()) / weight.numel()
+        return min(1.0, int(weight.count_nonzero()) / candidates)
     version, number = _counted.get(weight, (-1, 0))
     if version != weight._version:
         number = int(weight.detach().count_nonzero())
         _counted[weight] = weight._version, number
-    return number / weight.numel()
+    return min(1.0, number / candidates)  # some may lie where nothing is read
 
 
 _counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
