@@ -10,6 +10,7 @@ from pictures import opened, unpacked
 from torch import Tensor, nn
 
 from dnw.circuits import ANY_OTHER, TASKS, Circuit, Pair, Task, find_circuit, python_task, task_loss, write_circuit
+from dnw.circuits._find import _means
 from dnw.data import read_python_source
 from dnw.models import Decoder, Nodes
 
@@ -148,6 +149,25 @@ def test_the_circuit_is_found_where_it_is_known():
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model.first._forward_hooks
+
+
+def test_means_are_over_whatever_a_module_gives():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.site, self.pooled = nn.Embedding(5, 3), nn.Identity(), nn.Identity()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.site(self.site(self.embed(tokens)))
+            return x + self.pooled(x.mean(1))[:, None]
+
+    model = Twice()
+    means = _means(model, ("site", "pooled"), TEXT)
+    expected = model.embed(TEXT).flatten(0, 1).mean(0)
+    for name in ("site", "pooled"):
+        torch.testing.assert_close(means[name], expected)
+    with pytest.raises(ValueError, match=r"expected windows of ordinary text \[windows, tokens\], got \(0, 5\)"):
+        find_circuit(Known(), TASK, TEXT[:0], wires=WIRES, answers="last.weight", loss=0.1)
 
 
 def test_the_loss_of_a_circuit_is_that_of_all_others_at_their_means():

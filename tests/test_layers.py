@@ -95,6 +95,12 @@ def test_snapshots_of_another_network_are_refused():
         write_page([], "never.html")
 
 
+def test_names_of_layers_are_no_patterns():
+    model = nn.ModuleDict({"a[0]": nn.Linear(4, 3)})
+    shown = record_layers(model, [snapshot(0, **{"a[0]__weight": {0: 1.0}})])
+    assert [layer.name for layer in shown.layers] == ["a[0].weight"]
+
+
 # --- what feeds what ---
 
 

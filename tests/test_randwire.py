@@ -14,6 +14,7 @@ GRAPHS = {
     "levels": lambda: StaticGraph([8, 12, 12], 10),
     "shared outputs": lambda: StaticGraph([8, 12, 12], 6, shared_outputs=True),
     "tiny_cifar10": lambda: tiny_cifar10().graph,
+    "whatever is ranked": lambda: StaticGraph([4, 16, 16], 4, rank_all_entries=True),
     "one level": lambda: StaticGraph([7], 5),
 }
 
@@ -23,7 +24,7 @@ GRAPHS = {
 @pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
 def test_exactly_so_many_candidates_shared_out_evenly(draw, name, share):
     graph = GRAPHS[name]()
-    candidates = graph.edge_candidates()["weight"]
+    candidates = graph.levels.candidates()
     num_edges = max(1, int(share * int(candidates.sum())))
     edges = draw(graph, num_edges, seed=3)
     assert edges.dtype == torch.bool

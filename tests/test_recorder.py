@@ -97,6 +97,27 @@ def test_it_records_by_itself_and_changes_nothing(tmp_path):
     assert recorder.scalars()["wiring/loss"] == 0.25
 
 
+def test_a_checkpoint_may_be_loaded_after_the_recorder_was_made(tmp_path):
+    path = tmp_path / "wiring.jsonl"
+    net, optimizer, wiring = wired()
+    with Recorder(wiring, path, every=2) as recorder:
+        steps(net, optimizer, range(5))
+        kept = copy.deepcopy((net.state_dict(), optimizer.state_dict())), recorder.state_dict()
+        before = [tensor.clone() for tensor in kept[1]["since"].values()]
+        steps(net, optimizer, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(before, kept[1]["since"].values(), strict=True))  # it is a copy
+    net, optimizer, wiring = wired()
+    with Recorder(wiring, path, every=2) as recorder:
+        net.load_state_dict(kept[0][0])
+        optimizer.load_state_dict(kept[0][1])
+        recorder.load_state_dict(kept[1])
+        assert [one["step"] for one in read_records(path)] == [2, 4, 6, 8]  # until it is clear where this goes on
+        steps(net, optimizer, range(5, 6))
+        assert [one["step"] for one in read_records(path)] == [2, 4, 6]
+    with pytest.raises(ValueError, match="no state of a recorder: it has no 'since'"):
+        recorder.load_state_dict({})
+
+
 def test_a_resumed_loop_continues_ages_and_lines(tmp_path):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     net, optimizer, wiring = wired()
@@ -178,6 +199,22 @@ def test_nodes_that_can_have_no_edge_are_not_dead():
     found = Recorder(wiring).record()["total"]
     assert (found["dead_targets"], found["dead_sources"]) == (0, 0)
     assert wiring.stats()["total"]["dead_targets"] == 0
+
+
+def test_curves_take_several_records_of_a_step_as_one(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    net, optimizer, wiring = wired()
+    with Recorder(wiring, tmp_path / "wiring.jsonl", every=2) as recorder:
+        for step in range(8):
+            steps(net, optimizer, range(step, step + 1))
+            if step % 2:
+                recorder.record(loss=1.0)
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda it, *_, **__: drawn.append(list(it.axes[0].lines[0].get_ydata())))
+    monkeypatch.setattr("dnw.view._history.save_figure", lambda it, path: it.savefig(path))
+    write_history({"a": tmp_path / "wiring.jsonl"}, tmp_path / "curves.svg")
+    records = [one["total"] for one in read_records(tmp_path / "wiring.jsonl")][::2]
+    assert drawn == [[pytest.approx(one["entered"] / one["active"] / 2) for one in records[1:]]]
 
 
 def test_curves_of_records(tmp_path, capsys):

@@ -44,6 +44,18 @@ def test_round_trip(tmp_path):
     assert any(not np.array_equal(a.edges["5.weight"], b.edges["5.weight"]) for a, b in itertools.pairwise(snapshots))
 
 
+def test_a_writer_that_was_made_before_a_checkpoint_was_loaded_keeps_what_is_earlier(tmp_path):
+    run(tmp_path, 6)
+    writer = SnapshotWriter(tmp_path)
+    assert len(list(read_snapshots(tmp_path))) == 6
+    model = small_net(3)
+    wiring = dnw.wire(model, torch.optim.SGD(model.parameters(), lr=0.1), density=0.2)
+    writer.write(wiring, 4, 4.5)
+    *before, last = read_snapshots(tmp_path)
+    assert [s.step for s in before] == [0, 1, 2, 3]
+    assert np.array_equal(last.edges["5.weight"], wiring["5.weight"].active.flatten().numpy().nonzero()[0])
+
+
 def test_a_resumed_writer_drops_what_was_lost_and_goes_on(tmp_path):
     run(tmp_path, 6)
     before = list(read_snapshots(tmp_path))

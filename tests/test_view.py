@@ -92,6 +92,15 @@ def test_a_record_has_the_edges_signs_and_live_nodes_of_every_snapshot(make, bud
     assert one.largest == max(m.max() for m in magnitudes)
 
 
+def test_a_record_is_made_of_the_model_within_wrappers_and_of_the_right_size(tmp_path):
+    model = nn.Sequential(DiscreteTimeGraph(30, 5, 4, steps=2))
+    snapshots_of(model, tmp_path, 2, num_edges=90)
+    snapshots = list(read_snapshots(tmp_path))
+    assert record(nn.DataParallel(model), snapshots, name="x").active == record(model, snapshots, name="x").active == (90, 90)
+    with pytest.raises(ValueError, match=r"0.weight is \(12, 12\) here, and the snapshots are of a larger one"):
+        record(nn.Sequential(DiscreteTimeGraph(12, 5, 4, steps=2)), snapshots, name="x")
+
+
 def test_snapshots_are_thinned_where_there_are_too_many(tmp_path):
     torch.manual_seed(0)  # of some weights, so few edges make no path
     model = tiny_digits()

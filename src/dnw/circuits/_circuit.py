@@ -21,7 +21,7 @@ class CircuitNode:
         head: of attention, which one it belongs to, where the site is called ``query``, ``key`` or ``value`` and the module
             around it has ``num_heads``, as in :class:`dnw.models.Decoder`; None elsewhere.
         mean: what stands in its place where it is left out.
-        examples: where it is strongest in ordinary text: the tokens up to that place as text, and its value.
+        examples: where in ordinary text it is furthest from its mean: the tokens up to that place as text, and how far.
     """
 
     site: str

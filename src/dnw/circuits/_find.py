@@ -8,6 +8,7 @@ Source: Gao et al., "Weight-sparse transformers have interpretable circuits" (20
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,8 +110,8 @@ def find_circuit(
         seed: of the batches.
 
     Raises:
-        ValueError: the whole network has a larger loss, the task has less than two pairs, or ``wires`` names what the model
-            does not have, or leaves out ``answers`` or ``tokens``.
+        ValueError: the whole network has a larger loss, there is no text, the task has less than two pairs, or ``wires`` names
+            what the model does not have, or leaves out ``answers`` or ``tokens``.
     """
     names = _names(model, wires)
     for argument, name in (("answers", answers), ("tokens", tokens)):
@@ -120,6 +121,8 @@ def find_circuit(
         raise ValueError(
             f"task {task.name!r} has {len(task) // 2} pairs; two or more are needed, to find a circuit and to measure it"
         )
+    if text.ndim != 2 or not text.numel():
+        raise ValueError(f"text: expected windows of ordinary text [windows, tokens], got {tuple(text.shape)}")
     device = next(model.parameters()).device
     task, text = task.to(device), text.to(device)
     found_on, _ = task.halves()
@@ -176,13 +179,16 @@ def _watched(model: nn.Module, text: Tensor, seen: Mapping[str, Callable[[Tensor
 def _means(model: nn.Module, names: tuple[str, ...], text: Tensor) -> dict[str, Tensor]:
     """Of each node of each site over all places of a text."""
     sums: dict[str, Tensor] = {}
+    places: Counter[str] = Counter()
 
     def add(name: str, x: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + x.flatten(0, -2).double().sum(0)
+        rows = x.flatten(0, -2).double()
+        sums[name] = sums.get(name, 0) + rows.sum(0)
+        places[name] += len(rows)
 
     _watched(model, text, {name: partial(add, name) for name in names})
     dtype = next(model.parameters()).dtype
-    return {name: (total / text.numel()).to(dtype) for name, total in sums.items()}
+    return {name: (total / places[name]).to(dtype) for name, total in sums.items()}
 
 
 def _kept_activations(model: nn.Module, kept: Mapping[str, Tensor], text: Tensor) -> dict[str, Tensor]:

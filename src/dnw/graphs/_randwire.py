@@ -75,7 +75,7 @@ def barabasi_albert(graph: StaticGraph, num_edges: int, *, seed: int = 0) -> Ten
 
 def _begin(graph: StaticGraph, num_edges: int, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
     """Candidates ``[targets, sources]``, how many edges each target gets, and what draws."""
-    candidates = graph.edge_candidates()["weight"]
+    candidates = graph.levels.candidates()  # of what is read, also where everything is ranked
     check_num_edges(num_edges, int(candidates.sum()), "graph.weight")
     room = candidates.sum(1).tolist()
     quotas = torch.tensor(apportion(num_edges, [float(n > 0) for n in room], room))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ def write_history(files: Mapping[str, str | Path], path: str | Path) -> int:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("curves need matplotlib: pip install dnw[plot]", name=error.name) from None
-    found = {name: list(read_records(file)) for name, file in files.items()}
+    found = {name: _by_step(read_records(file)) for name, file in files.items()}
     for name, records in found.items():
         if len(records) < 2:
-            raise ValueError(f"{files[name]}: {len(records)} records; curves need two or more")
+            raise ValueError(f"{files[name]}: {len(records)} records; curves need two or more, of different steps")
     figure = Figure(figsize=(9, 6), layout="constrained")
     churn, age, ever, dead = figure.subplots(2, 2, sharex=True).flat
     for number, (name, records) in enumerate(found.items()):
@@ -68,6 +68,16 @@ def write_history(files: Mapping[str, str | Path], path: str | Path) -> int:
     if dead.lines:
         dead.legend(fontsize="small")
     return save_figure(figure, Path(path))
+
+
+def _by_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record a step: where there are several the last, with all edges that came in since the step before."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if found and found[-1]["step"] == record["step"]:
+            record["total"]["entered"] += found.pop()["total"]["entered"]
+        found.append(record)
+    return found
 
 
 def _age(record: Mapping[str, Any], quartile: int) -> float:

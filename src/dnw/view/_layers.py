@@ -6,6 +6,7 @@ of a kernel between them, or a block of such; rows are targets.
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -281,7 +282,7 @@ def _sheets(model: nn.Module, snapshot: Snapshot) -> list[_Sheet]:
     known = dict(model.named_parameters(remove_duplicate=False))
     if missing := [name for name in snapshot.edges if name not in known]:
         raise ValueError(f"{type(model).__name__} has no parameter {missing[0]!r}, of which the snapshots are")
-    wirable, _ = find_parameters(model, list(snapshot.edges), [])
+    wirable, _ = find_parameters(model, [glob.escape(name) for name in snapshot.edges], [])
     if {x.name for x in wirable} != snapshot.edges.keys():
         raise ValueError(f"{type(model).__name__} has other layers than the snapshots")
     share_cells = max(_FEWEST, _ALL // 2 // (len(wirable) * _SNAPSHOTS))

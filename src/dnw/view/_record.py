@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dnw._wiring.parameters import unwrap_model
 from dnw.count import graphs_of, live_by_graph, parameter_of
 from dnw.graphs._protocol import edge_entries, levels_of
 from dnw.view._snapshots import Snapshot
@@ -109,8 +110,9 @@ def record(
 
     Raises:
         NothingToShowError: no snapshots, none of a graph, or only such of more than a million edges.
-        ValueError: what lies beside a snapshot is not of this network.
+        ValueError: a snapshot, or what lies beside it, is not of this network.
     """
+    model = unwrap_model(model)
     graphs = graphs_of(model)
     every = list(snapshots)
     if not graphs:
@@ -121,6 +123,10 @@ def record(
     wired = {n: parameter for n, parameter in parameters.items() if all(parameter in s.edges for s in every)}
     if not wired:
         raise NothingToShowError("none of the wired weights belongs to a graph; there is no wiring between nodes to show")
+    for parameter in wired.values():
+        shape = model.get_parameter(parameter).shape
+        if any(len(s.edges[parameter]) and s.edges[parameter][-1] >= shape.numel() for s in every):
+            raise ValueError(f"{parameter} is {tuple(shape)} here, and the snapshots are of a larger one")
     chosen = [s for s in every if sum(len(s.edges[parameter]) for parameter in wired.values()) <= _EDGES]
     if not chosen:
         raise NothingToShowError(f"every snapshot has more than {_EDGES:,} edges, too many to show")
@@ -226,7 +232,9 @@ def thinned(snapshots: list[Snapshot], most: int) -> list[Snapshot]:
     early = [s for s in snapshots if s.epoch <= 1]
     later = [s for s in snapshots if s.epoch > 1]
     kept = _evenly(later, max(1, most - len(early)))
-    return [*_evenly(early, most - len(kept)), *kept] if kept else _evenly(early, most)
+    if not kept:
+        return _evenly(early, most)
+    return [*(_evenly(early, most - len(kept)) if len(kept) < most - 1 else early[:1]), *kept]
 
 
 def _evenly(snapshots: list[Snapshot], most: int) -> list[Snapshot]:

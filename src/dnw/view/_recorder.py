@@ -51,8 +51,8 @@ class Recorder:
 
     Args:
         wiring: to follow.
-        path: file of the lines; those of later steps, as a run leaves them that goes on from an earlier checkpoint, are
-            taken out of it. None: no file.
+        path: file of the lines; those of steps later than where the wiring goes on from (at the first step or record, so a
+            checkpoint may be loaded before or after), as a run leaves them that was killed, are taken out of it. None: no file.
         every: record by itself after every so many optimizer steps; 0: only when :meth:`record` is called.
 
     Raises:
@@ -67,13 +67,11 @@ class Recorder:
         self._since: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
         self._latest: dict[str, Any] = {}
-        if self._path is not None and self._path.exists():
-            kept = [line for line in read_records(self._path) if line["step"] <= wiring.step]
-            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._remove: Callable[[], None] = lambda: None
-        if every:
-            optimizer = wiring._weights.optimizer
-            self._remove = optimizer.register_step_post_hook(uncompiled(self._after_step)).remove
+        self._has_begun = self._path is None or not self._path.exists()
+        if not self._has_begun:
+            self._lines_until(wiring.step)
+        optimizer = wiring._weights.optimizer
+        self._remove: Callable[[], None] = optimizer.register_step_post_hook(uncompiled(self._after_step)).remove
 
     def __enter__(self) -> Self:
         return self
@@ -87,8 +85,20 @@ class Recorder:
         self._remove = lambda: None
 
     def _after_step(self, *_: Any) -> None:
-        if self._wiring.step % self._every == 0 and self._wiring.step != self._latest.get("step"):
+        self._begin(self._wiring.step - 1)
+        if self._every and self._wiring.step % self._every == 0 and self._wiring.step != self._latest.get("step"):
             self.record()
+
+    def _begin(self, step: int) -> None:
+        """Takes lines of later steps out of the file, once."""
+        if not self._has_begun:
+            assert self._path is not None
+            write_whole(self._path, self._lines_until(step).encode())
+        self._has_begun = True
+
+    def _lines_until(self, step: int) -> str:
+        assert self._path is not None
+        return "".join(json.dumps(line) + "\n" for line in read_records(self._path) if line["step"] <= step)
 
     @torch.no_grad()
     def record(self, **values: float) -> dict[str, Any]:
@@ -102,6 +112,7 @@ class Recorder:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}={value!r}: expected a number, such as float({name})")
         step = self._wiring.step
+        self._begin(step)
         weights = {name: parameter.weight for name, parameter in self._wiring.items()}
         with self._wiring._exchange.question():
             layers = {layer.name: self._layer(layer, weights[layer.name], step) for layer in self._wiring._weights.layers}
@@ -132,17 +143,21 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs for the same ages: for each candidate the step since when it is active, or -1."""
-        return {"since": dict(self._since), "ever": dict(self._ever)}
+        return {
+            part: {name: x.clone() for name, x in of.items()} for part, of in (("since", self._since), ("ever", self._ever))
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the state of another recorder of the same wiring.
 
         Raises:
-            ValueError: of another wiring.
+            ValueError: of another wiring, or no such state.
         """
         parts: dict[str, dict[str, Tensor]] = {}
         for part, kind in (("since", torch.int32), ("ever", torch.bool)):
             parts[part] = {}
+            if not isinstance(state.get(part), dict):
+                raise ValueError(f"no state of a recorder: it has no {part!r}")
             for name, tensor in state[part].items():
                 active = _local(self._wiring[name].active) if name in self._wiring else None
                 if active is None or tensor.shape != active.shape or tensor.dtype != kind:

@@ -57,20 +57,30 @@ class SnapshotWriter:
     """Writes snapshots into a folder, each as the difference to the one before.
 
     Args:
-        folder: is made where it does not exist. Snapshots of later steps than ``step`` are removed (they belong to the
+        folder: is made where it does not exist. Snapshots of later steps than ``step`` (or, without it, not earlier than the
+            first one that is written) are removed (they belong to the
             lost part of an interrupted run) and the last one kept is continued from. Where one is damaged, it and those after
             it, which cannot be read without it, are set aside (renamed to ``*.damaged``, with a warning), and the one before
             it is continued from.
-        step: optimizer steps done.
+        step: optimizer steps done; by default so many that what is written first comes next.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int | None = None) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._last: Snapshot | None = None
+        self._has_begun = False
+        if step is not None:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        """Clears up what is later, once, and goes on from the last one that is left."""
+        if self._has_begun:
+            return
+        self._has_begun, folder = True, self._folder
         for path in _paths(folder):
             if _step_of(path) > step:
                 path.unlink()
-        self._last: Snapshot | None = None
         paths = _paths(folder)
         try:
             for self._last in read_snapshots(folder):
@@ -79,7 +89,7 @@ class SnapshotWriter:
             for path in paths:
                 path.replace(path.with_name(f"{path.name}.damaged"))
             rest = f" and the {len(paths) - 1} after it are" if len(paths) > 1 else " is"
-            warnings.warn(f"{error}; it{rest} set aside as .damaged, and pictures of the run leave them out", stacklevel=2)
+            warnings.warn(f"{error}; it{rest} set aside as .damaged, and pictures of the run leave them out", stacklevel=3)
 
     def write(self, wiring: Wiring, step: int, epoch: float, beside: Mapping[str, np.ndarray] | None = None) -> None:
         """Writes one snapshot, with other arrays beside it; nothing where this step has one already.
@@ -88,6 +98,7 @@ class SnapshotWriter:
             ValueError: the epoch is not finite, or lies before that of the last snapshot.
             OSError: the file cannot be written.
         """
+        self._begin(step - 1)
         last = self._last
         if last is not None and step <= last.step:
             return
@@ -102,6 +113,7 @@ class SnapshotWriter:
 
     def append(self, snapshot: Snapshot) -> None:
         """Writes a snapshot as it is, after those that are there; nothing where its step has one already."""
+        self._begin(snapshot.step - 1)
         if self._last is not None and snapshot.step <= self._last.step:
             return
         last, edges, weights, beside = self._last, snapshot.edges, snapshot.weights, snapshot.beside

@@ -241,7 +241,7 @@ class Graph extends Pane {
     $("hint").textContent = hint + "wheel or pinch to zoom, drag to move; keys: n and p choose, + and - zoom";
     const ended = times[state.now] > run.epochs.at(-1) + 1e-9 ? "ended; " : "";
     const shown = this.drawn < run.edges[s] ? number(this.drawn) + " shown of " : "";
-    const shared = " by " + number(run.active[s]) + " weights, of which some serve several";
+    const shared = " by " + number(run.active[s]) + " weights, of which some serve several or none";
     const weights = run.edges[s] === run.active[s] ? "" : shared;
     const nodes = number(run.alive[s]) + " of " + number(run.nodes) + " nodes live";
     this.numbers.textContent = ended + shown + number(run.edges[s]) + " edges" + weights + ", " + nodes;
