@@ -10,10 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dnw import cli
 from dnw.cli import _commands
 from dnw.cli._arguments import COMMANDS, LOGS, TABLES, make_parser
+from dnw.recipes import RECIPES
 from dnw.train import _log, _published
 from dnw.train._log import Log, _clock
 from dnw.train._loggers import LOGGERS
@@ -115,3 +117,29 @@ def test_a_sweep_without_matplotlib_trains_and_says_what_is_missing(monkeypatch,
     assert "no plot: matplotlib is not installed; install the plot extra: pip install 'dnw[plot]'" in printed
     assert cli.main([*words[:3], "num_edgs=50,100"]) == 1
     assert "num_edgs: no such setting; did you mean 'num_edges'" in capsys.readouterr().err
+
+
+def test_a_recipe_is_counted_beside_a_folder_of_its_name_and_a_config_may_lie_anywhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert cli.main(["count", "digits"]) == 0
+    (tmp_path / "lr=1.json").write_text(RECIPES["digits"]().to_json())
+    assert cli.main(["train", "lr=1.json", "--print-config"]) == 0
+    capsys.readouterr()
+    assert cli.main(["results", "runs", "--plot", "a.svg", "--save", "kept"]) == 1
+    assert "one after the other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory")],
+)
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(_commands, "_say", fails)
+    assert cli.main(["recipes"]) == 1
+    assert capsys.readouterr().err == (
+        "dnw: there is not memory enough; a smaller batch_size takes less, and --traceback says how much was asked for\n"
+    )

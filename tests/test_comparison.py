@@ -27,6 +27,7 @@ from dnw.train import (
     plot_sweep,
     results_table,
     resume,
+    save_results,
     sweep,
     train,
 )
@@ -155,6 +156,9 @@ def test_lottery_ticket_and_fine_tuning_take_the_run_of_the_first_stage(tmp_path
     shutil.rmtree(stage_one.path)  # the second stage does not need the first any more
     assert evaluate(run.path)[1].top1 == run.metrics()[-1].top1
     assert count_run(run.path).active > 100
+    (kept,) = save_results([run.path], tmp_path / "kept", snapshots=2)
+    assert evaluate(kept)[0].top1 == pytest.approx(run.metrics()[-1].top1, abs=0.01)  # in half precision
+    assert count_run(kept).active == count_run(run.path).active
     capsys.readouterr()
     assert main(["train", "digits", *TICKET, "baseline=null", "--out", str(tmp_path / "none")]) == 1
     assert "edges=ticket needs the run directory of its first stage" in capsys.readouterr().err
@@ -281,6 +285,9 @@ def test_sweep_trains_side_by_side_goes_on_and_plots(tmp_path, capsys):
     assert f"; {tmp_path / 'sweep' / 'density-0.01'} is one" in capsys.readouterr().err
     assert main([*arguments, "batch_size=64", "--over", "density=0.1"]) == 1
     assert "a run with other settings is there already" in capsys.readouterr().err
+    assert main([*arguments, "batch_size=64", "--over", "density=0.3"]) == 1  # beside those that would be in the plot
+    assert "a run with other settings is there already" in capsys.readouterr().err
+    assert main([*arguments, "device=cpu", "--over", "density=0.1"]) == 0  # which may be changed at any time
     assert main([*arguments, "--over", "density=0.1,2"]) == 1
     assert "density" in capsys.readouterr().err
     assert main([*arguments, "--over", "density"]) == 1

@@ -476,6 +476,11 @@ def test_the_test_images_are_all_seen_by_somebody():
 def test_deal():
     assert deal(5, 2, 0, 1, whole=False) == [slice(0, 2, 1), slice(2, 4, 1), slice(4, 5, 1)]
     assert deal(5, 4, 1, 2, whole=False) == [slice(1, 4, 2)]
+    assert deal(5, 4, 1, 2, whole=True) == [slice(1, 5, 2)]  # no process is without an image
+    assert deal(6, 4, 1, 2, whole=True) == [slice(1, 4, 2), slice(5, 6, 2)]
+    for whole in (False, True):
+        with pytest.raises(ValueError, match="2 images for 3 processes: give fewer processes, or more images"):
+            deal(2, 4, 0, 3, whole=whole)
 
 
 def test_order_depends_on_seed_and_epoch():

@@ -26,7 +26,7 @@ from dnw.train import (
     save_results,
     train,
 )
-from dnw.train._results import insert_table
+from dnw.train._results import _name, insert_table
 
 
 def stored(name: str, tmp_path, masks: bool = False):
@@ -275,6 +275,27 @@ def test_differences_are_drawn_by_pairs_of_runs_with_the_same_seed(tmp_path, cap
     assert main(["results", *map(str, ARENA), "--differences"]) == 1
     assert "it goes with --plot FILE" in capsys.readouterr().err
     assert not (tmp_path / "none.svg").exists()
+
+
+def test_where_a_run_was_computed_makes_no_row_and_a_seed_again_takes_no_comparison(tmp_path):
+    base = override(RECIPES["digits"](), ["epochs=1", "baseline=null"])
+    kinds = [["seeds=0"], ["seeds=1", "device=cpu", "data.workers=1"], ["rule=random"], ["rule=random", "seeds=1"], ["seeds=0"]]
+    runs = [train(override(base, kind), data_dir=tmp_path, out=tmp_path / str(i)) for i, kind in enumerate(kinds)]
+    table = results_table(runs[:4])
+    assert "| `digits` | dnw | 1 | 0, 1 |" in table
+    assert "against dnw" in table
+    again = results_table(runs)
+    assert "| `digits` | random | 1 | 0, 1 |" in again
+    assert next(line for line in table.splitlines() if "| random |" in line) in again
+    dense = [override(base, ["num_edges=null", f"density={density}"]) for density in (0.1, 0.2)]
+    others = [train(config, data_dir=tmp_path, out=tmp_path / f"dense-{i}") for i, config in enumerate(dense)]
+    assert "against dnw" not in results_table([*others, runs[0]])  # of other budgets
+
+
+def test_names_of_what_is_kept_tell_ways_of_finding_a_wiring_apart():
+    original = RECIPES["cifar10_random_original"]()
+    names = {_name(original), _name(override(original, ["rule=random", "edges=null"]))}
+    assert len(names) == 2
 
 
 def test_a_gradient_that_is_exact_by_default_or_because_it_was_asked_for_is_one_row(tmp_path):

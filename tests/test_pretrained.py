@@ -121,6 +121,8 @@ def test_any_run_can_be_kept_with_its_network(tmp_path):
     assert [s.step for s in read_snapshots(kept / "snapshots")] == [0, 8, 80]
     assert len(list((kept / "snapshots").iterdir())) == 3
     own, again = load_trained(run), load_trained(kept)
+    with pytest.raises(ValueError, match="of which the last weights are there, not the best ones"):
+        load_trained(kept, "best")
     assert (again.epoch, again.step) == (own.epoch, own.step)
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad():

@@ -253,6 +253,11 @@ def test_a_part_of_a_run_is_not_extended_by_itself(tmp_path):
         with pytest.raises(ValueError, match=r"is a part of the run .*run; dnw resume .*run epochs=2 extends it all"):
             resume(run / part, epochs=2, log=Log(quiet=True))
         assert (run / part / "config.json").read_text() == before
+    single = train("digits", out=tmp_path / "single", log=Log(quiet=True), epochs=1, baseline="random", first_epoch_snapshots=0)
+    with pytest.raises(ValueError, match=r"is a part of the run .*single; dnw resume .*single epochs=2 extends it all"):
+        resume(single / "baseline", epochs=2, log=Log(quiet=True))
+    (run / "lone").mkdir()
+    (run / "config.json").write_text('{"a": 1}')  # somebody else's
     lone = train("digits", out=run / "lone", log=Log(quiet=True), epochs=1, **QUICK)
     resume(lone, epochs=2, log=Log(quiet=True))
     assert len(RunDirectory(lone).metrics()) == 2
@@ -268,6 +273,31 @@ def test_a_checkpoint_without_metrics_is_not_extended(tmp_path):
     (run / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="has a checkpoint and no metrics, as what was imported, so it is not extended"):
         resume(run, epochs=2, log=Log(quiet=True))
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_trained_over(tmp_path):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=2, **QUICK)
+    (run / "last.pt").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"has 2 epochs and no last.pt to go on from; put best.pt in its place, or train anew"):
+        resume(run, log=Log(quiet=True))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (kept,) = save_results([run], tmp_path / "kept")  # what is there can be kept, and kept again
+    (again,) = save_results([kept], tmp_path / "again")
+    with pytest.raises(ValueError, match="no last.pt to go on from: train anew elsewhere"):
+        resume(again, data_dir=tmp_path, log=Log(quiet=True))
+
+
+def test_what_was_imported_is_not_trained_over(tmp_path):
+    run = train("digits", out=tmp_path / "run", log=Log(quiet=True), epochs=2, **QUICK)
+    network = load_trained(run)
+    for file in ("last.pt", "best.pt"):
+        network.save(run / file, 1, step=0)
+    (run / "metrics.jsonl").unlink()
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match="was imported at epoch 1, without what training goes on with"):
+        resume(run, log=Log(quiet=True))
+    assert (run / "last.pt").read_bytes() == before
 
 
 def test_a_result_that_was_kept_is_not_trained_over(tmp_path):

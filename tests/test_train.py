@@ -127,7 +127,7 @@ def test_the_files_of_a_run_are_those_of_the_list_and_of_the_docs(unbroken, tmp_
     loggers = [CSVLogger(), TensorBoardLogger()]
     begun = train(short("epochs=1", *ticket), data_dir=Path("data"), out=tmp_path / "ticket", loggers=loggers)
     view_runs([complete, begun])
-    (kept,) = save_results([complete], tmp_path / "kept")
+    (kept,) = save_results([complete], tmp_path / "kept", snapshots=2)
     found = {str(p.relative_to(run)) for run in (whole, complete, begun, kept) for p in run.rglob("*") if p.is_file()}
     found = {name.removeprefix("baseline/") for name in found}
     unlisted = {name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)}

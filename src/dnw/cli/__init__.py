@@ -72,7 +72,11 @@ def _is_users(error: Exception) -> bool:
     """Whether an error is one that a user can cause and mend."""
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return True
-    return type(error).__name__ == "TrainingStoppedError"
+    return type(error).__name__ == "TrainingStoppedError" or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 _EXTRAS = {
@@ -90,6 +94,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").partition(".")[0], "train")
         return f"{error.name} is not installed; install its extra: pip install 'dnw[{extra}]'"
+    if _is_out_of_memory(error):
+        return "there is not memory enough; a smaller batch_size takes less, and --traceback says how much was asked for"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:

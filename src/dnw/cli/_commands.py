@@ -84,6 +84,7 @@ def count(parsed: argparse.Namespace) -> None:
 
     A network by its name is counted complete, a recipe as it starts, a run with the edges of its last checkpoint.
     """
+    from dnw.recipes import RECIPES
     from dnw.recipes._settings import ModelName
     from dnw.train import count_config, count_run, override
     from dnw.train._counts import config_of_model
@@ -91,7 +92,7 @@ def count(parsed: argparse.Namespace) -> None:
     size = _input_size(parsed.input) if parsed.input else None
     if parsed.target in get_args(ModelName):
         _say(str(count_config(override(config_of_model(parsed.target, size), parsed.overrides), size)))
-    elif run_named(parsed.target).is_dir():
+    elif parsed.target not in RECIPES and run_named(parsed.target).is_dir():
         if parsed.overrides:
             raise ValueError(f"{parsed.overrides[0]!r}: a run is counted as it is; settings can be changed of a recipe")
         _say(str(count_run(run_named(parsed.target), size)))
@@ -261,8 +262,8 @@ def results(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--snapshots {parsed.snapshots}: a number from 2 on, together with --save FOLDER")
     if parsed.differences and parsed.plot is None:
         raise ValueError("--differences is a plot: it goes with --plot FILE")
-    if parsed.save is not None and parsed.into is not None:
-        raise ValueError("--save keeps runs and --into makes a table; one after the other")
+    if sum(option is not None for option in (parsed.save, parsed.into, parsed.plot)) > 1:
+        raise ValueError("--save keeps runs, --into makes a table and --plot a picture; one after the other")
     if parsed.save is not None:
         for kept in save_results(parsed.paths, parsed.save, snapshots=parsed.snapshots):
             _say(f"{kept}: {sum(file.stat().st_size for file in kept.rglob('*') if file.is_file()):,} bytes")
@@ -347,7 +348,7 @@ def _resolve(name: str | None, overrides: Sequence[str]) -> Config:
         raise ValueError(
             "give a recipe first: dnw train digits takes about a minute and needs no data; dnw recipes lists them all"
         )
-    if "=" in name:
+    if "=" in name and not name.endswith(".json"):
         overrides, name = [name, *overrides], "digits"
     return override(config_of(name), overrides)
 

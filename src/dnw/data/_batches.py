@@ -45,16 +45,22 @@ def epoch_order(num: int, seed: int, epoch: int, draws: int = 3) -> tuple[Tensor
 def deal(num: int, batch_size: int, rank: int, world: int, whole: bool) -> list[slice]:
     """The positions that one process takes of each global batch.
 
-    With ``whole`` no position is left over (evaluation); else the last batch is cut to a multiple of the number of
-    processes, so that all of them take the same number of steps.
+    With ``whole`` no position is left over (evaluation), and what is less than one for each process goes with the batch before;
+    else the last batch is cut to a multiple of the number of processes. So all of them take the same number of steps.
+
+    Raises:
+        ValueError: fewer than one for each process.
     """
+    if num < world:
+        raise ValueError(f"{num} images for {world} processes: give fewer processes, or more images")
+    starts = list(range(0, num, batch_size))
+    if whole and num - starts[-1] < world:
+        del starts[-1]
     spans = []
-    for start in range(0, num, batch_size):
-        stop = min(start + batch_size, num)
-        if not whole:
-            stop -= (stop - start) % world
-        if stop > start:
-            spans.append(slice(start + rank, stop, world))
+    for start, stop in zip(starts, [*starts[1:], num], strict=True):
+        end = stop if whole else stop - (stop - start) % world
+        if end > start:
+            spans.append(slice(start + rank, end, world))
     return spans
 
 

@@ -366,6 +366,13 @@ def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return part, name
 
 
+def alike(config: Config) -> Config:
+    """The same, but for what may be changed at any time (``MAY_CHANGE``), which is as by default."""
+    plain = DataConfig.model_fields["workers"].default
+    usual = {name: Config.model_fields[name].default for name in MAY_CHANGE if "." not in name}
+    return config.model_copy(update={**usual, "data": config.data.model_copy(update={"workers": plain})})
+
+
 def changes(config: Config, base: Config) -> list[str]:
     """What has to be overridden of a base to get a config: the inverse of :func:`override`."""
     values, present = _flat(config.model_dump(mode="json")), _flat(base.model_dump(mode="json"))

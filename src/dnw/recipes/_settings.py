@@ -155,8 +155,15 @@ class DataConfig(Settings):
     image_size: int = Field(gt=0, le=4096, description="side in pixels of the square images that the network gets")
     mean: tuple[Annotated[float, Field(ge=-10, le=10)], ...] = Field(description="per channel, in units of the full range")
     std: tuple[Annotated[float, Field(ge=1e-3, le=10)], ...] = Field(description="per channel, in units of the full range")
-    crop_padding: int = Field(default=0, ge=0, le=4096, description="pixels of padding for random crops; 0 for none")
-    flip: bool = Field(default=False, description="mirror half of the training images")
+    crop_padding: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="pixels of padding for random crops; 0 for none; images streamed from files get random resized crops",
+    )
+    flip: bool = Field(
+        default=False, description="mirror half of the training images; of those streamed from files half are in any case"
+    )
     validation: int = Field(
         default=0,
         ge=0,

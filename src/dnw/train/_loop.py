@@ -138,11 +138,17 @@ def resume(
 
 
 def _check_resumable(run: RunDirectory) -> None:
-    """Raises ``ValueError`` where only the results of a run are there."""
+    """Raises ``ValueError`` where the checkpoint is gone that a run goes on from, or was never there."""
     for member, _ in run.members():
-        kept = member.network.exists() or (member.path / "counts.json").exists()
-        if kept and not member.last.exists():
+        if member.last.exists():
+            continue
+        if member.network.exists() or (member.path / "counts.json").exists():
             raise ValueError(f"{member.path}: is a result that was kept, without the checkpoint that training goes on from")
+        if (done := len(member.metrics())) > 1:  # one that was killed as its first epoch ended has the metrics alone
+            there = f"; put {member.best.name} in its place, or" if member.best.exists() else ":"
+            raise ValueError(
+                f"{member.path}: has {done} epochs and no {member.last.name} to go on from{there} train anew elsewhere"
+            )
 
 
 def _check_extensible(run: RunDirectory, epochs: int) -> None:
@@ -311,6 +317,11 @@ def _train_one(
 
 def _metrics_until(network: Network, run: RunDirectory) -> list[EpochMetrics]:
     """The metrics of the epochs that a network has been trained for."""
+    if network.epoch and not network.step:
+        raise ValueError(
+            f"{run.last}: was imported at epoch {network.epoch}, without what training goes on with; it can be evaluated, "
+            "counted and compiled"
+        )
     metrics = [m for m in run.metrics() if m.epoch <= network.epoch] if network.epoch else []
     if network.step and (len(metrics) != network.epoch or metrics[-1].step != network.step):
         file, epochs = run.path / "metrics.jsonl", network.epoch

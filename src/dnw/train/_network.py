@@ -196,6 +196,10 @@ def load_network(
     Raises:
         ValueError: no such checkpoint, a damaged one, or one that does not fit; the file is named.
     """
+    if checkpoint is not None and run.network.exists() and not run.last.exists():
+        if checkpoint == "best":
+            raise ValueError(f"{run.path}: is a result that was kept, of which the last weights are there, not the best ones")
+        return _kept_network(run.network, config, num_classes, fabric)
     start = read_ticket(run.ticket) if config.edges == "ticket" else None
     if checkpoint is None:
         classes = num_classes or num_classes_of_run(run)
@@ -203,8 +207,6 @@ def load_network(
             raise ValueError(f"{run.path}: nothing in it says how many classes there are; give num_classes")
         return make_network(config, classes, start, steps=steps, fabric=fabric)
     file = run.best if checkpoint == "best" else run.last
-    if run.network.exists() and not run.last.exists():
-        return _kept_network(run.network, config, num_classes, fabric)
     if not file.exists():
         raise ValueError(f"{run.path}: no {file.name} yet; dnw resume {run.path} trains on")
     content = read_checkpoint(file, config)

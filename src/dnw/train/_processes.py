@@ -73,9 +73,10 @@ def launch(config: Config, processes: int) -> Fabric | Alone:
     Raises:
         ValueError: this machine has fewer devices.
     """
-    if config.device == "cuda" and torch.cuda.device_count() < processes:
+    on_gpus = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if on_gpus and torch.cuda.device_count() < processes:
         raise ValueError(
-            f"device=cuda, processes={processes}: this machine shows {torch.cuda.device_count()} CUDA devices; use "
+            f"device={config.device}, processes={processes}: this machine shows {torch.cuda.device_count()} CUDA devices; use "
             "device=cpu or fewer processes"
         )
     if processes == 1:

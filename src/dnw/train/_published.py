@@ -120,7 +120,7 @@ def tables(results: Path, names: Sequence[str] = ()) -> Iterator[str]:
     """The tables as Markdown, line by line: each row is counted when it is asked for.
 
     Args:
-        results: directory in which results are kept (``dnw results --save``), at any depth; it may be missing.
+        results: directory in which results are kept (``dnw results --save``), in folders of it as well; it may be missing.
         names: of the tables that are wanted; all by default.
 
     Raises:
@@ -182,6 +182,8 @@ def _own_results(folder: Path) -> dict[tuple[str, tuple[str, ...]], str]:
             for recipe, changed in known:
                 if recipe == config.recipe and set(changed) <= set(found):
                     more = tuple(c for c in found if c not in changed)
+                    if any(c.startswith(("rule=", "edges=")) for c in more):  # another way of finding a wiring
+                        continue
                     kinds = runs.setdefault((recipe, changed), {})
                     kinds.setdefault((config.epochs, more), []).append(100 * metrics[-1].top1)
     return {row: _text(kinds) for row, kinds in runs.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from dnw._checks import listing
 from dnw._files import write_whole
 from dnw.recipes import RECIPES
-from dnw.recipes._config import Config, changes
+from dnw.recipes._config import Config, alike, changes
 from dnw.train._run import EpochMetrics, RunDirectory, runs_inside
 from dnw.train._sealed import sealed
 
@@ -101,8 +101,8 @@ def _rows(paths: Sequence[str | Path]) -> tuple[_Rows, list[str]]:
             if not member.is_finished(config):
                 unfinished.append(f"{member.path} ({len(metrics)} of {config.epochs} epochs)")
             else:
-                alike, same = (_same(config, seeds).to_json() for seeds in ((0,), config.seeds))
-                rows.setdefault((alike, seen[same]), []).append((member, config, metrics))
+                kind, same = (_same(config, seeds).to_json() for seeds in ((0,), config.seeds))
+                rows.setdefault((kind, seen[same]), []).append((member, config, metrics))
                 seen[same] += 1
     if not rows:
         raise ValueError(f"no finished run among {', '.join(map(str, paths))}")
@@ -110,9 +110,10 @@ def _rows(paths: Sequence[str | Path]) -> tuple[_Rows, list[str]]:
 
 
 def _same(config: Config, seeds: tuple[int, ...]) -> Config:
-    """The same run of other seeds; a gradient that is exact by default or because it was asked for is the same."""
+    """The same run of other seeds: wherever it was computed, and whether its gradient is exact by default or by request."""
     gradient = None if config.dormant.gradient == "exact" else config.dormant.gradient
-    return config.model_copy(update={"seeds": seeds, "dormant": config.dormant.model_copy(update={"gradient": gradient})})
+    changes = {"seeds": seeds, "dormant": config.dormant.model_copy(update={"gradient": gradient})}
+    return alike(config).model_copy(update=changes)
 
 
 def _pairs(rows: _Rows) -> dict[_Row, list[float]]:
@@ -121,8 +122,8 @@ def _pairs(rows: _Rows) -> dict[_Row, list[float]]:
     changed = {row: len(_changed(runs[0][1])) for row, runs in rows.items()}
     last = {row: {config.seed: 100 * metrics[-1].top1 for _, config, metrics in runs} for row, runs in rows.items()}
     for row, runs in rows.items():
-        alike = [r for r, o in rows.items() if _network(o[0][1]) == _network(runs[0][1]) and o[0][1].method == "dnw"]
-        plainest = [r for r in alike if changed[r] == min(changed[other] for other in alike)]
+        others = [r for r, o in rows.items() if _network(o[0][1]) == _network(runs[0][1]) and o[0][1].method == "dnw"]
+        plainest = [r for r in others if changed[r] == min(changed[other] for other in others) and not r[1]]
         if len(plainest) == 1 and plainest != [row]:
             found[row] = [last[row][seed] - last[plainest[0]][seed] for seed in last[row].keys() & last[plainest[0]].keys()]
     return {row: pairs for row, pairs in found.items() if pairs}
@@ -130,7 +131,7 @@ def _pairs(rows: _Rows) -> dict[_Row, list[float]]:
 
 def _network(config: Config) -> tuple[object, ...]:
     """What runs have in common that are compared."""
-    return config.model, config.data, config.epochs
+    return config.model, config.width, config.density, config.num_edges, alike(config).data, config.epochs
 
 
 def _error(pairs: Sequence[float]) -> float:
@@ -225,7 +226,8 @@ def plot_differences(paths: Sequence[str | Path], file: str | Path) -> None:
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_yticks([])
         axes.set_ylim(-0.5, len(members) - 0.2)
-        axes.set_title(f"{config.model}, {config.data.name}, {config.epochs} epochs", fontsize="small")
+        density = "" if config.density is None else f", density {config.density:g}"
+        axes.set_title(f"{config.model}, {config.data.name}, {config.epochs} epochs{density}", fontsize="small")
         axes.set_xlabel("points above DNW", fontsize="small")
         axes.tick_params(labelsize="small")
         axes.grid(axis="x", alpha=0.3)
@@ -279,8 +281,8 @@ def save_results(paths: Sequence[str | Path], folder: str | Path, *, snapshots: 
 
     kept = []
     for run in (run for path in paths for run in _runs(path)):
-        for member, config in RunDirectory(run).members():
-            metrics = member.metrics()
+        for member, single in RunDirectory(run).members():
+            config, metrics = single, member.metrics()
             if not member.is_finished(config):
                 continue
             target = RunDirectory(Path(folder) / _name(config))
@@ -296,12 +298,14 @@ def save_results(paths: Sequence[str | Path], folder: str | Path, *, snapshots: 
             target.path.mkdir(parents=True, exist_ok=True)
             write_whole(target.path / "environment.json", (json.dumps(sealed(environment), indent=2) + "\n").encode())
             target.write_metrics(metrics)
+            if not member.last.exists() and (counted := member.path / "counts.json").exists():  # a result that was kept
+                write_whole(target.path / "counts.json", counted.read_bytes())
             if member.last.exists():
                 found = count_run(member.path)
                 counts = {name: getattr(found, name) for name in ("parameters", "active", "dense", "nominal", "live")}
                 write_whole(target.path / "counts.json", (json.dumps(counts) + "\n").encode())
             if snapshots is not None:
-                network = load_network(member, config)
+                network = load_network(member, single)
                 edges = {name: parameter.active for name, parameter in network.wiring.items()}
                 with network.wiring.settled():
                     told = {"num_classes": network.num_classes, "epoch": network.epoch, "step": network.step}
@@ -317,7 +321,8 @@ def save_results(paths: Sequence[str | Path], folder: str | Path, *, snapshots: 
 def _name(config: Config) -> str:
     """Of a run by its settings, as files are called."""
     changed = [change.replace("=", "-") for change in _changed(config)]
-    parts = [config.recipe, *changed, *([config.method] if config.method not in config.recipe else [])]
+    is_own = config.recipe in RECIPES and RECIPES[config.recipe]().method == config.method
+    parts = [config.recipe, *changed, *([] if is_own and config.method in config.recipe else [config.method])]
     whole = "-".join([*parts, f"{config.epochs}-epochs", f"seed-{config.seed}"])
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in whole)
 

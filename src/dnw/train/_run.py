@@ -38,6 +38,7 @@ FILES = {
     "metrics.csv": "with `--log csv`: the same as a table",
     "tensorboard/events.*": "with `--log tensorboard`: the same for TensorBoard",
     "counts.json": "of a result that `dnw results` keeps: parameters and multiply-adds at the end",
+    "network.pt": "of a result that keeps its network (`dnw results --save ... --snapshots`): that, in half precision",
     "last.pt": "the checkpoint of the last epoch, from which `dnw resume` goes on",
     "best.pt": "the checkpoint of the best epoch among those with the final number of edges",
     "first.pt": "of `rule=complete`: the weights that it begins with, to which a ticket is rewound",
@@ -167,7 +168,7 @@ class RunDirectory:
         """Writes what a run starts with."""
         self.path.mkdir(parents=True, exist_ok=True)
         stored = {"num_classes": num_classes, "config": config.model_dump(mode="json")}
-        environment = sealed({**_environment(data_dir), **stored})
+        environment = sealed({**_environment(data_dir, config.device), **stored})
         write_whole(self.path / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
         write_whole(self.path / "config.json", config.to_json().encode())
 
@@ -250,7 +251,11 @@ class RunDirectory:
         path = self.path.absolute()
         for above in (path.parent, path.parent.parent):
             found = RunDirectory(above)
-            if found.exists and str(path.relative_to(above)) in found.config().singles():
+            try:
+                folders = found.config().singles() if found.exists else {}
+            except ValueError:  # of something else that has a config.json
+                continue
+            if path.relative_to(above) in map(Path, folders):
                 return found
         return None
 
@@ -351,7 +356,7 @@ _ENVIRONMENT: dict[str, type] = {
 }
 
 
-def _environment(data_dir: Path) -> dict[str, Any]:
+def _environment(data_dir: Path, device: str) -> dict[str, Any]:
     return {
         "dnw": __version__,
         "commit": _commit(),
@@ -359,7 +364,7 @@ def _environment(data_dir: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None,
         "graph_kernels": graph_kernels(),
         "data_dir": str(data_dir.absolute()),
     }
@@ -377,13 +382,14 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit that the package was run from; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
+        known = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10)
+        if known.returncode:  # installed, perhaps within somebody's own checkout
+            return None
         commit = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
+            [*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -6,6 +6,7 @@ added later.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import re
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dnw.recipes import config_of
-from dnw.recipes._config import Config, override
+from dnw.recipes._config import Config, alike, override
 from dnw.train._log import Log
 from dnw.train._loggers import Logger
 from dnw.train._loop import resume, train
@@ -60,8 +61,10 @@ def sweep(
             )
     configs = {value: override(config, [f"{key}={value}"]) for value in values}
     runs = {value: RunDirectory(out / f"{key}-{value}") for value in values}
-    for value, run in runs.items():
-        if run.exists and run.config() != configs[value]:
+    for value, run in _there(out, key).items():  # all of them are drawn
+        if value not in configs:
+            configs[value] = override(config, [f"{key}={value}"])
+        if alike(run.config()) != alike(configs[value]):
             raise ValueError(f"{run.path}: a run with other settings is there already; name another directory with --out")
     log = log or Log()
     for value, run in runs.items():
@@ -72,13 +75,18 @@ def sweep(
                 train(configs[value], data_dir=data_dir, out=run.path, log=log, loggers=loggers)
         except TrainingStoppedError as error:
             log.line(f"{key}={value}: {error}")
-    there = {path.name.removeprefix(f"{key}-"): path for path in sorted(out.glob(f"{key}-*")) if _is_finished(path)}
-    return dict(sorted(there.items(), key=lambda item: _number(item[0])))
+    finished = {value: run.path for value, run in _there(out, key).items() if _is_finished(run)}
+    return dict(sorted(finished.items(), key=lambda item: _number(item[0])))
 
 
-def _is_finished(path: Path) -> bool:
-    run = RunDirectory(path)
-    return run.exists and all(member.is_finished(config) for member, config in run.members())
+def _there(out: Path, key: str) -> dict[str, RunDirectory]:
+    """The runs of a sweep by the values of its setting, those of earlier calls too."""
+    runs = {path.name.removeprefix(f"{key}-"): RunDirectory(path) for path in sorted(out.glob(f"{glob.escape(key)}-*"))}
+    return {value: run for value, run in runs.items() if run.exists}
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    return all(member.is_finished(config) for member, config in run.members())
 
 
 def check_plot() -> None:
