@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -33,8 +34,12 @@ def thinned(model: nn.Module, seed: int, **budget: object) -> nn.Module:
     return model
 
 
-@functools.cache
 def small_program() -> Program:
+    return copy.deepcopy(_small_program())
+
+
+@functools.cache
+def _small_program() -> Program:
     torch.manual_seed(0)
     model = thinned(lively(GraphChain(10, image_stride=1, stages=(Stage(6, 8, 1, 2), Stage(8, 16, 2, 3)))), 3, density=0.2)
     return plan(model, (3, 21, 18)).apply(model)

@@ -317,7 +317,14 @@ class Capture(Traced):
                 raise NotCompiled
             of_one = pytree.tree_map(lambda leaf: leaf.tensor if isinstance(leaf, Spread) else leaf, (args, kwargs))
             found = handler(self, node, *of_one[0], **of_one[1])
-        except (NotCompiled, ValueError, ZeroDivisionError):  # also what instructions do not take
+        except (
+            NotCompiled,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            RuntimeError,
+        ):  # what instructions do not take
             inputs = self._inputs
             del self.nodes[before:], self.sizes[inputs + before :]
             found = self._foreign(node, target, args, kwargs)
@@ -401,7 +408,7 @@ class Capture(Traced):
         if not isinstance(made, Tensor):
             return None
         shape = tuple(self.number(n) for n in made.shape)
-        at = [i for i, n in enumerate(shape) if n % PRIME == 0]
+        at = [i for i, n in enumerate(shape) if n and n % PRIME == 0]
         joins = str(target).removeprefix("aten.").split(".")[0] in ("cat", "concat", "stack")
         if len(at) != 1 or shape[at[0]] // PRIME % PRIME == 0 or (joins and shape[at[0]] != PRIME):
             raise ValueError(f"{self.where or 'the model'}: {target} mixes the images of a batch; that is not compiled")

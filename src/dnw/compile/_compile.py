@@ -314,6 +314,11 @@ def _error(expected: list[Any], runtime: Runtime, inputs: tuple[Tensor, ...], en
     """
     worst = 0.0
     for a, b in zip(pytree.tree_leaves(ends.run(runtime, inputs)), expected, strict=True):
+        if isinstance(b, Tensor) and a.shape != b.shape:
+            raise RuntimeError(
+                f"an output of the compiled model is {tuple(a.shape)} and the model's {tuple(b.shape)}; it is not given out: "
+                "please report it as a fault of dnw"
+            )
         if isinstance(b, Tensor) and b.numel():
             a, b = a.float(), b.detach().to("cpu", torch.float32)
             apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)

@@ -447,7 +447,7 @@ static OVER_READS FAST void WIDTH(attention)(const struct task *task, const stru
       if (scores[j] > most || scores[j] != scores[j]) most = scores[j];
     for (int32_t j = keys; j < vectors * LANES; j++) scores[j] = -INFINITY;
     for (int32_t at = 0; at < vectors; at++) {
-      vec score = exponential(read(scores + at * LANES) - most);
+      vec score = most == -INFINITY ? (vec){0} : exponential(read(scores + at * LANES) - most);
       for (int32_t j = 0; j < LANES; j++)
         if (at * LANES + j >= keys) score[j] = 0.0f;
       write(scores + at * LANES, score);
@@ -461,7 +461,7 @@ static OVER_READS FAST void WIDTH(attention)(const struct task *task, const stru
       for (; j + LANES <= keys; j += LANES) sum += read(scores + j) * read(value + j);
       found = WIDTH(total)(sum);
       for (; j < keys; j++) found += scores[j] * value[j];
-      out[(int64_t)d * task->out_plane] = found / total;
+      out[(int64_t)d * task->out_plane] = total == 0.0f ? 0.0f : found / total; /* 0 where no key is seen */
     }
   }
 }

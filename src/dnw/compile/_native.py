@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -121,8 +120,8 @@ class Runtime:
         """Threads of this process: a process that is forked from one has none."""
         self._process = os.getpid()
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
-        self._crew = ThreadPoolExecutor(max(1, self.threads - 1))  # of one image; the calling thread is one of them
-        self._crew_is_busy = Lock()
+        self._crew = ThreadPoolExecutor(max(1, self.threads - 1))  # of one image
+        self._leader = ThreadPoolExecutor(1)  # one of them, for one caller at a time
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _runtime, (self.program, self.threads, self.kind)
@@ -182,7 +181,7 @@ class Runtime:
         if self._pool is None or not len(images):
             layout.run(images, outputs)
         elif len(images) < self.threads:
-            self._together(layout, images, outputs)
+            self._leader.submit(self._together, layout, images, outputs).result()
         else:
             parts = zip(images.tensor_split(self.threads), outputs.tensor_split(self.threads), strict=True)
             for done in [self._pool.submit(layout.run, *part) for part in parts]:
@@ -190,15 +189,18 @@ class Runtime:
         return outputs
 
     def _together(self, layout: _Layout, images: Tensor, outputs: Tensor) -> None:
-        """All threads on one image after the other. They wait for each other, so the crew serves one caller at a time."""
+        """All threads on one image after the other, for the leader.
+
+        They wait for each other, so each of them has to come: an interrupt, which the caller may get at any moment, must not
+        keep one away.
+        """
         meeting = torch.zeros(2, dtype=torch.int32, device="cpu")
         arena = layout.take_arena()
-        with self._crew_is_busy:
-            work = images, outputs, arena
-            others = [self._crew.submit(layout.run, *work, thread, self.threads, meeting) for thread in range(1, self.threads)]
-            layout.run(*work, 0, self.threads, meeting)
-            for done in others:
-                done.result()
+        work = images, outputs, arena
+        others = [self._crew.submit(layout.run, *work, thread, self.threads, meeting) for thread in range(1, self.threads)]
+        layout.run(*work, 0, self.threads, meeting)
+        for done in others:
+            done.result()
         layout.give_arena(arena)
 
 

@@ -104,7 +104,8 @@ def _linear(traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any = Non
 
 
 @handles("addmm", becomes="`Linear`")
-def _addmm(traced: Traced, node: fx.Node, bias: Any, x: Any, weight: Any) -> View:
+def _addmm(traced: Traced, node: fx.Node, bias: Any, x: Any, weight: Any, **scales: Any) -> View:
+    need(not scales)
     need(isinstance(bias, Tensor) and bias.ndim == 1 and isinstance(x, View) and isinstance(weight, Tensor))
     return _linear_at(traced, x, len(x.dims) - 1, weight.t(), bias)
 
@@ -131,8 +132,8 @@ def _batch_norm(
 @handles("_native_batch_norm_legit_no_training", becomes="`Affine`, part of the sums before it")
 def _batch_norm_alone(
     traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any
-) -> list[View]:
-    return [_batch_norm(traced, node, x, weight, bias, mean, var, False, *rest)]
+) -> list[View | None]:
+    return [_batch_norm(traced, node, x, weight, bias, mean, var, False, *rest), None, None]  # statistics are for training
 
 
 @handles("_native_batch_norm_legit", "_native_batch_norm_legit_functional", becomes="an error: it mixes the images of a batch")
@@ -351,13 +352,27 @@ def _add(traced: Traced, node: fx.Node, x: Any, y: Any, alpha: float = 1.0) -> V
         need(alpha == 1 or not isinstance(x, Tensor))
         x, y = (y if alpha == 1 else _affine(traced, y, alpha, 0.0)), x
         alpha = 1.0
-    return _shifted(traced, node, x, y * alpha)
+    return _shifted(traced, node, x, _precise(y) * alpha)
+
+
+def _precise(number: Any) -> Any:
+    """A constant in double precision: whole numbers may be too short for what is computed with them."""
+    return number.double() if isinstance(number, Tensor) else number
+
+
+def _keeps_shape(traced: Traced, node: fx.Node, x: View, constant: Any) -> None:
+    """Gives up where a constant is broadcast to more than the tensor that it meets."""
+    shape = traced.shape(node)
+    need(
+        not isinstance(constant, Tensor)
+        or (tuple(1 if n == PRIME else n for n in shape) == x.shape and shape.count(PRIME) <= 1)
+    )
 
 
 def _shifted(traced: Traced, node: fx.Node, x: View, constant: Any) -> View:
+    _keeps_shape(traced, node, x, constant)
     if not isinstance(constant, Tensor) or constant.numel() == 1:
         return _affine(traced, x, 1.0, float(constant))
-    need(tuple(1 if n == PRIME else n for n in traced.shape(node)) == x.shape)
     laid = traced.laid(constant, x)
     if laid.numel() == len(laid):
         return _affine(traced, x, 1.0, laid)
@@ -368,7 +383,7 @@ def _shifted(traced: Traced, node: fx.Node, x: View, constant: Any) -> View:
 def _sub(traced: Traced, node: fx.Node, x: Any, y: Any, alpha: float = 1.0) -> View:
     if isinstance(y, View):
         return _add(traced, node, _affine(traced, y, -float(alpha), 0.0), x)
-    return _shifted(traced, node, x, -y * alpha)
+    return _shifted(traced, node, x, -_precise(y) * alpha)
 
 
 @handles("rsub", becomes="`Sum`; of constants `Affine`, `Shift`")
@@ -386,9 +401,9 @@ def _mul(traced: Traced, node: fx.Node, x: Any, y: Any) -> View:
     if isinstance(x, View) and isinstance(y, View):
         return _joined(traced, Product(), x, y)
     x, y = (x, y) if isinstance(x, View) else (y, x)
+    _keeps_shape(traced, node, x, y)
     if not isinstance(y, Tensor) or y.numel() == 1:
         return _affine(traced, x, float(y), 0.0)
-    need(tuple(1 if n == PRIME else n for n in traced.shape(node)) == x.shape)
     laid = traced.laid(y, x)
     if laid.numel() == len(laid):
         return _affine(traced, x, laid, 0.0)
@@ -399,7 +414,7 @@ def _mul(traced: Traced, node: fx.Node, x: Any, y: Any) -> View:
 
 @handles("pow", "square", becomes="`Product`, of the powers 2 and 3")
 def _pow(traced: Traced, node: fx.Node, x: Any, power: Any = 2) -> View:
-    need(isinstance(x, View) and power in (2, 3))
+    need(isinstance(x, View) and not isinstance(power, Tensor) and power in (2, 3))
     made = traced.emit(Product(), x.value, x.value)
     return traced.like(x, made if power == 2 else traced.emit(Product(), made, x.value))
 
@@ -407,7 +422,9 @@ def _pow(traced: Traced, node: fx.Node, x: Any, power: Any = 2) -> View:
 @handles("div", becomes="`Affine`")
 def _div(traced: Traced, node: fx.Node, x: Any, y: Any, **settings: Any) -> View:
     need(isinstance(x, View) and not isinstance(y, View) and not settings)
-    return _mul(traced, node, x, 1 / y)
+    scale = 1 / _precise(y)
+    need(not isinstance(scale, Tensor) or scale.isfinite().all())
+    return _mul(traced, node, x, scale)
 
 
 # --- windows ---
@@ -466,6 +483,7 @@ def _avg_pool(
 
 @handles("adaptive_avg_pool2d", becomes="`PlaceMean`, `AdaptiveMean`")
 def _adaptive(traced: Traced, node: fx.Node, x: View, size: Sequence[int]) -> View:
+    need(len(x.dims) == 4)
     if tuple(size) == x.shape[2:]:
         return x
     if tuple(size) == (1, 1):
@@ -475,9 +493,11 @@ def _adaptive(traced: Traced, node: fx.Node, x: View, size: Sequence[int]) -> Vi
 
 
 @handles("upsample_nearest2d", becomes="`AdaptiveMean`, by whole factors", of_shapes=True)
-def _upsample(traced: Traced, node: fx.Node, x: View, *_: Any) -> View:
+def _upsample(traced: Traced, node: fx.Node, x: View, size: Any, *factors: Any) -> View:
     sides = traced.shape(node)[2:]
-    need(all(n % before == 0 for n, before in zip(sides, x.shape[2:], strict=True)))
+    given = [n for one in factors for n in (one if isinstance(one, (list, tuple)) else [one]) if n is not None]
+    whole = [n / before for n, before in zip(sides, x.shape[2:], strict=True)]
+    need(all(n.is_integer() for n in whole) and (not given or given == whole))  # PyTorch goes by the factor, not by the size
     x = traced.maps(x)
     return traced.view(traced.emit(AdaptiveMean(*_pair(sides)), x.value))  # the mean of one pixel
 

@@ -112,7 +112,7 @@ class Constant:
         if not maps.any():
             return None
         base = maps[:, maps.shape[1] // 2, maps.shape[2] // 2]
-        beside = maps - base[:, None, None]
+        beside = torch.where(maps == base[:, None, None], 0.0, maps - base[:, None, None])  # infinity less itself is NaN
         channels = beside.flatten(1).any(1).nonzero().flatten()
         beside = beside[channels]
         rows, columns = _runs(beside.transpose(0, 1)), _runs(beside.permute(2, 0, 1))
@@ -579,7 +579,8 @@ class Program:
     @property
     def num_parameters(self) -> int:
         """Numbers that it computes with and that are not 0."""
-        return sum(int(t.count_nonzero()) for t in tensors(self) if t.is_floating_point())
+        distinct = {id(t): t for t in tensors(self)}  # operators of PyTorch with several results have them for each
+        return sum(int(t.count_nonzero()) for t in distinct.values() if t.is_floating_point())
 
 
 def require_program(given: object) -> None:

@@ -216,6 +216,9 @@ def _select_scatter(traced: Traced, node: fx.Node, x: Any, part: Any, dim: int, 
 @handles("copy", becomes="nothing", of_shapes=True)
 def _copy(traced: Traced, node: fx.Node, x: Any, other: Any, *_: Any) -> View:
     need(isinstance(other, View) and other.shape == tuple(1 if n == PRIME else n for n in traced.shape(node)))
+    source: Any = node.args[1]
+    into, given = node.meta["val"].dtype, source.meta["val"].dtype
+    need(into == given or (into.is_floating_point and given.is_floating_point))
     return other
 
 

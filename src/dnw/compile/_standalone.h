@@ -197,7 +197,7 @@ static void mean_pool(const float *in, float *out, int channels, int height, int
 
 /* FUNCTION clamp */
 static void clamp(const float *in, float *out, long count, float low, float high) {
-  for (long i = 0; i < count; i++) out[i] = in[i] < low ? low : in[i] > high ? high : in[i];
+  for (long i = 0; i < count; i++) out[i] = in[i] > high || low > high ? high : in[i] < low ? low : in[i];
 }
 
 /* FUNCTION leaky_relu */
@@ -207,7 +207,7 @@ static void leaky_relu(const float *in, float *out, long count, float slope) {
 
 /* FUNCTION elu */
 static void elu(const float *in, float *out, long count, float alpha) {
-  for (long i = 0; i < count; i++) out[i] = in[i] < 0.0f ? alpha * (expf(in[i]) - 1.0f) : in[i];
+  for (long i = 0; i < count; i++) out[i] = in[i] < 0.0f ? alpha * expm1f(in[i]) : in[i];
 }
 
 /* FUNCTION sigmoid */
