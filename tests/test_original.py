@@ -267,7 +267,7 @@ def test_differences_are_drawn_by_pairs_of_runs_with_the_same_seed(tmp_path, cap
     matplotlib = pytest.importorskip("matplotlib")
     assert main(["results", *map(str, ARENA), "--plot", str(tmp_path / "differences.svg"), "--differences"]) == 0
     drawn, stored = (tmp_path / "differences.svg").read_text(), (STORED.parent / "docs" / "arena.svg").read_text()
-    assert ">norm_ste, 3 seeds<" in drawn
+    assert ">norm_ste floor.per_target=1, 3 seeds<" in drawn
     assert drawn == stored or f"Matplotlib v{matplotlib.__version__}" not in stored, "make results"
     capsys.readouterr()
     assert main(["results", str(STORED / "cifar10_160"), "--plot", str(tmp_path / "none.svg"), "--differences"]) == 1

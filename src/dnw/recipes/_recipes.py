@@ -202,8 +202,14 @@ def cifar10_mobilenet_sr_ste_x225() -> Config:
 
 
 def cifar10_mobilenet_best_x225() -> Config:
-    """The chain by this library's own rule (NormSTE), an edge to each target kept."""
-    return _variant(_chain("norm_ste"), "cifar10_mobilenet_best_x225", floor={"per_target": 1})
+    """The chain by NormSTE at full rate, its density falling from 1 to the budget over the first half."""
+    return _variant(
+        _chain("norm_ste"),
+        "cifar10_mobilenet_best_x225",
+        rule_settings={"rate": 1.0},
+        floor={"per_target": 1},
+        density_schedule={"end": 0.5, "every": 10},
+    )
 
 
 def cifar10_mobilenet_st3_x225() -> Config:
