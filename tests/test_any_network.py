@@ -1102,6 +1102,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (5, 8),
     ),
+    "times a number that is read": (lambda: Lambda(lambda m, x: m.c(x) * m.z.item(), c=conv(), z=torch.tensor(2.0)), M),
     "by zero": (lambda: Lambda(lambda m, x: m.c(x) / m.z, c=conv(), z=torch.tensor([1.0, 0.0, 2.0])[:, None, None]), M),
 }
 
@@ -1130,12 +1131,15 @@ def test_small_numbers_keep_their_digits(kind, size):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_decomposed_program_of_norms_is_compiled():
-    model, x = nn.Sequential(conv(), nn.BatchNorm2d(3)).eval(), torch.randn(2, *M)
+def test_a_decomposed_program_is_compiled_without_pytorch():
+    parts = [conv(8), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(72, 6)]
+    model, x = nn.Sequential(*parts, nn.LayerNorm(6)), torch.randn(2, *M)
     lively(model)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).run_decompositions()
+    found = compile(exported, x)
+    assert not found.report.way("PyTorch")
     with torch.no_grad():
-        torch.testing.assert_close(compile(exported, x)(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_an_operator_with_several_results_count_once():

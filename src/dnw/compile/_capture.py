@@ -291,7 +291,9 @@ class Capture(Traced):
             leaves = pytree.tree_leaves((args, kwargs))
         made = node.meta.get("val")
         if isinstance(made, (*SYMBOLS, int, float)):
-            self._env[node] = made
+            is_read = any(isinstance(leaf, Tensor) for leaf in leaves)  # from a constant, as by item()
+            known = is_read and not any(isinstance(leaf, (View, Spread, Uneven, *SYMBOLS)) for leaf in leaves)
+            self._env[node] = target(*args, **kwargs) if known else made
             return
         if any(isinstance(x, Tensor) and x.is_complex() for x in pytree.tree_leaves(made)):
             raise ValueError(f"{self.where or 'the model'}: {target} makes complex numbers, which are not compiled")

@@ -59,6 +59,24 @@ def _conv2d(
     return View.of(traced.emit(instruction, x.value), size)
 
 
+@handles("convolution", becomes="`Convolution`, `Linear` of single pixels")
+def _convolution(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> View:
+    need(isinstance(weight, Tensor) and weight.ndim in (3, 4) and not transposed)
+    return (_conv1d if weight.ndim == 3 else _conv2d)(traced, node, x, weight, bias, stride, padding, dilation, groups)
+
+
 def _padding(padding: Any, weight: Tensor, dilation: tuple[int, int]) -> Any:
     """How many zeros are beside maps, where they are as many on both sides."""
     if not isinstance(padding, str):
@@ -133,7 +151,13 @@ def _batch_norm(
 def _batch_norm_alone(
     traced: Traced, node: fx.Node, x: View, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any
 ) -> list[View | None]:
-    return [_batch_norm(traced, node, x, weight, bias, mean, var, False, *rest), None, None]  # statistics are for training
+    _need_first(node)
+    return [_batch_norm(traced, node, x, weight, bias, mean, var, False, *rest), None, None]
+
+
+def _need_first(node: fx.Node) -> None:
+    """Gives up where more than the first of several results is read: the others are for training."""
+    need(all(item.args[1] == 0 or not item.users for item in node.users))
 
 
 @handles("_native_batch_norm_legit", "_native_batch_norm_legit_functional", becomes="an error: it mixes the images of a batch")
@@ -177,11 +201,36 @@ def _layer_norm(
     return _normed(traced, x, weight, bias, eps, 1, False)
 
 
+@handles("native_layer_norm", becomes="`LayerNorm`, over the last dimension")
+def _native_layer_norm(
+    traced: Traced, node: fx.Node, x: View, shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> list[View | None]:
+    _need_first(node)
+    return [_layer_norm(traced, node, x, shape, weight, bias, eps), None, None]
+
+
 @handles("group_norm", becomes="`LayerNorm`, over places")
 def _group_norm(
     traced: Traced, node: fx.Node, x: View, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> View:
     return _normed(traced, traced.channelled(x, 1), weight, bias, eps, groups, True)
+
+
+@handles("native_group_norm", becomes="`LayerNorm`, over places", of_shapes=True)
+def _native_group_norm(
+    traced: Traced,
+    node: fx.Node,
+    x: View,
+    weight: Any,
+    bias: Any,
+    images: Any,
+    channels: int,
+    places: int,
+    groups: int,
+    eps: float,
+) -> list[View | None]:
+    _need_first(node)
+    return [_group_norm(traced, node, x, groups, weight, bias, eps), None, None]
 
 
 def _normed(traced: Traced, x: View, weight: Any, bias: Any, eps: float, groups: int, over_places: bool) -> View:
@@ -461,6 +510,12 @@ def _max_pool(
     x = traced.maps(x)
     made = traced.emit(Pool(True, _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil), x.value)
     return traced.view(made)
+
+
+@handles("max_pool2d_with_indices", becomes="`Pool`", of_shapes=True)
+def _max_pool_with_indices(traced: Traced, node: fx.Node, x: View, *settings: Any) -> list[View | None]:
+    _need_first(node)
+    return [_max_pool(traced, node, x, *settings), None]
 
 
 @handles("avg_pool2d", becomes="`Pool`")
