@@ -706,3 +706,15 @@ def test_live_edges_are_those_that_an_experiment_finds(make, size):
         rows = {row.name.removesuffix(".weight"): row for row in count(model, size, masks).rows}
         expected = seen_to_live(model, size, masks)
         assert {n: rows[n].live // (rows[n].dense // rows[n].parameters) for n in expected} == expected
+
+
+def test_products_of_batches_that_are_added():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addbmm(x.new_zeros(2, 4), x, self.weight)
+
+    assert count(Added(), torch.randn(3, 2, 5)).dense == 3 * 2 * 5 * 4

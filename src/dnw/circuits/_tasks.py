@@ -130,10 +130,12 @@ def python_task(name: str, source: Tensor, *, length: int = 64, pairs: int = 200
         seed: of their choice.
 
     Raises:
-        ValueError: no such task, or none of one of the two kinds in the source.
+        ValueError: no such task, too short or too few, or none of one of the two kinds in the source.
     """
     if name not in TASKS:
         raise ValueError(f"task {name!r}: there are {', '.join(TASKS)}")
+    if pairs < 2 or length < 1:
+        raise ValueError(f"length={length}, pairs={pairs}: prompts have a byte or more, and a task two pairs or more")
     text = source.numpy().tobytes()
     kinds: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     for kind, place, answer in TASKS[name](text):

@@ -18,6 +18,7 @@ OPERANDS = {
     aten.bmm: (0, 1),
     aten.addmm: (1, 2),
     aten.baddbmm: (1, 2),
+    aten.addbmm: (1, 2),
     aten.mv: (0, 1),
     aten.addmv: (1, 2),
     aten.dot: (0, 1),
@@ -205,5 +206,6 @@ _PRODUCTS |= {
     aten.mv: lambda a, b, out_val: a.numel(),
     aten.addmv: lambda x, a, b, out_val, **_: a.numel(),
     aten.dot: lambda a, b, out_val: a.numel(),
+    aten.addbmm: lambda x, a, b, out_val, **_: a.numel() * b.shape[-1],
     aten._trilinear: _trilinear,
 }

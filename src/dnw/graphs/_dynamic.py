@@ -50,10 +50,15 @@ class DynamicGraph(nn.Module, ABC):
         activation: Callable[[Tensor], Tensor] = F.relu,
     ) -> None:
         super().__init__()
-        if min(num_inputs, num_outputs) < 1 or num_inputs + num_outputs > num_nodes:
+        numbers = num_nodes, num_inputs, num_outputs
+        if (
+            any(isinstance(n, bool) or not isinstance(n, int) for n in numbers)
+            or min(numbers) < 1
+            or num_inputs + num_outputs > num_nodes
+        ):
             raise ValueError(
                 f"num_nodes={num_nodes}, num_inputs={num_inputs}, num_outputs={num_outputs}: a dynamic graph needs inputs and "
-                "outputs, at least one of each, and no node can be both"
+                "outputs, at least one of each, whole numbers, and no node can be both"
             )
         self.num_nodes, self.num_inputs, self.num_outputs, self.maps = num_nodes, num_inputs, num_outputs, maps
         self.weight = nn.Parameter(torch.empty(num_nodes, num_nodes))
@@ -245,8 +250,10 @@ class ContinuousTimeGraph(DynamicGraph):
         rectify_in_place: bool = False,
     ) -> None:
         super().__init__(num_nodes, num_inputs, num_outputs, maps=maps, norm=norm, activation=activation)
-        if not duration > 0 or leak < 0:
-            raise ValueError(f"duration={duration}, leak={leak}: the duration is above 0, the leak not below")
+        if not (0 < duration < math.inf and 0 <= leak < math.inf):
+            raise ValueError(
+                f"duration={duration}, leak={leak}: the duration is above 0, the leak not below, and both are finite"
+            )
         if rectify_in_place and adjoint:
             raise ValueError(
                 "rectify_in_place changes the solver's states, so the adjoint equation has other ones; use one of them"

@@ -5,6 +5,7 @@ Contract: a solver takes a rate and a state at time 0 and returns the state at a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,8 +46,8 @@ def solver_named(name: str, steps: int, rtol: float, atol: float, adjoint: bool)
         raise ValueError(f"solver={name!r}: no such solver{one_of(name, EQUAL_STEPS + ADAPTIVE)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"solver_steps={steps!r}: a whole number from 1 on")
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol={rtol}, atol={atol}: tolerances are above 0")
+    if not (0 < rtol < math.inf and 0 < atol < math.inf):
+        raise ValueError(f"rtol={rtol}, atol={atol}: tolerances are above 0 and finite")
     if adjoint or name in ADAPTIVE:
         return _Torchdiffeq(name, steps, rtol, atol, adjoint)
     return _EqualSteps(name, steps)

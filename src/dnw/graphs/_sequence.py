@@ -28,8 +28,11 @@ class SequenceGraph(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x.ndim != (5 if self.graph.maps else 3) or x.shape[1] < 1:
-            wanted = "maps [batch, length, inputs, height, width]" if self.graph.maps else "numbers [batch, length, inputs]"
-            raise ValueError(f"expected a sequence of {wanted}, got a tensor of shape {tuple(x.shape)}")
+            kind = "maps [batch, length, inputs, height, width]" if self.graph.maps else "numbers [batch, length, inputs]"
+            raise ValueError(f"expected a sequence of {kind}, got a tensor of shape {tuple(x.shape)}")
+        wanted = (len(x), self.graph.num_nodes, *x.shape[3:])
+        if state is not None and state.shape != wanted:
+            raise ValueError(f"expected a state of shape {wanted}, got one of {tuple(state.shape)}")
         outputs = []
         for element in x.unbind(1):
             state = self.graph.start(element) if state is None else self.graph.feed(state, element)
