@@ -328,7 +328,7 @@ def test_a_program_of_all_channels_is_exact(name):
     assert_near(shrunk(whole).run(*inputs), [x.float() for x in expected], 3e-6)
 
 
-@pytest.mark.parametrize("dead", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dead", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_dead_parts_go_and_outputs_stay(name, dead):
     model, inputs = network(name, density=0.2, dead=dead)
