@@ -31,6 +31,7 @@ CONTENDERS = {
     "norm-ste-falling": ["rule=norm_ste", "floor.per_target=1", *FALLING],
     "norm-ste-rate-0.3-falling": ["rule=norm_ste", "rule_settings.rate=0.3", "floor.per_target=1", *FALLING],
     "norm-ste-rate-1-falling": ["rule=norm_ste", "rule_settings.rate=1.0", "floor.per_target=1", *FALLING],
+    "norm-ste-rate-1-falling-no-floor": ["rule=norm_ste", "rule_settings.rate=1.0", *FALLING],
     "dnw-floor": ["floor.per_target=1"],
     "dnw-falling": FALLING,
     "iht-falling": ["rule=iht", "floor.per_target=1", *FALLING],
